@@ -1,0 +1,90 @@
+"""The code that runs at a module's call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+
+class Hook:
+    """Base of all hooks: override only what you need; what is not overridden costs nothing at a call.
+
+    One hook object serves one binding: one entry of one module. Around a call, `pre_forward` runs from
+    the outermost hook to the innermost, `around_forward` nests, `post_forward` runs from the innermost to
+    the outermost. The module is passed in each time, so a hook need not hold it.
+
+    A method that raises must first undo its own work: `on_error` is called only on hooks that had been
+    entered and not yet left. The same holds for `attach` and `detach`: when one raises, the module has to
+    be as it was before that one call. The engine undoes all the others.
+    """
+
+    swaps_weights: ClassVar[bool] = False
+    """Whether a call changes what the module's tensors hold (casting, placement). The engine then lets one
+    thread at a time into the component, and keeps what autograd saves apart from the swapped tensors."""
+
+    def attach(self, module: nn.Module) -> None:
+        """Prepares the module; called once before the first call, and again after each `detach`.
+
+        Attaching goes from the innermost hook to the outermost.
+        """
+
+    def detach(self, module: nn.Module) -> None:
+        """Gives the module back as `attach` found it, in the reverse order of attaching.
+
+        What a user changed meanwhile (loaded, edited or replaced weights) is kept, not overwritten.
+        """
+
+    def pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Runs before the call.
+
+        Returns:
+            The new `(args, kwargs)`, or None to leave them as they are.
+        """
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Runs after the call.
+
+        Returns:
+            The new output, or None to leave it as it is.
+        """
+
+    def around_forward(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the call: runs after this hook's `pre_forward` and before its `post_forward`.
+
+        Args:
+            module: The module called.
+            call: What is inside: the inner hooks and the entry itself. May be called any number of times.
+            *args: What the module was called with, after all outer `pre_forward`.
+            **kwargs: Likewise.
+
+        Returns:
+            The output.
+        """
+        raise NotImplementedError  # never called: the stack chains only methods that are overridden
+
+    def on_error(self, module: nn.Module, error: BaseException) -> None:
+        """Cleans up when the call raises after this hook was entered and before it was left.
+
+        The exception goes on unchanged. If this method raises, its error becomes a note on that exception.
+        """
+
+    def reset(self, module: nn.Module) -> None:
+        """Forgets what was learned from earlier calls (traces, counters); weights stay where they are."""
+
+    def loss_on_detach(self, module: nn.Module) -> str | None:
+        """What `detach` could not give back exactly, as a phrase for people; None when nothing is lost."""
+
+    def report(self, module: nn.Module) -> Mapping[str, int]:
+        """Where the bytes are that this hook manages: a label for people to a number of bytes."""
+        return {}
+
+
+def overrides(hook: Hook, method: str) -> bool:
+    """Whether the hook's class brings its own version of one of `Hook`'s methods."""
+    return getattr(type(hook), method) is not getattr(Hook, method)

@@ -1,0 +1,129 @@
+"""What a user asks for, and what it becomes: techniques, bindings, claims."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, ClassVar
+
+from attrs import field, frozen
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hookcore.hook import Hook
+    from hookcore.target import Component
+
+
+class Phase(enum.IntEnum):
+    """Where a technique's hooks stand around a call, from outside in."""
+
+    SPLIT = 0
+    """Divides the work of one call into several: slicing, tiling."""
+    PLACE = 1
+    """Brings weights and inputs to where they are used: offloading, device maps."""
+    CAST = 2
+    """Changes the dtype of weights that are already in place."""
+    COMPUTE = 3
+    """Changes how the call itself computes: attention, memory format, tracing, statistics."""
+
+
+class Resource(enum.StrEnum):
+    """The things that techniques most often claim. A plugin may claim any other, by any name of its own."""
+
+    PLACEMENT = "placement"
+    STORAGE_DTYPE = "storage dtype"
+    BATCH_SPLIT = "batch split"
+    SPATIAL_SPLIT = "spatial split"
+    ATTENTION = "attention"
+    MEMORY_FORMAT = "memory format"
+    CODE = "code"
+
+
+@frozen
+class Claim:
+    """A thing that a binding needs to own alone.
+
+    Attributes:
+        resource: What is owned: a `Resource`, or a name of the plugin's own.
+        tensor: FQN, in the component, of the parameter or buffer of which it is owned. Tensors that share
+            memory are one. None means: of the entry that the binding hooks.
+    """
+
+    resource: str
+    tensor: str | None = None
+
+
+@frozen
+class Binding:
+    """One hook at one entry of one module.
+
+    Attributes:
+        fqn: The module's FQN in its component; `""` is the component itself.
+        hook: The hook; an object of its own for each binding.
+        entry: The method that is hooked: `"forward"`, or any other, such as `"decode"`.
+        claims: What the binding needs to own alone.
+        forbids_below: Resources that no other technique may hold in modules below this one, because its
+            call hides theirs (a traced module does not call its children). `"*"` forbids any hook.
+        technique: Name of the technique; the plan fills it in.
+        component: Name of the component; the plan fills it in.
+    """
+
+    fqn: str
+    hook: Hook
+    entry: str = "forward"
+    claims: tuple[Claim, ...] = field(default=(), converter=tuple)
+    forbids_below: tuple[str, ...] = field(default=(), converter=tuple)
+    technique: str = field(default="", kw_only=True)
+    component: str = field(default="", kw_only=True)
+
+
+@frozen
+class Skipped:
+    """A module that a technique leaves alone although a user may expect otherwise.
+
+    Attributes:
+        fqn: The module's FQN in its component.
+        reason: Why, as a phrase for people.
+    """
+
+    fqn: str
+    reason: str
+
+
+@frozen
+class Technique:
+    """Base of all techniques: a frozen attrs class of options that holds no state of a run.
+
+    A plugin subclasses it with `@attrs.frozen`, gives it a `name` and a `phase`, and writes `bind`.
+    Options are validated when the technique is made, so that a bad one fails at once.
+
+    Attributes:
+        name: The registered name, in snake_case, the same for all users: `"layerwise_casting"`.
+        phase: Where its hooks stand around a call.
+        before: Names of techniques whose hooks have to stand inside this one's, if they are used.
+        after: Names of techniques whose hooks have to stand outside this one's.
+        incompatible_with: Names of techniques that may not share a module with this one.
+        replans: Whether to bind anew when parameters or submodules were added, replaced or removed
+            (a LoRA was loaded) since the last call.
+        materializes: Whether it brings weights from a checkpoint, so that a model without data (on the
+            meta device) can be run with it.
+    """
+
+    name: ClassVar[str]
+    phase: ClassVar[Phase]
+    before: ClassVar[tuple[str, ...]] = ()
+    after: ClassVar[tuple[str, ...]] = ()
+    incompatible_with: ClassVar[tuple[str, ...]] = ()
+    replans: ClassVar[bool] = False
+    materializes: ClassVar[bool] = False
+
+    def bind(self, component: Component) -> Iterable[Binding | Skipped]:
+        """Lists the hooks that this technique needs on a component. Touches nothing.
+
+        Args:
+            component: The module tree with its tensors, ties and conventions.
+
+        Raises:
+            PlanError: The options do not fit this component.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define bind()")

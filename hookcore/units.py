@@ -1,0 +1,81 @@
+"""Sizes, dtypes and devices as people write them: `"8GiB"`, `"bfloat16"`, `"cuda:1"`."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b|b|)\s*", re.IGNORECASE)
+_FACTORS = {"": 1, "b": 1} | {
+    f"{letter}{infix}b": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for infix, base in (("", 1000), ("i", 1024))
+}
+
+
+def parse_bytes(size: int | str) -> int:
+    """Reads a number of bytes.
+
+    Args:
+        size: Bytes as an int, or text with a unit: `"512MiB"` (1024-based), `"8GB"` (1000-based).
+
+    Returns:
+        The size in bytes, rounded down.
+
+    Raises:
+        ValueError: The text is no size, or the size is negative.
+        TypeError: Neither an int nor a str.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise TypeError(f"a size is an int (bytes) or a text such as '8GiB', not {size!r}")
+    if isinstance(size, int):
+        if size < 0:
+            raise ValueError(f"a size cannot be negative: {size}")
+        return size
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise ValueError(f"{size!r} is no size: write bytes as a number, or '512MiB', '8GB', '1.5GiB'")
+    number, unit = match.groups()
+    return int(float(number) * _FACTORS[unit.lower()])
+
+
+def format_bytes(size: float) -> str:
+    """Writes a number of bytes for people: `"1.5 GiB"`, `"12 B"`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" or abs(size) >= 100 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Reads a dtype: `torch.bfloat16`, `"bfloat16"` or `"torch.bfloat16"`.
+
+    Raises:
+        ValueError: No dtype of this torch has that name.
+        TypeError: Neither a dtype nor a str.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if not isinstance(dtype, str):
+        raise TypeError(f"a dtype is a torch.dtype or its name, not {dtype!r}")
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"torch {torch.__version__} has no dtype named {dtype!r}")
+    return found
+
+
+def parse_device(device: torch.device | str | int) -> torch.device:
+    """Reads a device: a torch.device, `"cuda"`, `"cuda:1"`, or the index of an accelerator.
+
+    Raises:
+        ValueError: torch knows no such device, or it has no index on this machine.
+        TypeError: None of these.
+    """
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+        raise TypeError(f"a device is a torch.device, its name or an index, not {device!r}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"torch cannot use {device!r} as a device: {error}") from error

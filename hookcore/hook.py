@@ -54,7 +54,9 @@ class Hook:
             The new output, or None to leave it as it is.
         """
 
-    def around_forward(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def around_forward(
+        self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
         """Stands in for the call: runs after this hook's `pre_forward` and before its `post_forward`.
 
         Args:

@@ -27,6 +27,10 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
+def _strings(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(values)
+
+
 @frozen
 class ModelConventions:
     """What a model's library declares about it, in one vocabulary.
@@ -39,10 +43,10 @@ class ModelConventions:
         group_modules: FQNs of modules that hold the blocks; empty where the library doesn't say.
     """
 
-    entries: tuple[str, ...] = field(default=("forward",), converter=tuple)
-    block_classes: tuple[str, ...] = field(default=(), converter=tuple)
-    keep_dtype_patterns: tuple[str, ...] = field(default=(), converter=tuple)
-    group_modules: tuple[str, ...] = field(default=(), converter=tuple)
+    entries: tuple[str, ...] = field(default=("forward",), converter=_strings)
+    block_classes: tuple[str, ...] = field(default=(), converter=_strings)
+    keep_dtype_patterns: tuple[str, ...] = field(default=(), converter=_strings)
+    group_modules: tuple[str, ...] = field(default=(), converter=_strings)
 
     @keep_dtype_patterns.validator
     def _check_patterns(self, _attribute: object, patterns: tuple[str, ...]) -> None:

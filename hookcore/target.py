@@ -86,6 +86,16 @@ class Component:
         return {fqn: slot for slot in self.slots for fqn in slot.fqns}
 
     @cached_property
+    def identities(self) -> frozenset[int]:
+        """Identities of all modules and tensors, to see what components have in common."""
+        tensors = (id(tensor) for slot in self.slots for tensor in slot.tensors)
+        return frozenset(map(id, self.modules.values())).union(tensors)
+
+    def afresh(self) -> Component:
+        """The same component, to be looked at again."""
+        return Component(self.name, self.module, self._describe)
+
+    @cached_property
     def conventions(self) -> ModelConventions:
         """What the model's library says about it: entries, blocks, modules not to be split or cast."""
         return self._describe(self.module)
@@ -97,12 +107,10 @@ class Component:
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """The tensors registered on the module itself: name, tensor, whether it is a buffer."""
-    for name, tensor in module._parameters.items():
-        if tensor is not None:
-            yield name, tensor, False
-    for name, tensor in module._buffers.items():
-        if tensor is not None:
-            yield name, tensor, True
+    for registered, is_buffer in ((module._parameters, False), (module._buffers, True)):
+        for name, tensor in registered.items():
+            if tensor is not None:
+                yield name, tensor, is_buffer
 
 
 def byte_span(tensor: torch.Tensor) -> tuple[int, int]:

@@ -62,7 +62,9 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
         raise TypeError(f"a dtype is a torch.dtype or its name, not {dtype!r}")
     found = getattr(torch, dtype.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"torch {torch.__version__} has no dtype named {dtype!r}")
+        raise ValueError(  # noqa: TRY004 - the type was right, the name is not
+            f"torch {torch.__version__} has no dtype named {dtype!r}"
+        )
     return found
 
 

@@ -1,0 +1,76 @@
+"""hookcore puts memory-saving techniques on any torch module or diffusers pipeline, and takes them off.
+
+```python
+import hookcore
+
+applied = hookcore.apply(model, ["layerwise_casting"])
+...
+applied.remove()
+```
+"""
+
+from __future__ import annotations
+
+from hookcore.applied import Applied, Status
+from hookcore.apply import apply, plan, remove, status
+from hookcore.errors import (
+    BudgetError,
+    CheckpointError,
+    ConcurrentCallError,
+    ConflictError,
+    HookcoreError,
+    HookcoreWarning,
+    LossyRemovalError,
+    OrderError,
+    PlanError,
+    PluginError,
+    UnsupportedModelError,
+)
+from hookcore.hook import Hook
+from hookcore.hookspecs import ForeignMechanism, ModelConventions, hookimpl
+from hookcore.plan import Plan, PlanStep
+from hookcore.registry import HookRegistry
+from hookcore.target import Component, TensorSlot
+from hookcore.technique import Binding, Claim, Phase, Resource, Skipped, Technique
+from hookcore.units import format_bytes, parse_bytes, parse_device, parse_dtype
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Applied",
+    "Binding",
+    "BudgetError",
+    "CheckpointError",
+    "Claim",
+    "Component",
+    "ConcurrentCallError",
+    "ConflictError",
+    "ForeignMechanism",
+    "Hook",
+    "HookRegistry",
+    "HookcoreError",
+    "HookcoreWarning",
+    "LossyRemovalError",
+    "ModelConventions",
+    "OrderError",
+    "Phase",
+    "Plan",
+    "PlanError",
+    "PlanStep",
+    "PluginError",
+    "Resource",
+    "Skipped",
+    "Status",
+    "Technique",
+    "TensorSlot",
+    "UnsupportedModelError",
+    "apply",
+    "format_bytes",
+    "hookimpl",
+    "parse_bytes",
+    "parse_device",
+    "parse_dtype",
+    "plan",
+    "remove",
+    "status",
+]

@@ -1,0 +1,124 @@
+"""The handle that `apply` returns, and what there is to see of what is on a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from attrs import frozen
+
+from hookcore.errors import LossyRemovalError
+from hookcore.plugins import plugins
+from hookcore.registry import HookRegistry
+from hookcore.report import attachment_table, tensor_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hookcore.plan import Plan
+    from hookcore.registry import Attachment
+    from hookcore.target import Component
+
+
+class Applied:
+    """Techniques on a model, as one `apply` put them there.
+
+    Can be used as a context manager that removes them at the end. Print it to see what was touched, where
+    the bytes are, and what was skipped and why.
+
+    Attributes:
+        plan: What was done.
+    """
+
+    def __init__(self, plan: Plan, attachments: tuple[Attachment, ...]) -> None:
+        self.plan = plan
+        self._attachments = attachments
+
+    def remove(self, *, allow_lossy: bool = False) -> None:
+        """Takes these techniques off and leaves all others on; a second call does nothing.
+
+        Every tensor object, dtype, device, tie and attribute is as it was before, with the values that it
+        has now.
+
+        Args:
+            allow_lossy: Go on where the original weights cannot be given back exactly.
+
+        Raises:
+            LossyRemovalError: Weights were rounded and no originals were kept; nothing was removed.
+            ConcurrentCallError: The model is being called at this moment.
+        """
+        take_off(self._attachments, allow_lossy=allow_lossy)
+
+    def reset(self) -> None:
+        """Makes the techniques forget earlier calls (traces, counters), ready for another run.
+
+        Raises:
+            ConcurrentCallError: The model is being called at this moment.
+        """
+        here = [item for item in self._attachments if item.attached]
+        HookRegistry([item.component for item in here]).reset(here)
+        plugins().observe("reset", plan=self.plan)
+
+    def __enter__(self) -> Self:
+        """Raises LossyRemovalError here, and not at the end of the block, if the end could not remove."""
+        _refuse_loss(self._attachments)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        if not any(item.attached for item in self._attachments):
+            return "<Applied: removed>" if self._attachments else "<Applied: nothing>"
+        return "Applied\n" + attachment_table([item for item in self._attachments if item.attached])
+
+
+@frozen(eq=False)
+class Status:
+    """What is on a target, by whichever calls of `apply`.
+
+    Attributes:
+        components: The target's components.
+        attachments: What is on them; where two meet on a module, the outer one comes first.
+    """
+
+    components: tuple[Component, ...]
+    attachments: tuple[Attachment, ...]
+
+    @property
+    def techniques(self) -> tuple[str, ...]:
+        """Names of the techniques, outermost first."""
+        return tuple(item.technique.name for item in self.attachments)
+
+    @property
+    def nbytes(self) -> Mapping[str, int]:
+        """Bytes of parameters and buffers by device, ties counted once."""
+        return tensor_bytes(self.components)
+
+    def __str__(self) -> str:
+        if not self.attachments:
+            return "nothing applied"
+        return attachment_table(self.attachments)
+
+
+def take_off(attachments: Sequence[Attachment], *, allow_lossy: bool) -> None:
+    """Removes attachments, all or none, after asking what that would lose."""
+    here = [item for item in attachments if item.attached]
+    if not here:
+        return
+    if not allow_lossy:
+        _refuse_loss(here)
+    HookRegistry([item.component for item in here]).detach(here)
+    plugins().observe("removed", techniques=[item.technique for item in here])
+
+
+def _refuse_loss(attachments: Sequence[Attachment]) -> None:
+    for item in attachments:
+        losses = item.losses() if item.attached else []
+        if losses:
+            fqn, loss = losses[0]
+            more = f" (and so for {len(losses) - 1} more modules)" if len(losses) > 1 else ""
+            raise LossyRemovalError(
+                f"removing {item.technique.name} cannot give back the original weights: at {fqn!r}, "
+                f"{loss}{more}. Nothing was removed. Call remove(allow_lossy=True) to go on with the weights "
+                "as they are now"
+            )

@@ -1,0 +1,160 @@
+"""The verbs: plan, apply, remove, status."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from attrs import evolve
+
+from hookcore.applied import Applied, Status, take_off
+from hookcore.errors import ConflictError, PlanError
+from hookcore.plan import Placed, Plan, PlanStep, check_conflicts, make_step, ordered
+from hookcore.plugins import plugins
+from hookcore.registry import HookRegistry
+from hookcore.target import Component, open_components
+from hookcore.technique import Technique
+
+Techniques = Iterable[Technique | str] | Mapping[str, Iterable[Technique | str]]
+
+
+def apply(target: Any, techniques: Techniques, *, components: Iterable[str] | None = None) -> Applied:
+    """Puts techniques on a model or pipeline: all of them, or, when anything fails, none.
+
+    Args:
+        target: A `torch.nn.Module`, a mapping of named modules, or an object that a plugin opens.
+        techniques: Technique objects or registered names (`"layerwise_casting"`), for all components; or a
+            mapping from component to such a list. The order given decides only what phases and the
+            techniques' `before` and `after` leave open: the first stands outermost.
+        components: Take only these components of the target; None takes all.
+
+    Returns:
+        The handle that resets and removes them.
+
+    Raises:
+        PlanError: The techniques do not fit the target or each other (`ConflictError`, `OrderError`).
+        PluginError: A name that no plugin has registered.
+        UnsupportedModelError: The target is nothing that can be hooked.
+        ConcurrentCallError: The target is being called at this moment.
+    """
+    made, registry = _plan(target, techniques, components)
+    applied = Applied(made, registry.attach(made.steps))
+    plugins().observe("applied", plan=made)
+    return applied
+
+
+def plan(target: Any, techniques: Techniques, *, components: Iterable[str] | None = None) -> Plan:
+    """Finds out what `apply` with the same arguments would do, and touches nothing.
+
+    Returns:
+        The ordered, conflict-free plan; print it.
+
+    Raises:
+        PlanError: As `apply` would.
+        PluginError: As `apply` would.
+        UnsupportedModelError: As `apply` would.
+    """
+    return _plan(target, techniques, components)[0]
+
+
+def remove(target: Any, *, allow_lossy: bool = False) -> None:
+    """Takes off everything that was put on a target or on modules inside it; nothing there is fine.
+
+    Args:
+        target: As for `apply`.
+        allow_lossy: Go on where the original weights cannot be given back exactly.
+
+    Raises:
+        LossyRemovalError: Weights were rounded and no originals were kept; nothing was removed.
+        PlanError: Something is on a module around the target; nothing was removed.
+    """
+    opened = list(_open(target, None).values())
+    attached = HookRegistry(opened).attachments
+    inside = {id(module) for component in opened for module in component.modules.values()}
+    here = [item for item in attached if id(item.component.module) in inside]
+    hooked = [
+        item for item in attached if item not in here and any(id(m) in inside for m, _ in item.hooks_at)
+    ]
+    if hooked:
+        outer = hooked[0]
+        raise PlanError(
+            f"{outer.technique.name} was put on {type(outer.component.module).__name__}, which holds the "
+            "target. Call hookcore.remove() on that model, or remove() on the handle of its apply()"
+        )
+    take_off(here, allow_lossy=allow_lossy)
+
+
+def status(target: Any) -> Status:
+    """Tells what is on a target and where its bytes are; print it.
+
+    Args:
+        target: As for `apply`.
+    """
+    opened = _open(target, None)
+    return Status(tuple(opened.values()), HookRegistry(opened.values()).attachments)
+
+
+def _open(target: Any, names: Iterable[str] | None) -> dict[str, Component]:
+    host = plugins()
+    return open_components(target, names, open_target=host.open_target, describe=host.describe)
+
+
+def _plan(target: Any, techniques: Techniques, components: Iterable[str] | None) -> tuple[Plan, HookRegistry]:
+    opened = _open(target, components)
+    wanted = _by_component(techniques, opened)
+    touched = [opened[name] for name, chosen in wanted.items() if chosen]
+    for component in touched:
+        _refuse_foreign(component)
+    registry = HookRegistry(touched)
+    steps = [make_step(item, opened[name]) for name, chosen in wanted.items() for item in chosen]
+    check_conflicts(steps, registry.attachments)
+    present: list[Placed] = [*registry.attachments, *steps]
+    made = Plan(tuple(item for item in ordered(present) if isinstance(item, PlanStep)))
+    return evolve(made, notes=tuple(plugins().review(made))), registry
+
+
+def _by_component(techniques: Techniques, opened: Mapping[str, Component]) -> dict[str, list[Technique]]:
+    if isinstance(techniques, str | Technique) or not isinstance(techniques, Iterable):
+        raise TypeError(
+            "techniques is a list of techniques or names, or a mapping from component to such a list; "
+            f"found {techniques!r}. Write [{techniques!r}]"
+        )
+    if not isinstance(techniques, Mapping):
+        chosen = [_technique(item) for item in techniques]
+        return dict.fromkeys(opened, chosen)
+    if unknown := [name for name in techniques if name not in opened]:
+        raise PlanError(
+            f"techniques are given for {', '.join(map(repr, unknown))}, but the target has "
+            f"{', '.join(map(repr, opened))}. Name one of these"
+        )
+    for name, items in techniques.items():
+        if isinstance(items, str | Technique) or not isinstance(items, Iterable):
+            raise TypeError(
+                f"the techniques for {name!r} have to be a list; found {items!r}. Write [{items!r}]"
+            )
+    return {name: [_technique(item) for item in items] for name, items in techniques.items()}
+
+
+def _technique(item: Technique | str) -> Technique:
+    if isinstance(item, Technique):
+        return item
+    if not isinstance(item, str):
+        raise TypeError(f"a technique is a Technique object or a registered name; found {item!r}")
+    made = plugins().technique(item)
+    try:
+        return made()
+    except TypeError as error:
+        raise PlanError(
+            f"{item!r} needs options, so a name is not enough ({error}). Pass {made.__name__}(...)"
+        ) from error
+
+
+def _refuse_foreign(component: Component) -> None:
+    found = plugins().find_foreign(component.module)
+    if found:
+        first, *more = found
+        others = f" (and {len(more)} more)" if more else ""
+        raise ConflictError(
+            f"{component.label(first.fqn)!r} already has {first.what}{others}, which hookcore cannot see "
+            f"through. Nothing was touched. {first.remedy}"
+        )

@@ -1,0 +1,260 @@
+"""Order and conflicts, found from bindings alone. Pure: nothing here touches a model."""
+
+from __future__ import annotations
+
+import graphlib
+import heapq
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from attrs import evolve, field, frozen
+
+from hookcore.errors import ConflictError, OrderError, PluginError
+from hookcore.hook import Hook
+from hookcore.technique import Binding, Skipped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from torch import nn
+
+    from hookcore.target import Component
+    from hookcore.technique import Technique
+
+
+class Placed(Protocol):
+    """One technique on one component: planned, or already attached."""
+
+    @property
+    def technique(self) -> Technique:
+        """The technique."""
+
+    @property
+    def component(self) -> Component:
+        """The component it is on."""
+
+    @property
+    def bindings(self) -> tuple[Binding, ...]:
+        """Its hooks."""
+
+
+PlacedT = TypeVar("PlacedT", bound=Placed)
+
+
+@frozen(eq=False)
+class PlanStep:
+    """What one technique would do on one component.
+
+    Attributes:
+        technique: The technique.
+        component: The component.
+        bindings: The hooks it needs.
+        skipped: What it leaves alone, and why.
+    """
+
+    technique: Technique
+    component: Component
+    bindings: tuple[Binding, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+
+@frozen(eq=False)
+class Plan:
+    """What `apply` would do: ordered, free of conflicts, not yet done. Print it.
+
+    Attributes:
+        steps: One for each technique and component; where they meet on a module, the first stands
+            outermost.
+        notes: What plugins remarked on it.
+    """
+
+    steps: tuple[PlanStep, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        from hookcore.report import plan_table
+
+        return plan_table(self)
+
+
+def make_step(technique: Technique, component: Component) -> PlanStep:
+    """Asks a technique for its bindings on a component, and checks that they fit it.
+
+    Raises:
+        PlanError: From the technique: its options do not fit.
+        PluginError: The technique gave bindings that name something the component lacks.
+    """
+    bindings: list[Binding] = []
+    skipped: list[Skipped] = []
+    for item in technique.bind(component):
+        if isinstance(item, Skipped):
+            skipped.append(item)
+        else:
+            bindings.append(_checked(item, technique, component))
+    if len({id(binding.hook) for binding in bindings}) < len(bindings):
+        raise PluginError(
+            f"{technique.name} binds one hook object twice; each binding needs a hook of its own"
+        )
+    return PlanStep(technique, component, tuple(bindings), tuple(skipped))
+
+
+def _checked(item: object, technique: Technique, component: Component) -> Binding:
+    if not isinstance(item, Binding) or not isinstance(item.hook, Hook):
+        raise PluginError(
+            f"{technique.name}.bind() gave {item!r}; expected a Binding of a Hook, or a Skipped"
+        )
+    if item.fqn not in component.modules:
+        raise PluginError(
+            f"{technique.name}.bind() names a module {item.fqn!r} that {component.label('')} lacks"
+        )
+    if not callable(getattr(component.modules[item.fqn], item.entry, None)):
+        raise PluginError(
+            f"{technique.name}.bind() names an entry {item.entry!r} that "
+            f"{component.label(item.fqn)!r} ({type(component.modules[item.fqn]).__name__}) lacks"
+        )
+    for claim in item.claims:
+        if claim.tensor is not None and claim.tensor not in component.slot_of:
+            raise PluginError(
+                f"{technique.name}.bind() claims a tensor {claim.tensor!r} that {component.label('')} lacks"
+            )
+    return evolve(item, technique=technique.name, component=component.name)
+
+
+def share_modules(first: Component, second: Component) -> bool:
+    """Whether two components have a module or a tensor in common."""
+    return first.module is second.module or not first.identities.isdisjoint(second.identities)
+
+
+def ordered(items: Sequence[PlacedT]) -> list[PlacedT]:
+    """Sorts what is given in the user's order to what stands outermost first.
+
+    By phase, then by the techniques' `before` and `after`, then by the order given. Only items that share
+    a module constrain each other.
+
+    Raises:
+        OrderError: Phases, `before` and `after` contradict each other; the cycle is named.
+    """
+    outer: dict[int, set[int]] = {index: set() for index in range(len(items))}
+    for index, item in enumerate(items):
+        for other_index in range(index):
+            if not share_modules(item.component, items[other_index].component):
+                continue
+            for inside, outside in ((index, other_index), (other_index, index)):
+                if _stands_outside(items[outside].technique, items[inside].technique):
+                    outer[inside].add(outside)
+    sorter = graphlib.TopologicalSorter(outer)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        cycle = [items[index].technique.name for index in error.args[1]]
+        raise OrderError(
+            f"the order of techniques contradicts itself: {' outside '.join(cycle)}. "
+            "Their phases, `before` and `after` cannot all hold; leave one of them out"
+        ) from None
+    result: list[PlacedT] = []
+    ready: list[tuple[int, int]] = []
+    while sorter.is_active():
+        for index in sorter.get_ready():
+            heapq.heappush(ready, (items[index].technique.phase, index))
+        _, index = heapq.heappop(ready)
+        sorter.done(index)
+        result.append(items[index])
+    return result
+
+
+def _stands_outside(technique: Technique, other: Technique) -> bool:
+    return (
+        technique.phase < other.phase
+        or other.name in technique.before
+        or (technique.name in other.after and technique.name != other.name)
+    )
+
+
+def check_conflicts(new: Sequence[PlanStep], existing: Sequence[Placed]) -> None:
+    """Refuses techniques that need the same thing, hide each other, or declare that they don't go together.
+
+    Args:
+        new: What is to be added.
+        existing: What already is on the same modules.
+
+    Raises:
+        ConflictError: Names both bindings, the thing, and the remedy.
+    """
+    everything: list[Placed] = [*existing, *new]
+    holders: dict[object, tuple[Placed, Binding]] = {}
+    for placed in everything:
+        for binding in placed.bindings:
+            for key, what in _claimed(placed.component, binding):
+                holder = holders.setdefault(key, (placed, binding))
+                if holder[0] is not placed:
+                    raise _conflict(holder, (placed, binding), what)
+    for placed in everything:
+        _check_incompatible(placed, everything)
+        for binding in placed.bindings:
+            if binding.forbids_below:
+                _check_hidden(placed, binding, everything)
+
+
+def _claimed(component: Component, binding: Binding) -> Iterator[tuple[object, str]]:
+    """Keys of all that a binding owns, and what to call it."""
+    module = component.modules[binding.fqn]
+    where = component.label(binding.fqn)
+    yield (binding.technique, id(module), binding.entry), f"{binding.entry}() of {where!r}"
+    for claim in binding.claims:
+        if claim.tensor is None:
+            key: object = (claim.resource, id(module), binding.entry)
+            yield key, f"the {claim.resource} of {binding.entry}() of {where!r}"
+        else:
+            for tensor in component.slot_of[claim.tensor].tensors:
+                yield (
+                    (claim.resource, id(tensor)),
+                    f"the {claim.resource} of {component.label(claim.tensor)!r}",
+                )
+
+
+def _conflict(holder: tuple[Placed, Binding], claimant: tuple[Placed, Binding], what: str) -> ConflictError:
+    first, second = holder[1], claimant[1]
+    remedy = "Call applied.remove() on the first, or leave the module out of one of them"
+    if first.technique == second.technique:
+        reason = "it has already been applied there"
+    else:
+        reason = f"{first.technique} already holds it"
+        if any(claim.resource in {other.resource for other in second.claims} for claim in first.claims):
+            reason += f", through its hook at {holder[0].component.label(first.fqn)!r}"
+    return ConflictError(
+        f"{second.technique} cannot claim {what}: {reason}. {remedy}", first=first, second=second
+    )
+
+
+def _check_incompatible(placed: Placed, everything: Iterable[Placed]) -> None:
+    for other in everything:
+        if (
+            other is not placed
+            and other.technique.name in placed.technique.incompatible_with
+            and share_modules(placed.component, other.component)
+        ):
+            raise ConflictError(
+                f"{placed.technique.name} does not work together with {other.technique.name} on "
+                f"{placed.component.label('')!r}. Apply only one of them, or each to modules of its own",
+                first=next(iter(other.bindings), None),
+                second=next(iter(placed.bindings), None),
+            )
+
+
+def _check_hidden(placed: Placed, binding: Binding, everything: Iterable[Placed]) -> None:
+    top: nn.Module = placed.component.modules[binding.fqn]
+    below: set[Any] = set(top.modules()) - {top}
+    for other in everything:
+        if other is placed:
+            continue
+        for inner in other.bindings:
+            if other.component.modules[inner.fqn] not in below:
+                continue
+            for resource in binding.forbids_below:
+                if resource == "*" or resource in {claim.resource for claim in inner.claims}:
+                    raise ConflictError(
+                        f"{binding.technique} at {placed.component.label(binding.fqn)!r} hides the modules "
+                        f"below it, so that {inner.technique} at {other.component.label(inner.fqn)!r} would "
+                        "never run. Leave that module out of one of them",
+                        first=binding,
+                        second=inner,
+                    )

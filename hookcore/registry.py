@@ -1,0 +1,325 @@
+"""What is attached to the modules of this process: attaching, detaching and undoing, all or nothing."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Self
+
+from tqdm import tqdm
+
+from hookcore.errors import ConcurrentCallError
+from hookcore.guard import CallLock, WeightGuard
+from hookcore.hook import overrides
+from hookcore.plan import check_conflicts, make_step, ordered, share_modules
+from hookcore.stack import HookStack
+from hookcore.structure import ReplanHook
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from types import TracebackType
+
+    from torch import nn
+
+    from hookcore.hook import Hook
+    from hookcore.plan import PlanStep
+    from hookcore.target import Component
+    from hookcore.technique import Binding, Skipped, Technique
+
+_CHANGING = threading.RLock()
+_NUMBERS = itertools.count()
+_SECONDS_BEFORE_PROGRESS = 2.0
+
+
+class Attachment:
+    """One technique on one component, attached or about to be.
+
+    Attributes:
+        technique: The technique.
+        component: The component; taken anew when its structure changes.
+        bindings: Its hooks.
+        skipped: What it leaves alone, and why.
+        attached: Whether its hooks are on the modules.
+        lock: What a call that swaps weights has to hold; shared by all attachments that share modules.
+    """
+
+    def __init__(self, step: PlanStep) -> None:
+        self.technique: Technique = step.technique
+        self.attached = False
+        self.lock = CallLock()
+        self.number = next(_NUMBERS)
+        self._prepared: list[tuple[nn.Module, Hook]] = []
+        self.take(step.component, step.bindings, step.skipped)
+
+    def take(self, component: Component, bindings: tuple[Binding, ...], skipped: tuple[Skipped, ...]) -> None:
+        """Replaces the bindings, while none of them is attached."""
+        self.component = component
+        self.bindings = bindings
+        self.skipped = skipped
+        self.hooks_at: dict[tuple[nn.Module, str], list[Hook]] = {}
+        for module, binding in self.bound:
+            self.hooks_at.setdefault((module, binding.entry), []).append(binding.hook)
+
+    @property
+    def bound(self) -> Iterator[tuple[nn.Module, Binding]]:
+        """Each module with its binding."""
+        return ((self.component.modules[binding.fqn], binding) for binding in self.bindings)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether any of its hooks does something to a module besides standing in its calls."""
+        kinds = {type(binding.hook): binding.hook for binding in self.bindings}
+        return any(overrides(hook, "attach") or overrides(hook, "detach") for hook in kinds.values())
+
+    @property
+    def intact(self) -> bool:
+        """Whether every module is prepared that has to be."""
+        return not self.prepares or len(self._prepared) == len(self.bindings)
+
+    def put_on(self, undo: _Undo) -> None:
+        """Attaches all hooks that are not."""
+        prepared = {id(hook) for _, hook in self._prepared}
+        waiting = [(module, item.hook) for module, item in self.bound if id(item.hook) not in prepared]
+        for module, hook in self._progress(waiting, "applying"):
+            self._attach_one(module, hook)
+            undo.then(partial(self._detach_last, module, hook))
+
+    def take_off(self, undo: _Undo) -> None:
+        """Detaches all hooks that are attached, in reverse."""
+        for module, hook in self._progress(list(reversed(self._prepared)), "removing"):
+            self._detach_last(module, hook)
+            undo.then(partial(self._attach_one, module, hook))
+
+    def _attach_one(self, module: nn.Module, hook: Hook) -> None:
+        hook.attach(module)
+        self._prepared.append((module, hook))
+
+    def _detach_last(self, module: nn.Module, hook: Hook) -> None:
+        hook.detach(module)
+        self._prepared.remove((module, hook))
+
+    def _progress(self, items: list[tuple[nn.Module, Hook]], verb: str) -> Iterable[tuple[nn.Module, Hook]]:
+        if not self.prepares:
+            return ()
+        return tqdm(items, f"{verb} {self.technique.name}", delay=_SECONDS_BEFORE_PROGRESS, leave=False)
+
+    def losses(self) -> list[tuple[str, str]]:
+        """What detaching could not give back exactly: module FQN and phrase."""
+        asked = (
+            (self.component.label(binding.fqn), binding.hook.loss_on_detach(module))
+            for module, binding in self.bound
+        )
+        return [(fqn, loss) for fqn, loss in asked if loss is not None]
+
+
+_LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
+class HookRegistry:
+    """All that is attached to some components, or to modules that share something with these.
+
+    It is found, not kept: the stacks on the modules keep the attachments alive, and nothing has to be
+    told when a model goes away.
+    """
+
+    def __init__(self, components: Iterable[Component]) -> None:
+        rest = sorted((item for item in _LIVE if item.attached), key=lambda item: item.number)
+        reached = list(components)
+        found: list[Attachment] = []
+        while reached:
+            near = reached.pop()
+            for item in list(rest):
+                if share_modules(near, item.component):
+                    rest.remove(item)
+                    found.append(item)
+                    reached.append(item.component)
+        self._found = sorted(found, key=lambda item: item.number)
+
+    @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """What is attached; where two meet on a module, the outer one comes first."""
+        return tuple(ordered(self._found))
+
+    def attach(self, steps: Sequence[PlanStep]) -> tuple[Attachment, ...]:
+        """Puts the hooks of several steps on their modules, or none of them.
+
+        Raises:
+            ConcurrentCallError: A call is under way on these modules.
+            BaseException: Whatever a hook's `attach` raised, after everything was undone.
+        """
+        new = tuple(Attachment(step) for step in steps)
+        with self._quiet([*self._found, *new]):
+            self._change_to([*self._found, *new])
+        return new
+
+    def detach(self, attachments: Collection[Attachment]) -> None:
+        """Takes hooks off, all or none; what has been taken off before is passed over.
+
+        Raises:
+            ConcurrentCallError: A call is under way on these modules.
+            BaseException: Whatever a hook's `detach` raised, after everything was undone.
+        """
+        with self._quiet(self._found):
+            self._change_to([item for item in self._found if item not in attachments])
+
+    def reset(self, attachments: Collection[Attachment]) -> None:
+        """Has hooks forget what they learned from earlier calls.
+
+        Raises:
+            ConcurrentCallError: A call is under way on these modules.
+        """
+        with self._quiet(self._found):
+            for item in attachments:
+                for module, binding in item.bound:
+                    binding.hook.reset(module)
+
+    def replan(self) -> bool:
+        """Binds those techniques anew that ask for it, to their components as they are now.
+
+        Returns:
+            Whether it was done; False while a call is under way.
+
+        Raises:
+            PlanError: The techniques do not fit any more; all are as before.
+        """
+        if any(item.lock.depth for item in self._found):
+            return False
+        with self._quiet(self._found):
+            self._change_to(self._found, rebind=[item for item in self._found if item.technique.replans])
+        return True
+
+    def _change_to(self, after: Sequence[Attachment], *, rebind: Sequence[Attachment] = ()) -> None:
+        """The one way in which anything changes: off from outside in, on from inside out, or all undone."""
+        before = self._found
+        touched = {key for item in (*before, *after) for key in _hooked_entries(item)}
+        old = [item for item in reversed(ordered(before)) if item.prepares]
+        new = [item for item in reversed(ordered(after)) if item.prepares]
+        stays = 0
+        while stays < min(len(old), len(new)) and old[stays] is new[stays] and old[stays] not in rebind:
+            stays += 1
+        try:
+            with _Undo() as undo:
+                for item in reversed(old[stays:]):
+                    item.take_off(undo)
+                _rebind(rebind, [item for item in after if item not in rebind], undo)
+                for item in new[stays:]:
+                    item.put_on(undo)
+        except BaseException as error:
+            after = [item for item in before if item.intact]
+            for item in before:
+                if not item.intact:
+                    error.add_note(
+                        f"hookcore: {item.technique.name} could not be put back and has been removed"
+                    )
+                    with suppress(Exception):
+                        item.take_off(_Undo())
+            raise
+        finally:
+            for item in (*before, *after):
+                item.attached = item in after
+            self._found = list(after)
+            _LIVE.update(after)
+            touched.update(key for item in after for key in _hooked_entries(item))
+            _share_locks(after)
+            _set_stacks(touched, ordered(after))
+
+    @contextmanager
+    def _quiet(self, attachments: Sequence[Attachment]) -> Iterator[None]:
+        """Holds the locks of these attachments, none of which may be in a call."""
+        with _CHANGING:
+            held: list[CallLock] = []
+            try:
+                for lock, item in {item.lock: item for item in attachments}.items():
+                    lock.enter("tried to change", item.component.module)
+                    held.append(lock)
+                    if lock.depth > 1:
+                        raise ConcurrentCallError(
+                            f"cannot apply, remove or reset techniques on {item.component.label('')!r} from "
+                            "inside one of its own calls. Do it after the call has returned"
+                        )
+                yield
+            finally:
+                for lock in held:
+                    lock.leave()
+
+
+class _Undo:
+    """Undoes steps in reverse when the block it manages fails; a failure in undoing becomes a note."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+
+    def then(self, step: Callable[[], None]) -> None:
+        """Remembers how to undo what was just done."""
+        self._steps.append(step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        for step in reversed(self._steps):
+            try:
+                step()
+            except Exception as another:  # noqa: BLE001 - the first error is the one to report
+                error.add_note(f"hookcore: undoing failed in part: {another!r}")
+
+
+def _rebind(items: Sequence[Attachment], others: Sequence[Attachment], undo: _Undo) -> None:
+    """Has the techniques of these attachments bind to their components as they are now."""
+    steps = [make_step(item.technique, item.component.afresh()) for item in items]
+    check_conflicts(steps, others)
+    for item, step in zip(items, steps, strict=True):
+        undo.then(partial(item.take, item.component, item.bindings, item.skipped))
+        item.take(step.component, step.bindings, step.skipped)
+
+
+def _entries(item: Attachment) -> list[tuple[nn.Module, str]]:
+    """The entries through which users call an attachment's component."""
+    root = item.component.module
+    return [
+        (root, entry) for entry in item.component.conventions.entries if callable(getattr(root, entry, None))
+    ]
+
+
+def _hooked_entries(item: Attachment) -> list[tuple[nn.Module, str]]:
+    return [*item.hooks_at, *(_entries(item) if item.technique.replans else ())]
+
+
+def _share_locks(attachments: Iterable[Attachment]) -> None:
+    """Gives attachments that share modules, directly or through others, one lock."""
+    groups: list[list[Attachment]] = []
+    for item in attachments:
+        near = [group for group in groups if any(share_modules(item.component, it.component) for it in group)]
+        groups = [group for group in groups if group not in near]
+        groups.append([item, *itertools.chain.from_iterable(near)])
+    for group in groups:
+        lock = CallLock()
+        for item in group:
+            item.lock = lock
+
+
+def _set_stacks(keys: Iterable[tuple[nn.Module, str]], attachments: Sequence[Attachment]) -> None:
+    """Gives each of these entries the hooks that the attachments, outermost first, have for it."""
+    replans: dict[tuple[nn.Module, str], Component] = {}
+    for item in attachments:
+        if item.technique.replans:
+            replans.update(dict.fromkeys(_entries(item), item.component))
+    for key in keys:
+        here = [item for item in attachments if key in item.hooks_at]
+        hooks = [hook for item in here for hook in item.hooks_at[key]]
+        if any(hook.swaps_weights for hook in hooks):
+            hooks.insert(0, WeightGuard(here[0].lock))
+        if key in replans:
+            hooks.insert(0, ReplanHook(*key, partial(_replan, replans[key])))
+        HookStack.set(*key, hooks, keeps_alive=here)
+
+
+def _replan(component: Component) -> bool:
+    return HookRegistry([component]).replan()

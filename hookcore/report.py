@@ -1,0 +1,97 @@
+"""Tables for people: what a plan would do, what is on a model, where its bytes are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from hookcore.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from hookcore.plan import Plan
+    from hookcore.registry import Attachment
+    from hookcore.target import Component
+    from hookcore.technique import Binding, Skipped
+
+_SKIPPED_SHOWN = 3
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lays rows out in columns; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def plan_table(plan: Plan) -> str:
+    """What a plan would do, outermost first."""
+    if not plan.steps:
+        return "nothing to apply"
+    rows = [("component", "technique", "phase", "hooks on", "skipped")]
+    rows += [
+        (
+            step.component.label(""),
+            step.technique.name,
+            step.technique.phase.name,
+            _hooked(step.bindings),
+            _skipped(step.skipped),
+        )
+        for step in plan.steps
+    ]
+    return "\n".join([table(rows), *(f"note: {note}" for note in plan.notes)])
+
+
+def attachment_table(attachments: Iterable[Attachment]) -> str:
+    """What is on a model, outermost first, with where the bytes are."""
+    rows = [("component", "technique", "hooks on", "bytes", "skipped")]
+    rows += [
+        (
+            item.component.label(""),
+            item.technique.name,
+            _hooked(item.bindings),
+            _placed(item),
+            _skipped(item.skipped),
+        )
+        for item in attachments
+    ]
+    return table(rows)
+
+
+def tensor_bytes(components: Iterable[Component]) -> dict[str, int]:
+    """Bytes of parameters and buffers by device, ties counted once."""
+    total: Counter[str] = Counter()
+    seen: set[int] = set()
+    for component in components:
+        for slot in component.afresh().slots:
+            if id(slot.tensors[0]) not in seen:
+                seen.update(map(id, slot.tensors))
+                total[str(slot.tensors[0].device)] += slot.nbytes
+    return dict(total)
+
+
+def _hooked(bindings: Sequence[Binding]) -> str:
+    entries = Counter(binding.entry for binding in bindings)
+    return ", ".join(f"{count} x {entry}()" for entry, count in entries.items()) or "nothing"
+
+
+def _placed(item: Attachment) -> str:
+    total: Counter[str] = Counter()
+    for module, binding in item.bound:
+        total.update(binding.hook.report(module))
+    return ", ".join(f"{format_bytes(size)} {label}" for label, size in total.items())
+
+
+def _skipped(skipped: Sequence[Skipped]) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for item in skipped:
+        by_reason.setdefault(item.reason, []).append(item.fqn)
+    return "; ".join(f"{len(fqns)}: {reason} ({_some(fqns)})" for reason, fqns in by_reason.items()) or "-"
+
+
+def _some(fqns: Sequence[str]) -> str:
+    shown = ", ".join(fqns[:_SKIPPED_SHOWN])
+    return f"{shown}, ..." if len(fqns) > _SKIPPED_SHOWN else shown

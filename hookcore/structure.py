@@ -1,0 +1,74 @@
+"""Notices when parameters or modules are added or replaced, at no cost to a call that meets none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.nn.modules import module as torch_module
+
+from hookcore.hook import Hook
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import nn
+
+
+class _Changes:
+    """Counts registrations of parameters and modules in this process, while anybody asks."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._listening = False
+
+    def listen(self) -> None:
+        """Starts to count. torch calls back at every registration, which is rare and cheap to note."""
+        if not self._listening:
+            torch_module.register_module_parameter_registration_hook(self._note)
+            torch_module.register_module_module_registration_hook(self._note)
+            self._listening = True
+
+    def _note(self, *_: object) -> None:
+        self.count += 1
+
+
+CHANGES = _Changes()
+
+
+def _structure(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """What the tree below a module consists of: every module and parameter, by FQN."""
+    for prefix, submodule in module.named_modules(remove_duplicate=False):
+        yield prefix, submodule
+        yield from submodule._parameters.items()
+
+
+class ReplanHook(Hook):
+    """Stands outermost at a component's entries and has it planned anew when its structure has changed.
+
+    LoRA loading, `load_state_dict(assign=True)` and assigning a parameter or module are such changes.
+    """
+
+    def __init__(self, module: nn.Module, entry: str, replan: Callable[[], bool]) -> None:
+        CHANGES.listen()
+        self._entry = entry
+        self._replan = replan
+        self._seen = CHANGES.count
+        self._known = list(_structure(module))
+
+    def around_forward(
+        self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Calls on, through new hooks if there had to be new ones."""
+        if self._seen != CHANGES.count:
+            if self._still_known(module):
+                self._seen = CHANGES.count
+            elif self._replan():  # not while an outer call is under way: then at the next call
+                return getattr(module, self._entry)(*args, **kwargs)
+        return call(*args, **kwargs)
+
+    def _still_known(self, module: nn.Module) -> bool:
+        now = list(_structure(module))
+        return len(now) == len(self._known) and all(
+            name == known_name and found is known
+            for (name, found), (known_name, known) in zip(now, self._known, strict=True)
+        )

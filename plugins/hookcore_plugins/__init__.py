@@ -1,0 +1,1 @@
+"""The techniques that come with hookcore, and what it knows about other libraries' models."""

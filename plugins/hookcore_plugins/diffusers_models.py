@@ -1,0 +1,139 @@
+"""diffusers: what its models declare, the hooks that it leaves on modules, and how a model is built.
+
+diffusers is never imported here: a model of its can only exist when somebody else has imported it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any
+
+from hookcore import CheckpointError, ForeignMechanism, ModelConventions, PlanError, hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from torch import nn
+
+
+@hookimpl
+def hookcore_describe_model(model: nn.Module) -> ModelConventions | None:
+    """Reads the class attributes that diffusers' own techniques read.
+
+    Block classes and kept dtypes are collected from all diffusers models in the tree (a MultiControlNet
+    holds several); entries and block holders are the model's own.
+    """
+    model_mixin = _model_mixin()
+    if model_mixin is None:
+        return None
+    declaring = [module for module in model.modules() if isinstance(module, model_mixin)]
+    if not declaring:
+        return None
+    return ModelConventions(
+        entries=("forward", *_coding_methods(model)) if isinstance(model, model_mixin) else ("forward",),
+        block_classes=_collect(declaring, "_no_split_modules", "_repeated_blocks"),
+        # `enable_layerwise_casting` searches both as regular expressions in FQNs. `from_pretrained` compares
+        # `_keep_in_fp32_modules` with whole components of an FQN, which keeps no module that this does not.
+        keep_dtype_patterns=_collect(declaring, "_skip_layerwise_casting_patterns", "_keep_in_fp32_modules"),
+        group_modules=_group_modules(model),
+    )
+
+
+@hookimpl
+def hookcore_find_foreign(model: nn.Module) -> Iterator[ForeignMechanism]:
+    """Finds the hooks of `diffusers.hooks`: offloading, casting, caching, parallelism.
+
+    A registry without hooks is none: every pipeline leaves one on its denoiser (`cache_context`).
+    """
+    caching = [fqn for fqn, module in model.named_modules() if vars(module).get("_cache_config") is not None]
+    for fqn, module in model.named_modules():
+        registry = vars(module).get("_diffusers_hook")
+        for name, hook in registry.hooks.items() if registry is not None else ():
+            yield ForeignMechanism(
+                fqn, f"a diffusers hook {name!r} ({type(hook).__name__})", _remedy(fqn, name, hook, caching)
+            )
+
+
+@hookimpl
+def hookcore_build_model(
+    model_class: Any, folder: Path, config_overrides: Mapping[str, Any]
+) -> nn.Module | None:
+    """Builds a `ModelMixin` from its config.json as `from_pretrained` does: in evaluation mode.
+
+    Raises:
+        CheckpointError: The folder has no config, or one of a quantized model.
+        PlanError: The model takes no such option.
+    """
+    model_mixin = _model_mixin()
+    if model_mixin is None or not issubclass(model_class, model_mixin):
+        return None
+    if not (folder / model_class.config_name).is_file():
+        raise CheckpointError(
+            f"{folder} has no {model_class.config_name}, which {model_class.__name__} is built from; "
+            "name the model's own folder (of a pipeline: its subfolder)"
+        )
+    # diffusers drops what a constructor does not know without a word.
+    known = set(inspect.signature(model_class).parameters)
+    if unknown := sorted(set(config_overrides) - known):
+        raise PlanError(
+            f"{model_class.__name__} has no option {', '.join(map(repr, unknown))}; "
+            f"config_overrides may name {', '.join(sorted(known))}"
+        )
+    config = model_class.load_config(folder)
+    if "quantization_config" in config:
+        raise CheckpointError(
+            f"{folder} holds a quantized model: its tensors do not fit a plain {model_class.__name__}; "
+            "load it with from_pretrained and apply techniques to that"
+        )
+    model = model_class.from_config(config, **config_overrides)
+    model.register_to_config(_name_or_path=str(folder))
+    built: nn.Module = model.eval()
+    return built
+
+
+def _model_mixin() -> Any:
+    """The base of all models of diffusers, or None while nobody has imported it."""
+    return getattr(sys.modules.get("diffusers.models.modeling_utils"), "ModelMixin", None)
+
+
+def _coding_methods(model: nn.Module) -> Iterator[str]:
+    """The entries of an autoencoder: pipelines call these and never `forward`."""
+    return (name for name in ("encode", "decode") if callable(getattr(type(model), name, None)))
+
+
+def _collect(models: list[nn.Module], *attributes: str) -> list[str]:
+    """The distinct strings in class attributes that hold one, several or None."""
+    found: dict[str, None] = {}
+    for model in models:
+        for attribute in attributes:
+            declared = getattr(model, attribute, None) or ()
+            found.update(dict.fromkeys((declared,) if isinstance(declared, str) else declared))
+    return list(found)
+
+
+def _group_modules(model: nn.Module) -> list[str]:
+    """The children that hold the blocks; a config may leave some of those that a class names out."""
+    children = dict(model.named_children())
+    return [name for name in getattr(model, "_group_offload_block_modules", None) or () if name in children]
+
+
+def _remedy(fqn: str, name: str, hook: Any, caching: list[str]) -> str:
+    """How to get rid of one hook; `caching` are the FQNs of models on which a cache was enabled."""
+    if name == "layerwise_casting":
+        return (
+            "load the model again without enable_layerwise_casting(): diffusers cannot take it off or give "
+            "back the weights it has rounded"
+        )
+    if name == "group_offloading" and hook.config.offload_to_disk_path:
+        return (
+            "load the model again without enable_group_offload(): its weights are only in the files in "
+            f"{hook.config.offload_to_disk_path}, and removing the hook would leave memory without data"
+        )
+    if type(hook).__module__.endswith(("_cache", "pyramid_attention_broadcast")):
+        for root in caching:
+            if not root or fqn == root or fqn.startswith(f"{root}."):
+                return f"call `{f'model.get_submodule({root!r})' if root else 'model'}.disable_cache()`"
+    registry = "diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model)"
+    return f"call `{registry}.remove_hook({name!r}, recurse=True)`"

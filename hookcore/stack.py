@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from functools import partial
-from operator import length_hint
+import copy
+from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
 from hookcore.hook import Hook, overrides
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
 _REDUCE = "__reduce_ex__"
+_DEEPCOPY = "__deepcopy__"
 
 
 class _Chain:
     """A run of hooks around a call, of which at most the innermost overrides `around_forward`.
 
     Only overridden methods are in the flat tuples that a call goes through. They are built when hooks
-    change, never at a call.
+    change, never at a call, and take effect all at once: a call under way ends with the hooks it began with.
     """
 
-    __slots__ = ("_call", "_hooks", "_module", "_post", "_pre")
+    __slots__ = ("_module", "_parts")
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -41,60 +42,55 @@ class _Chain:
                     inner._build(rest, innermost)
                 call = partial(hook.around_forward, self._module, inner)
                 break
-        self._hooks = tuple(own)
-        self._call = call
-        self._pre = tuple(hook.pre_forward for hook in own if overrides(hook, "pre_forward"))
-        self._post = tuple(hook.post_forward for hook in reversed(own) if overrides(hook, "post_forward"))
+        pre = {index: hook.pre_forward for index, hook in enumerate(own) if overrides(hook, "pre_forward")}
+        post = {index: hook.post_forward for index, hook in enumerate(own) if overrides(hook, "post_forward")}
+        # How many hooks stand outside each step; at the call itself, which is not in it, all do.
+        outside = {id(None): 0} | {id(step): index for steps in (pre, post) for index, step in steps.items()}
+        self._parts = (
+            self._module,
+            tuple(pre.values()),
+            call,
+            tuple(reversed(post.values())),
+            partial(_tell, self._module, tuple(own), outside),
+        )
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        # How far the call came is read off the iterators when it fails; on the way it costs nothing.
-        module = self._module
-        entering: Iterator[Any] | None = iter(self._pre)
-        leaving: Iterator[Any] | None = None
+        module, pre, call, post, tell = self._parts
+        # The last step begun is where it failed: to know that costs nothing on the way.
+        step: Any = None
         try:
-            for pre_forward in entering:  # type: ignore[union-attr]
-                changed = pre_forward(module, args, kwargs)
+            for step in pre:
+                changed = step(module, args, kwargs)
                 if changed is not None:
                     args, kwargs = changed
-            entering = None
-            output = self._call(*args, **kwargs)
-            leaving = iter(self._post)
-            for post_forward in leaving:
-                changed = post_forward(module, output)
+            step = call
+            output = call(*args, **kwargs)
+            for step in post:
+                changed = step(module, output)
                 if changed is not None:
                     output = changed
         except BaseException as error:
-            self._tell(error, entering, leaving)
+            tell(step, error)
             raise
         return output
 
-    def _tell(
-        self, error: BaseException, entering: Iterator[Any] | None, leaving: Iterator[Any] | None
-    ) -> None:
-        """Tells the hooks that were entered and not yet left, from inside out."""
-        inside = len(self._hooks)
-        if entering is not None:
-            inside = self._position("pre_forward", len(self._pre) - length_hint(entering) - 1, default=0)
-        elif leaving is not None:
-            left = length_hint(leaving)
-            inside = self._position("post_forward", left, default=inside)
-        for hook in reversed(self._hooks[:inside]):
-            try:
-                hook.on_error(self._module, error)
-            except Exception as another:  # noqa: BLE001 - the first error is the one to report
-                error.add_note(f"hookcore: {type(hook).__qualname__}.on_error failed too: {another!r}")
 
-    def _position(self, method: str, nth: int, *, default: int) -> int:
-        """Index, from outside, of the nth hook that overrides a method; the default if there is none."""
-        having = [index for index, hook in enumerate(self._hooks) if overrides(hook, method)]
-        return having[nth] if 0 <= nth < len(having) else default
+def _tell(
+    module: nn.Module, hooks: Sequence[Hook], outside: Mapping[int, int], step: object, error: BaseException
+) -> None:
+    """Tells the hooks that were entered and not yet left, from inside out."""
+    for hook in reversed(hooks[: outside.get(id(step), len(hooks))]):
+        try:
+            hook.on_error(module, error)
+        except Exception as another:  # noqa: BLE001 - the first error is the one to report
+            error.add_note(f"hookcore: {type(hook).__qualname__}.on_error failed too: {another!r}")
 
 
 class HookStack(_Chain):
     """The ordered hooks of one entry of one module: the callable that stands in for the entry.
 
-    It lies in the instance's `__dict__` under the entry's name, as long as it has hooks. It has the
-    signature of what it wraps, and a copy or a pickle of the module leaves it out.
+    It lies in the instance's `__dict__` under the entry's name, as long as it has hooks. It has the name,
+    the documentation and the signature of what it wraps, and a copy or a pickle of the module leaves it out.
 
     Attributes:
         hooks: The hooks, outermost first.
@@ -102,21 +98,26 @@ class HookStack(_Chain):
         __wrapped__: What the entry was before.
     """
 
-    __slots__ = ("__wrapped__", "_entry", "_replaced", "hooks", "keeps_alive")
+    __wrapped__: Callable[..., Any]
 
     def __init__(self, module: nn.Module, entry: str) -> None:
         super().__init__(module)
         self._entry = entry
         self._replaced = module.__dict__.get(entry)
-        self.__wrapped__: Callable[..., Any] = getattr(module, entry)
         self.hooks: tuple[Hook, ...] = ()
         self.keeps_alive: object = None
+        update_wrapper(self, getattr(module, entry))
 
     @staticmethod
     def at(module: nn.Module, entry: str) -> HookStack | None:
-        """The stack of an entry, or None if it has no hooks."""
+        """The stack of an entry, or None if it has no hooks.
+
+        It is found, too, inside what another library has since wrapped round it.
+        """
         found = module.__dict__.get(entry)
-        return found if isinstance(found, HookStack) else None
+        while found is not None and not (isinstance(found, HookStack) and found._module is module):
+            found = getattr(found, "__wrapped__", None)
+        return found
 
     @staticmethod
     def set(module: nn.Module, entry: str, hooks: Sequence[Hook], *, keeps_alive: object = None) -> None:
@@ -129,55 +130,74 @@ class HookStack(_Chain):
             keeps_alive: What has to live as long as the hooks do.
         """
         stack = HookStack.at(module, entry)
-        if hooks:
-            stack = stack or HookStack(module, entry)
-            stack.hooks = tuple(hooks)
-            stack._build(stack.hooks, stack.__wrapped__)
-            stack.keeps_alive = keeps_alive
-            module.__dict__[entry] = stack
-            if _REDUCE not in module.__dict__:
-                module.__dict__[_REDUCE] = partial(_reduce_without_hooks, module)
-        elif stack is not None:
+        if stack is None:
+            if not hooks:
+                return
+            stack = module.__dict__[entry] = HookStack(module, entry)
+        stack.hooks = tuple(hooks)
+        stack.keeps_alive = keeps_alive
+        # Also when none is left: whoever kept the stack calls what it wraps.
+        stack._build(stack.hooks, stack.__wrapped__)
+        if not hooks and module.__dict__[entry] is stack:
             if stack._replaced is None:
                 del module.__dict__[entry]
             else:
                 module.__dict__[entry] = stack._replaced
-            if not any(isinstance(value, HookStack) for value in module.__dict__.values()):
-                del module.__dict__[_REDUCE]
+        _set_copying(module)
 
     def __getattr__(self, name: str) -> Any:
-        # Whatever else people ask of a method: __name__, __func__, __self__, __doc__.
+        # Whatever else people ask of a method, such as __func__ and __self__.
         if name == "__wrapped__":  # not yet set: do not look for it in itself
             raise AttributeError(name)
         return getattr(self.__wrapped__, name)
 
     def __reduce__(self) -> Any:
-        # Met only where the module's own __deepcopy__ or __reduce__ goes round ours.
-        return getattr, (self._module, self._entry) if self._replaced is None else (
-            self._replaced,
-            "__call__",
-        )
+        # Met only where a copy goes round those below, as a class's own way of pickling may.
+        if self._replaced is None:
+            return getattr, (self._module, self._entry)
+        return getattr, (self._replaced, "__call__")
+
+
+def _set_copying(module: nn.Module) -> None:
+    """Has copies and pickles of a module leave out its hooks, as long as it has any."""
+    attributes = module.__dict__
+    if any(isinstance(value, HookStack) for value in attributes.values()):
+        attributes.setdefault(_REDUCE, partial(_reduce_without_hooks, module))
+        if hasattr(type(module), _DEEPCOPY):
+            attributes.setdefault(_DEEPCOPY, partial(_deepcopy_without_hooks, module))
+    else:
+        attributes.pop(_REDUCE, None)
+        attributes.pop(_DEEPCOPY, None)
 
 
 def _reduce_without_hooks(module: nn.Module, protocol: int) -> Any:
     """Reduces a hooked module, for `copy.deepcopy` and pickle, to what it would be without hooks."""
-    reduced = type(module).__reduce_ex__(module, protocol)
-    if not isinstance(reduced, tuple) or len(reduced) < 3:
-        return reduced
-    make, arguments, state, *rest = reduced
-    if isinstance(state, dict):
-        return make, arguments, _without_hooks(state), *rest
-    if isinstance(state, tuple) and state and isinstance(state[0], dict):  # a class with __slots__
-        return make, arguments, (_without_hooks(state[0]), *state[1:]), *rest
+    return _without_hooks(type(module).__reduce_ex__(module, protocol))
+
+
+def _without_hooks(reduced: Any) -> Any:
+    """Leaves hooks out of a module's attributes, wherever a reduced form has them: as state or argument."""
+    if type(reduced) is tuple:
+        return tuple(map(_without_hooks, reduced))
+    if type(reduced) is dict:
+        plain = {}
+        for name, value in reduced.items():
+            if isinstance(value, HookStack):
+                if value._replaced is not None:
+                    plain[name] = value._replaced
+            elif name not in (_REDUCE, _DEEPCOPY):
+                plain[name] = value
+        return plain
     return reduced
 
 
-def _without_hooks(state: dict[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = {}
-    for name, value in state.items():
-        if isinstance(value, HookStack):
-            if value._replaced is not None:
-                plain[name] = value._replaced
-        elif name != _REDUCE:
-            plain[name] = value
-    return plain
+def _deepcopy_without_hooks(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """Copies a hooked module in the way of its own class, then takes what that copied of the hooks away."""
+    copied = type(module).__deepcopy__(module, memo)  # type: ignore[attr-defined]
+    if copied is not module and isinstance(copied, type(module)):
+        for name, value in vars(module).items():
+            if isinstance(value, HookStack) and vars(copied).pop(name, None) is not None and value._replaced:
+                vars(copied)[name] = copy.deepcopy(value._replaced, memo)
+        vars(copied).pop(_REDUCE, None)
+        vars(copied).pop(_DEEPCOPY, None)
+    return copied

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 import torch
 from attrs import frozen
@@ -45,7 +45,7 @@ _DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-"""What a safetensors header calls a dtype. Types of less than a byte (F4, F6_*) have no place of their own."""
+"""What a safetensors header calls a dtype. Types of less than a byte (F4, F6_*) are refused."""
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -260,8 +260,8 @@ def _find_in_folder(folder: Path, variant: str | None) -> Path:
 
 def _pickled(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"'{path}' is a pickle checkpoint; only safetensors tell where each tensor lies. Convert it once: load "
-        "the model and call model.save_pretrained(folder), or "
+        f"'{path}' is a pickle checkpoint; only safetensors tell where each tensor lies. Convert it once: "
+        "load the model and call model.save_pretrained(folder), or "
         "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
     )
 
@@ -281,8 +281,8 @@ def _read_index(path: Path) -> dict[str, str]:
             if isinstance(name, str) and name.endswith(_PICKLE_SUFFIXES):
                 raise _pickled(path.parent / name)
             raise CheckpointError(
-                f"Index '{path}' says that {name!r} holds tensor {key!r}: expected the name of a .safetensors "
-                f"file beside it. {_GET_AGAIN}"
+                f"Index '{path}' says that {name!r} holds tensor {key!r}: expected the name of a "
+                f".safetensors file beside it. {_GET_AGAIN}"
             )
     return weight_map
 
@@ -296,10 +296,10 @@ def _read_header(path: Path) -> tuple[FileStamp, list[TensorEntry]]:
             stamp = FileStamp.of(file.fileno())
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             data_start = _LENGTH_BYTES + length
-            if stamp.size < _LENGTH_BYTES or length > _MAX_HEADER_BYTES:
+            if length > _MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"'{path}' is not a safetensors file: its {stamp.size} bytes do not begin with the length "
-                    f"of a header of at most {_MAX_HEADER_BYTES} bytes. {_GET_AGAIN}"
+                    f"'{path}' is not a safetensors file: its {stamp.size} bytes do not begin with the "
+                    f"length of a header of at most {_MAX_HEADER_BYTES} bytes. {_GET_AGAIN}"
                 )
             if data_start > stamp.size:
                 raise CheckpointError(
@@ -367,7 +367,7 @@ def _entry(path: Path, key: str, fields: object, data_start: int) -> TensorEntry
     return TensorEntry(key, path, dtype, tuple(shape), data_start + begin, nbytes)
 
 
-def _is_sizes(value: object) -> bool:
+def _is_sizes(value: object) -> TypeGuard[list[int]]:
     """Whether it is a list of non-negative whole numbers (JSON's `true` is an int to Python)."""
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
@@ -386,8 +386,8 @@ def _check_layout(path: Path, entries: list[TensorEntry], data_start: int, size:
     if position > size:
         cut = next(entry.key for entry in entries if entry.offset + entry.nbytes > size)
         raise CheckpointError(
-            f"'{path}' is truncated: {position - size} of {position} bytes are missing, from tensor {cut!r} on. "
-            f"{_GET_AGAIN}"
+            f"'{path}' is truncated: {position - size} of {position} bytes are missing, from tensor {cut!r} "
+            f"on. {_GET_AGAIN}"
         )
     if position < size:
         raise CheckpointError(

@@ -1,0 +1,176 @@
+"""Reads file ranges past the page cache, into aligned memory that is used again and again.
+
+A model that is streamed from disk does not fit in RAM, so caching what was read only pushes out what is
+needed next, and copying it out of the cache costs a core that computes. Direct reads (O_DIRECT) leave both
+out. Prefer a mapping where the file is cached already, and on Windows, which has none of these calls.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from hookcore.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+ALIGNMENT = 4096
+"""Bytes: direct reads want offset, length and address to be multiples of the disk's block, at most this."""
+
+_CHUNK_BYTES = 8 * 2**20
+
+
+class AlignedBuffer:
+    """Page-aligned memory of its own, zero at first.
+
+    Args:
+        nbytes: Least length in bytes; rounded up to whole pages.
+
+    Attributes:
+        nbytes: Length in bytes.
+        tensor: All of it, uint8, `(nbytes,)`.
+        memoryview: The same bytes.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.memoryview = memoryview(mmap.mmap(-1, self.nbytes))
+        self.tensor = torch.frombuffer(self.memoryview, dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Let go of the memory: the system has it back at once, or when the last tensor viewing it dies."""
+        self.nbytes = 0
+        self.memoryview = memoryview(b"")
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+
+
+def aligned_span(start: int, stop: int) -> int:
+    """Tell how many bytes of buffer reading the file's bytes [start, stop) takes: whole blocks around it."""
+    return -(-stop // ALIGNMENT) * ALIGNMENT - start // ALIGNMENT * ALIGNMENT
+
+
+class DirectReader:
+    """Reads ranges of one file; several threads may read through one reader at once.
+
+    Where the file system cannot read past its cache, reads are ordinary ones that ask the system to forget
+    the range afterwards.
+
+    Args:
+        path: The file, held open until `close`.
+
+    Attributes:
+        path: The file.
+        direct: Whether reads go past the page cache.
+
+    Raises:
+        CheckpointError: The file cannot be opened or read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.direct = _reads_direct(path)
+            self._fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if self.direct else 0))
+        except OSError as error:
+            raise CheckpointError(
+                f"'{path}' cannot be opened: {error.strerror}. Check that it is there and readable."
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. No read may be under way."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read_range(self, buffer: AlignedBuffer, start: int, stop: int, *, at: int = 0) -> int:
+        """Read the file's bytes [start, stop) into a buffer. Blocks, without the GIL.
+
+        Whole blocks are read, so the buffer's bytes from `at` to `at + aligned_span(start, stop)` are
+        overwritten. The range keeps its distance from a block's begin: a tensor lies at the same address
+        modulo 4096 in the buffer as in a mapping, and kernels compute the same bits from either.
+
+        Args:
+            buffer: Where to.
+            start: Offset in the file of the first byte.
+            stop: Offset in the file after the last byte.
+            at: Position in the buffer of the first block, a multiple of `ALIGNMENT`.
+
+        Returns:
+            The position in the buffer of byte `start`: `at + start % ALIGNMENT`.
+
+        Raises:
+            CheckpointError: The file ends before `stop`, or the disk failed.
+            ValueError: The range is no range, or the buffer has no room for it at `at`.
+        """
+        span = aligned_span(start, stop)
+        if not 0 <= start <= stop or at < 0 or at % ALIGNMENT or at + span > buffer.nbytes:
+            raise ValueError(
+                f"reading [{start}, {stop}) takes {span} bytes from a multiple of {ALIGNMENT}, found {at} in "
+                f"a buffer of {buffer.nbytes}"
+            )
+        position = at + start % ALIGNMENT
+        if start == stop:
+            return position
+        begin = start - start % ALIGNMENT
+        wanted = stop - begin
+        target = buffer.memoryview[at : at + span]
+        done = 0
+        while done < wanted:
+            try:
+                count = os.preadv(self._fd, [target[done : done + _CHUNK_BYTES]], begin + done)
+            except OSError as error:  # never EINTR: Python tries again by itself
+                raise CheckpointError(
+                    f"Bytes {start} to {stop} of '{self.path}' cannot be read: {error.strerror}. "
+                    "Check the disk."
+                ) from error
+            reached = done + count
+            # Go on at a block's begin, as direct reads must, also where one was cut short inside a block.
+            next_block = reached if reached >= wanted else reached - reached % ALIGNMENT
+            if next_block == done:
+                raise CheckpointError(
+                    f"'{self.path}' ends at byte {begin + reached}, {start} to {stop} were to be read: it "
+                    "was cut short. Put the original back and load the model again."
+                )
+            done = next_block
+        if not self.direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, begin, wanted, os.POSIX_FADV_DONTNEED)
+        return position
+
+
+def _reads_direct(path: Path) -> bool:
+    """Try whether a file can be read past the page cache; file systems refuse when opening, or later."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    block = AlignedBuffer(ALIGNMENT)
+    try:
+        os.preadv(fd, [block.memoryview], 0)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    finally:
+        os.close(fd)
+    return True

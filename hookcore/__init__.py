@@ -28,6 +28,7 @@ from hookcore.errors import (
 )
 from hookcore.hook import Hook
 from hookcore.hookspecs import ForeignMechanism, ModelConventions, hookimpl
+from hookcore.loading import load
 from hookcore.plan import Plan, PlanStep
 from hookcore.registry import HookRegistry
 from hookcore.target import Component, TensorSlot
@@ -67,6 +68,7 @@ __all__ = [
     "apply",
     "format_bytes",
     "hookimpl",
+    "load",
     "parse_bytes",
     "parse_device",
     "parse_dtype",

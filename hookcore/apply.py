@@ -114,25 +114,30 @@ def _plan(target: Any, techniques: Techniques, components: Iterable[str] | None)
 
 
 def _by_component(techniques: Techniques, opened: Mapping[str, Component]) -> dict[str, list[Technique]]:
-    if isinstance(techniques, str | Technique) or not isinstance(techniques, Iterable):
-        raise TypeError(
-            "techniques is a list of techniques or names, or a mapping from component to such a list; "
-            f"found {techniques!r}. Write [{techniques!r}]"
-        )
     if not isinstance(techniques, Mapping):
-        chosen = [_technique(item) for item in techniques]
-        return dict.fromkeys(opened, chosen)
+        return dict.fromkeys(opened, as_techniques(techniques))
     if unknown := [name for name in techniques if name not in opened]:
         raise PlanError(
             f"techniques are given for {', '.join(map(repr, unknown))}, but the target has "
             f"{', '.join(map(repr, opened))}. Name one of these"
         )
-    for name, items in techniques.items():
-        if isinstance(items, str | Technique) or not isinstance(items, Iterable):
-            raise TypeError(
-                f"the techniques for {name!r} have to be a list; found {items!r}. Write [{items!r}]"
-            )
-    return {name: [_technique(item) for item in items] for name, items in techniques.items()}
+    return {name: as_techniques(items) for name, items in techniques.items()}
+
+
+def as_techniques(items: Iterable[Technique | str]) -> list[Technique]:
+    """Turns registered names into techniques with default options.
+
+    Raises:
+        TypeError: Not a list of techniques and names.
+        PlanError: A name of a technique that needs options.
+        PluginError: A name that no plugin has registered.
+    """
+    if isinstance(items, str | Technique) or not isinstance(items, Iterable):
+        raise TypeError(
+            "techniques is a list of techniques or names, or a mapping from component to such a list; "
+            f"found {items!r}. Write [{items!r}]"
+        )
+    return [_technique(item) for item in items]
 
 
 def _technique(item: Technique | str) -> Technique:

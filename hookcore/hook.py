@@ -38,6 +38,13 @@ class Hook:
         What a user changed meanwhile (loaded, edited or replaced weights) is kept, not overwritten.
         """
 
+    def after_removal(self, module: nn.Module) -> None:
+        """Runs after `detach` when the technique is taken off for good, not only to be attached again.
+
+        For what `detach` may leave open because the next `attach` would do it over, such as bringing into
+        memory what was read from disk at each call. If it raises, the technique stays on.
+        """
+
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

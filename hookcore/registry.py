@@ -93,6 +93,11 @@ class Attachment:
             self._detach_last(module, hook)
             undo.then(partial(self._attach_one, module, hook))
 
+    def finish(self) -> None:
+        """Does what hooks have left to do when they are gone for good."""
+        for module, binding in self.bound:
+            binding.hook.after_removal(module)
+
     def _attach_one(self, module: nn.Module, hook: Hook) -> None:
         hook.attach(module)
         self._prepared.append((module, hook))
@@ -207,6 +212,9 @@ class HookRegistry:
                 _rebind(rebind, [item for item in after if item not in rebind], undo)
                 for item in new[stays:]:
                     item.put_on(undo)
+                for item in before:
+                    if item not in after:
+                        item.finish()
         except BaseException as error:
             after = [item for item in before if item.intact]
             for item in before:

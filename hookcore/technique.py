@@ -53,6 +53,10 @@ class Claim:
     tensor: str | None = None
 
 
+def _claims(claims: Iterable[Claim]) -> tuple[Claim, ...]:
+    return tuple(claims)
+
+
 @frozen
 class Binding:
     """One hook at one entry of one module.
@@ -71,8 +75,8 @@ class Binding:
     fqn: str
     hook: Hook
     entry: str = "forward"
-    claims: tuple[Claim, ...] = field(default=(), converter=tuple)
-    forbids_below: tuple[str, ...] = field(default=(), converter=tuple)
+    claims: tuple[Claim, ...] = field(default=(), converter=_claims)
+    forbids_below: tuple[str, ...] = ()
     technique: str = field(default="", kw_only=True)
     component: str = field(default="", kw_only=True)
 

@@ -1,0 +1,173 @@
+"""Makes a model from a checkpoint without ever holding it whole."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from hookcore.apply import apply, as_techniques
+from hookcore.errors import CheckpointError, HookcoreWarning, UnsupportedModelError
+from hookcore.memory.checkpoint import Checkpoint
+from hookcore.memory.mapping import map_checkpoint
+from hookcore.memory.origins import Origin, set_origin
+from hookcore.plugins import plugins
+from hookcore.target import Component
+from hookcore.units import parse_dtype
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from hookcore.memory.mapping import MappedFile
+    from hookcore.target import TensorSlot
+    from hookcore.technique import Technique
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_KEYS_SHOWN = 5
+
+
+def load(
+    model_class: type[ModelT],
+    path: str | os.PathLike[str],
+    techniques: Iterable[Technique | str] = (),
+    *,
+    subfolder: str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    **config_overrides: Any,
+) -> ModelT:
+    """Makes a model from its config and binds its weights to the checkpoint's files, with techniques on it.
+
+    Weights are mapped, not read: a technique that streams them (`DiskOffload`) reads them as they are used,
+    and without one the system does. The model is in eval mode. `hookcore.remove(model)` takes off what was
+    put on it.
+
+    Args:
+        model_class: A diffusers or transformers model class, or any `nn.Module` class.
+        path: A folder as `save_pretrained` writes it, or a safetensors file or index.
+        techniques: What to put on the model. Those that read from a checkpoint and name none are given this.
+        subfolder: The model's folder inside `path`, e.g. `"transformer"` of a pipeline.
+        torch_dtype: Dtype to compute in; floating-point weights are converted. None keeps what is stored.
+        **config_overrides: Replace values in the model's config.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or is not one of this model: missing and unexpected keys
+            are listed.
+        UnsupportedModelError: No plugin knows how to make such a model from a config.
+        PlanError: The techniques do not fit the model.
+    """
+    dtype = None if torch_dtype is None else parse_dtype(torch_dtype)
+    chosen = as_techniques(techniques)
+    checkpoint = Checkpoint.open(path, subfolder=subfolder)
+    with _parameters_without_memory():
+        model = plugins().build_model(model_class, checkpoint.root, config_overrides)
+    if not isinstance(model, model_class):
+        raise UnsupportedModelError(
+            f"no plugin can make a {model_class.__qualname__} from the config in '{checkpoint.root}' "
+            "(`hookcore plugins` lists them). Make the model yourself and use hookcore.apply"
+        )
+    _bind(model, checkpoint, dtype, streamed=any(technique.materializes for technique in chosen))
+    model.eval()
+    apply(model, [_with_checkpoint(technique, checkpoint) for technique in chosen])
+    return model
+
+
+def _with_checkpoint(technique: Technique, checkpoint: Checkpoint) -> Technique:
+    """The same technique, told where the weights are if it reads them and nobody told it."""
+    if technique.materializes and getattr(technique, "checkpoint", None) is None:
+        return attrs.evolve(technique, checkpoint=checkpoint.root)  # type: ignore[call-arg]
+    return technique
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Has parameters that this thread registers lie on the meta device, each as it is registered.
+
+    Buffers stay real: models compute them when they are made, and nobody stores all of them.
+    """
+    thread = threading.get_ident()
+
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return parameter
+        return nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _bind(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, *, streamed: bool) -> None:
+    """Gives a model made without memory the checkpoint's tensors."""
+    component = Component("", model, plugins().describe)
+    entries = _entries(component, checkpoint)
+    mappings = map_checkpoint(checkpoint)
+    for slot in component.slots:
+        if slot not in entries:
+            continue  # a buffer that is not stored
+        key = entries[slot]
+        entry = checkpoint.entries[key]
+        wanted = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
+        origin = Origin.of_entry(checkpoint, entry, mappings[entry.path], wanted)
+        if slot.is_buffer:
+            data = origin.raw.to(wanted, copy=True)
+            for module, name in slot.owners:
+                module._buffers[name] = data
+            continue
+        data = origin.raw if streamed else origin.raw.to(wanted)
+        parameter = nn.Parameter(data, requires_grad=slot.tensors[0].requires_grad)
+        for module, name in slot.owners:
+            module._parameters[name] = parameter
+        if streamed:
+            set_origin(parameter, origin)
+
+
+def _entries(component: Component, checkpoint: Checkpoint) -> Mapping[TensorSlot, str]:
+    """Finds each tensor's key in the checkpoint."""
+    stored = {fqn for fqn in component.module.state_dict(keep_vars=True)}
+    found: dict[TensorSlot, str] = {}
+    missing = []
+    for slot in component.slots:
+        key = next((fqn for fqn in slot.fqns if fqn in checkpoint.entries), None)
+        if key is not None:
+            found[slot] = key
+        elif not slot.is_buffer or any(fqn in stored for fqn in slot.fqns):
+            missing.append(slot.name)
+    known = set(component.slot_of)
+    unexpected = [key for key in checkpoint.entries if key not in known]
+    name = type(component.module).__name__
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint in '{checkpoint.root}' is not one of {name}: {len(missing)} tensors are missing in "
+            f"it ({_some(missing)}), and it has {len(unexpected)} that the model lacks ({_some(unexpected)}). Use "
+            "the model class and config that it was saved with"
+        )
+    if unexpected:
+        warnings.warn(
+            f"the checkpoint in '{checkpoint.root}' has {len(unexpected)} tensors that {name} lacks: "
+            f"{_some(unexpected)}. They are not used",
+            HookcoreWarning,
+            stacklevel=4,
+        )
+    for slot, key in found.items():
+        if any(tuple(tensor.shape) != checkpoint.entries[key].shape for tensor in slot.tensors):
+            entry = checkpoint.entries[key]
+            raise CheckpointError(
+                f"{key!r} has shape {entry.shape} in '{entry.path}', but {tuple(slot.tensors[0].shape)} in {name}. "
+                "Use the config that it was saved with"
+            )
+    return found
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:_KEYS_SHOWN]) + (", ..." if len(keys) > _KEYS_SHOWN else "") or "none"

@@ -1,0 +1,95 @@
+"""Spends a memory budget: what has to fit at once, and which groups stay. Pure functions of sizes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hookcore.errors import BudgetError
+from hookcore.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hookcore.memory.grouping import Group
+
+
+def largest_held(costs: Mapping[Group, int]) -> tuple[int, str]:
+    """The most bytes that calls nested in each other hold at once, and the module where that is.
+
+    A call holds its own groups, and those of the calls around it.
+
+    Args:
+        costs: Bytes that each group takes in memory.
+    """
+    own: dict[str, dict[Group, int]] = {}
+    for group, cost in costs.items():
+        for fqn, _ in group.holders:
+            own.setdefault(fqn, {})[group] = cost
+    most = (0, "")
+    for fqn in own:
+        held: dict[Group, int] = {}
+        above = fqn
+        while True:
+            held.update(own.get(above, {}))
+            if not above:
+                break
+            above = above.rpartition(".")[0]
+        most = max(most, (sum(held.values()), fqn))
+    return most
+
+
+def choose_residents(
+    costs: Mapping[Group, int], budget: int | None, read_ahead: int, what: str
+) -> list[Group]:
+    """Chooses the groups that stay in memory, as many as the budget has room for beside the streamed ones.
+
+    They are spread evenly over the order of the groups, by bytes: while a resident is used, the next streamed
+    one is read. (Spaced residents beat the first N: DESIGN 5.6.) Groups that are tiny stay first of all, as
+    they cost a read each and save no memory to speak of.
+
+    Args:
+        costs: Bytes that each group takes in memory, in the order of their use.
+        budget: Bytes for all weights together; None for as little as streaming needs.
+        read_ahead: Bytes read ahead of use.
+        what: The component, for the message.
+
+    Raises:
+        BudgetError: The budget is less than what one call holds at once; names the least that works.
+    """
+    least, fqn = largest_held(costs)
+    if budget is None:
+        return []
+    if budget < least:
+        raise BudgetError(
+            f"memory_budget is {format_bytes(budget)}, but the call of {fqn!r} in {what!r} needs "
+            f"{format_bytes(least)} of weights at once. The smallest budget that works is {least} bytes"
+        )
+    spare = budget - min(budget, least + read_ahead)
+    tiny = spare // 1000
+    residents = _fill([group for group in costs if costs[group] <= tiny], costs, spare)
+    spare -= sum(costs[group] for group in residents)
+    rest = [group for group in costs if costs[group] > tiny]
+    chosen = {*residents, *_spread(rest, costs, spare)}
+    return [group for group in costs if group in chosen]
+
+
+def _fill(groups: Sequence[Group], costs: Mapping[Group, int], spare: int) -> list[Group]:
+    chosen = []
+    for group in groups:
+        if costs[group] <= spare:
+            spare -= costs[group]
+            chosen.append(group)
+    return chosen
+
+
+def _spread(groups: Sequence[Group], costs: Mapping[Group, int], spare: int) -> list[Group]:
+    """Takes a group whenever its share of the quota has been saved up."""
+    total = sum(costs[group] for group in groups)
+    chosen = []
+    saved = 0.0
+    for group in groups:
+        saved += costs[group] * spare / total
+        if costs[group] <= min(saved, spare):
+            saved -= costs[group]
+            chosen.append(group)
+    return chosen

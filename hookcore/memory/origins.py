@@ -1,0 +1,61 @@
+"""Which parameters take their values from a checkpoint, and in which dtype they are wanted.
+
+A parameter that is streamed shows the checkpoint's own tensor between calls: a mapping, which costs no
+memory and reads true. What it does not show is the dtype in which a call needs it. That is noted here,
+where a technique that casts can change it without any weight being read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from attrs import define
+from torch.utils.weak import WeakTensorKeyDictionary
+
+if TYPE_CHECKING:
+    import torch
+
+    from hookcore.memory.checkpoint import Checkpoint, TensorEntry
+    from hookcore.memory.mapping import MappedFile
+
+
+@define(eq=False)
+class Origin:
+    """Where a parameter's values lie on disk.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        entry: The tensor in it.
+        mapping: Its file, mapped.
+        raw: The mapped tensor, in the checkpoint's dtype.
+        dtype: The dtype that a call is to find, before any technique further inside.
+    """
+
+    checkpoint: Checkpoint
+    entry: TensorEntry
+    mapping: MappedFile
+    raw: torch.Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of_entry(
+        cls, checkpoint: Checkpoint, entry: TensorEntry, mapping: MappedFile, dtype: torch.dtype | None = None
+    ) -> Origin:
+        """The origin of a parameter that holds this tensor, in the checkpoint's dtype if none is given."""
+        return cls(checkpoint, entry, mapping, mapping.tensor(entry), dtype or entry.dtype)
+
+
+_ORIGINS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def origin_of(tensor: torch.Tensor) -> Origin | None:
+    """Where the tensor's values are to be taken from; None for one that is simply in memory."""
+    return _ORIGINS[tensor] if tensor in _ORIGINS else None
+
+
+def set_origin(tensor: torch.Tensor, origin: Origin | None) -> None:
+    """Notes where a tensor's values are to be taken from, or, with None, that it is simply in memory."""
+    if origin is not None:
+        _ORIGINS[tensor] = origin
+    elif tensor in _ORIGINS:
+        del _ORIGINS[tensor]

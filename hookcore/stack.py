@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial, update_wrapper
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hookcore.hook import Hook, overrides
@@ -42,15 +42,19 @@ class _Chain:
                     inner._build(rest, innermost)
                 call = partial(hook.around_forward, self._module, inner)
                 break
-        pre = {index: hook.pre_forward for index, hook in enumerate(own) if overrides(hook, "pre_forward")}
-        post = {index: hook.post_forward for index, hook in enumerate(own) if overrides(hook, "post_forward")}
-        # How many hooks stand outside each step; at the call itself, which is not in it, all do.
-        outside = {id(None): 0} | {id(step): index for steps in (pre, post) for index, step in steps.items()}
+        pre: list[Callable[..., Any]] = []
+        post: list[Callable[..., Any]] = []
+        outside = {id(None): 0}  # how many hooks stand outside a step; outside what is not in it, all do
+        for index, hook in enumerate(own):
+            for method, steps in (("pre_forward", pre), ("post_forward", post)):
+                if overrides(hook, method):
+                    steps.append(getattr(hook, method))
+                    outside[id(steps[-1])] = index
         self._parts = (
             self._module,
-            tuple(pre.values()),
+            tuple(pre),
             call,
-            tuple(reversed(post.values())),
+            tuple(reversed(post)),
             partial(_tell, self._module, tuple(own), outside),
         )
 
@@ -106,7 +110,10 @@ class HookStack(_Chain):
         self._replaced = module.__dict__.get(entry)
         self.hooks: tuple[Hook, ...] = ()
         self.keeps_alive: object = None
-        update_wrapper(self, getattr(module, entry))
+        # As functools.update_wrapper would, at a tenth of the cost; __getattr__ finds the other names.
+        self.__wrapped__ = getattr(module, entry)
+        self.__doc__ = self.__wrapped__.__doc__
+        self.__module__ = self.__wrapped__.__module__
 
     @staticmethod
     def at(module: nn.Module, entry: str) -> HookStack | None:
@@ -129,21 +136,28 @@ class HookStack(_Chain):
             hooks: The hooks.
             keeps_alive: What has to live as long as the hooks do.
         """
+        attributes = module.__dict__
         stack = HookStack.at(module, entry)
-        if stack is None:
-            if not hooks:
-                return
-            stack = module.__dict__[entry] = HookStack(module, entry)
-        stack.hooks = tuple(hooks)
-        stack.keeps_alive = keeps_alive
-        # Also when none is left: whoever kept the stack calls what it wraps.
-        stack._build(stack.hooks, stack.__wrapped__)
-        if not hooks and module.__dict__[entry] is stack:
-            if stack._replaced is None:
-                del module.__dict__[entry]
-            else:
-                module.__dict__[entry] = stack._replaced
-        _set_copying(module)
+        if stack is None and hooks:
+            attributes[entry] = stack = HookStack(module, entry)
+            _leave_out_of_copies(module)
+        if stack is not None:
+            # Also when no hook is left: whoever kept the stack then calls what it wraps.
+            stack.hooks = tuple(hooks)
+            stack.keeps_alive = keeps_alive
+            stack._build(stack.hooks, stack.__wrapped__)
+            if not hooks and attributes.get(entry) is stack:
+                stack._give_back()
+        if HookStack not in map(type, attributes.values()):
+            attributes.pop(_REDUCE, None)
+            attributes.pop(_DEEPCOPY, None)
+
+    def _give_back(self) -> None:
+        """Makes the entry what it was before."""
+        if self._replaced is None:
+            del self._module.__dict__[self._entry]
+        else:
+            self._module.__dict__[self._entry] = self._replaced
 
     def __getattr__(self, name: str) -> Any:
         # Whatever else people ask of a method, such as __func__ and __self__.
@@ -158,16 +172,11 @@ class HookStack(_Chain):
         return getattr, (self._replaced, "__call__")
 
 
-def _set_copying(module: nn.Module) -> None:
-    """Has copies and pickles of a module leave out its hooks, as long as it has any."""
-    attributes = module.__dict__
-    if any(isinstance(value, HookStack) for value in attributes.values()):
-        attributes.setdefault(_REDUCE, partial(_reduce_without_hooks, module))
-        if hasattr(type(module), _DEEPCOPY):
-            attributes.setdefault(_DEEPCOPY, partial(_deepcopy_without_hooks, module))
-    else:
-        attributes.pop(_REDUCE, None)
-        attributes.pop(_DEEPCOPY, None)
+def _leave_out_of_copies(module: nn.Module) -> None:
+    """Has copies and pickles of a module leave out its hooks."""
+    module.__dict__.setdefault(_REDUCE, partial(_reduce_without_hooks, module))
+    if hasattr(type(module), _DEEPCOPY):
+        module.__dict__.setdefault(_DEEPCOPY, partial(_deepcopy_without_hooks, module))
 
 
 def _reduce_without_hooks(module: nn.Module, protocol: int) -> Any:

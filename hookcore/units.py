@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 import torch
 
@@ -37,7 +38,7 @@ def parse_bytes(size: int | str) -> int:
     if match is None:
         raise ValueError(f"{size!r} is no size: write bytes as a number, or '512MiB', '8GB', '1.5GiB'")
     number, unit = match.groups()
-    return int(float(number) * _FACTORS[unit.lower()])
+    return int(Fraction(number) * _FACTORS[unit.lower()])  # a float would make 2.3MB a byte less
 
 
 def format_bytes(size: float) -> str:

@@ -51,7 +51,7 @@ class Attachment:
         self.attached = False
         self.lock = CallLock()
         self.number = next(_NUMBERS)
-        self._prepared: list[tuple[nn.Module, Hook]] = []
+        self._prepared: dict[int, tuple[nn.Module, Hook]] = {}  # by the hook's identity, in order
         self.take(step.component, step.bindings, step.skipped)
 
     def take(self, component: Component, bindings: tuple[Binding, ...], skipped: tuple[Skipped, ...]) -> None:
@@ -81,16 +81,15 @@ class Attachment:
 
     def put_on(self, undo: _Undo) -> None:
         """Attaches all hooks that are not."""
-        prepared = {id(hook) for _, hook in self._prepared}
-        waiting = [(module, item.hook) for module, item in self.bound if id(item.hook) not in prepared]
+        waiting = [(module, item.hook) for module, item in self.bound if id(item.hook) not in self._prepared]
         for module, hook in self._progress(waiting, "applying"):
             self._attach_one(module, hook)
-            undo.then(partial(self._detach_last, module, hook))
+            undo.then(partial(self._detach_one, module, hook))
 
     def take_off(self, undo: _Undo) -> None:
         """Detaches all hooks that are attached, in reverse."""
-        for module, hook in self._progress(list(reversed(self._prepared)), "removing"):
-            self._detach_last(module, hook)
+        for module, hook in self._progress(list(reversed(self._prepared.values())), "removing"):
+            self._detach_one(module, hook)
             undo.then(partial(self._attach_one, module, hook))
 
     def finish(self) -> None:
@@ -100,11 +99,11 @@ class Attachment:
 
     def _attach_one(self, module: nn.Module, hook: Hook) -> None:
         hook.attach(module)
-        self._prepared.append((module, hook))
+        self._prepared[id(hook)] = module, hook
 
-    def _detach_last(self, module: nn.Module, hook: Hook) -> None:
+    def _detach_one(self, module: nn.Module, hook: Hook) -> None:
         hook.detach(module)
-        self._prepared.remove((module, hook))
+        del self._prepared[id(hook)]
 
     def _progress(self, items: list[tuple[nn.Module, Hook]], verb: str) -> Iterable[tuple[nn.Module, Hook]]:
         if not self.prepares:
@@ -201,7 +200,8 @@ class HookRegistry:
         before = self._found
         touched = {key for item in (*before, *after) for key in _hooked_entries(item)}
         old = [item for item in reversed(ordered(before)) if item.prepares]
-        new = [item for item in reversed(ordered(after)) if item.prepares]
+        # What is bound anew may have had nothing to prepare, and have it then.
+        new = [item for item in reversed(ordered(after)) if item.prepares or item in rebind]
         stays = 0
         while stays < min(len(old), len(new)) and old[stays] is new[stays] and old[stays] not in rebind:
             stays += 1

@@ -223,6 +223,7 @@ def test_buffered_reads_ask_to_be_forgotten(path, monkeypatch):
     monkeypatch.setattr(os, "posix_fadvise", lambda _fd, *rest: asked.append(rest))
     with DirectReader(path) as reader:
         reader.read_range(AlignedBuffer(SIZE), ALIGNMENT + 1, 3 * ALIGNMENT)
+        reader.read_range(AlignedBuffer(SIZE), ALIGNMENT, ALIGNMENT)  # a length of 0 would mean: all the rest
     assert asked == [(ALIGNMENT, 2 * ALIGNMENT, os.POSIX_FADV_DONTNEED)]
 
 
@@ -266,3 +267,4 @@ def test_aligned_span():
     ]
     assert aligned_span(ALIGNMENT - 1, ALIGNMENT + 1) == 2 * ALIGNMENT
     assert aligned_span(7, 7) == ALIGNMENT
+    assert direct._CHUNK_BYTES % ALIGNMENT == 0

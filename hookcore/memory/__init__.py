@@ -1,0 +1,56 @@
+"""Moving weights: what offload techniques are made of, public for third parties."""
+
+from __future__ import annotations
+
+from hookcore.memory.budget import choose_residents, largest_held
+from hookcore.memory.checkpoint import Checkpoint, TensorEntry
+from hookcore.memory.disk import DiskMover, cost
+from hookcore.memory.grouping import (
+    Group,
+    entries_of,
+    find_blocks,
+    leaf_units,
+    make_groups,
+    merge_neighbours,
+    slots_below,
+)
+from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
+from hookcore.memory.origins import Origin, origin_of, set_origin
+from hookcore.memory.placement import (
+    DeviceMover,
+    GroupMover,
+    Placement,
+    check_movable,
+    current_tensors,
+    is_on,
+)
+from hookcore.memory.reads import WatchedTensors
+
+__all__ = [
+    "Checkpoint",
+    "DeviceMover",
+    "DiskMover",
+    "Group",
+    "GroupMover",
+    "MappedFile",
+    "Origin",
+    "Placement",
+    "TensorEntry",
+    "WatchedTensors",
+    "check_movable",
+    "choose_residents",
+    "cost",
+    "current_tensors",
+    "entries_of",
+    "find_blocks",
+    "find_mapping",
+    "is_on",
+    "largest_held",
+    "leaf_units",
+    "make_groups",
+    "map_checkpoint",
+    "merge_neighbours",
+    "origin_of",
+    "set_origin",
+    "slots_below",
+]

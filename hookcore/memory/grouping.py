@@ -1,0 +1,268 @@
+"""Which tensors move together, and whose calls need them. Pure: nothing here touches a model.
+
+A unit is a run of modules of which each call needs the whole unit: one or more neighbouring blocks, or a
+leaf. A tensor belongs to the deepest unit above it, and tensors that the same units use form one group.
+So a tensor tied across units has one home too, a group with all that is shared in the same way, which
+stands where its earliest user is registered. (Put with its earliest user's other weights, all of these would
+have to be in memory at the calls of its other users.)
+
+The levels are those of diffusers' group offloading.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+from torch import nn
+
+from hookcore.errors import PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+
+    from hookcore.target import Component, TensorSlot
+
+Unit = tuple[str, ...]
+"""FQNs of modules whose tensors move together."""
+
+Holder = tuple[str, str]
+"""FQN of a module and the name of the method whose call needs a group."""
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+_READ_THEIR_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""torch's modules that use weights of their children without calling these."""
+
+
+@frozen(eq=False)
+class Group:
+    """Tensors that move together.
+
+    Attributes:
+        name: For people; no two groups of a component have the same.
+        slots: The tensors, in order of registration.
+        holders: The calls that need them.
+    """
+
+    name: str
+    slots: tuple[TensorSlot, ...]
+    holders: tuple[Holder, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, as the tensors are now."""
+        return sum(slot.nbytes for slot in self.slots)
+
+
+def find_blocks(component: Component) -> tuple[Unit, ...]:
+    """Finds a model's repeated blocks: those that its library declares, else those that its structure shows.
+
+    In this order: the modules in `group_modules`; modules of the `block_classes`; elements of the outermost
+    lists, sequences and dicts of two or more modules; siblings of one class that have tensors.
+
+    Returns:
+        FQNs of the blocks, one tuple for each container that they are in; empty where there are none.
+    """
+    seen: set[nn.Module] = set()
+    for rule in (_declared_modules, _declared_classes, _elements, _siblings):
+        runs: list[Unit] = []
+        for run in rule(component):
+            blocks = [_first_fqn(component, fqn) for fqn in run]
+            new = [fqn for fqn in dict.fromkeys(blocks) if fqn and component.modules[fqn] not in seen]
+            seen.update(component.modules[fqn] for fqn in new)
+            if kept := tuple(fqn for fqn in new if _has_tensors(component.modules[fqn])):
+                runs.append(kept)
+        if runs:
+            return tuple(runs)
+    return ()
+
+
+def merge_neighbours(runs: Iterable[Unit], size: int) -> tuple[Unit, ...]:
+    """Joins up to `size` blocks that follow each other in one container."""
+    return tuple(run[start : start + size] for run in runs for start in range(0, len(run), size))
+
+
+def leaf_units(component: Component) -> tuple[Unit, ...]:
+    """Finds the smallest units: each module that has tensors of its own and is called.
+
+    Modules that read their children's weights without calling them are one unit with all that is below.
+    Tensors of a module without a forward, such as a ParameterList, belong to the nearest module above it.
+    """
+    owners = {fqn.rpartition(".")[0] for slot in component.slots for fqn in slot.fqns}
+    units: dict[str, None] = {}
+    for fqn in itertools.chain.from_iterable(component.fqns.values()):
+        if fqn in owners:
+            above = [_first_fqn(component, prefix) for prefix in _prefixes(fqn)]
+            whole = [it for it in above if isinstance(component.modules[it], _READ_THEIR_CHILDREN)]
+            called = [it for it in above if _can_be_called(component.modules[it])]
+            units[whole[-1] if whole else called[0] if called else ""] = None
+    return tuple((fqn,) for fqn in units)
+
+
+def make_groups(
+    component: Component, units: Sequence[Unit], slots: Iterable[TensorSlot]
+) -> tuple[Group, ...]:
+    """Puts tensors into groups, each into exactly one.
+
+    Tensors outside of all units form a group that the component's entries hold.
+
+    Args:
+        component: What the tensors belong to.
+        units: Modules that move together; of nested ones a tensor belongs to the deepest.
+        slots: The tensors to group.
+    """
+    numbers = {fqn: number for number, unit in enumerate(units) for fqn in unit}
+    rest = numbers.get("", len(units))
+    all_units = [*units, ("",)]
+    together: dict[tuple[int, ...], list[TensorSlot]] = {}
+    for slot in slots:
+        using = {_user(component, fqn.rpartition(".")[0], numbers, rest) for fqn in slot.fqns}
+        together.setdefault(tuple(sorted(using)), []).append(slot)
+    entries = [("", entry) for entry in entries_of(component)]
+    groups = []
+    for users, members in together.items():
+        used_by = [all_units[user] for user in users]
+        holders: list[Holder] = []
+        for fqn in itertools.chain.from_iterable(used_by):
+            holders += [(fqn, "forward")] if fqn else entries
+        name = " & ".join(_unit_name(unit) for unit in used_by)
+        groups.append(Group(name, tuple(members), tuple(holders)))
+    return tuple(groups)
+
+
+def slots_below(component: Component, names: Collection[str]) -> tuple[TensorSlot, ...]:
+    """Finds the tensors that the named modules, or modules below them, use.
+
+    Args:
+        component: Where to look.
+        names: FQNs of modules in it.
+
+    Raises:
+        PlanError: A name is no module's; says which ones are near.
+    """
+    known = set(itertools.chain.from_iterable(component.fqns.values()))
+    for name in names:
+        if name not in known:
+            near = ", ".join(map(repr, difflib.get_close_matches(name, known, n=3)))
+            raise PlanError(
+                f"{component.label('')!r} has no module named {name!r}"
+                + (f"; near matches are {near}" if near else "; give the FQN of a module, such as 'blocks.0'")
+            )
+    chosen = {module for name in names for module in component.module.get_submodule(name).modules()}
+    return tuple(slot for slot in component.slots if any(owner in chosen for owner, _ in slot.owners))
+
+
+def entries_of(component: Component) -> tuple[str, ...]:
+    """The methods, of those that the model's library declares, that the component has."""
+    return tuple(
+        name for name in component.conventions.entries if callable(getattr(component.module, name, None))
+    )
+
+
+def _declared_modules(component: Component) -> Iterator[Unit]:
+    known = set(itertools.chain.from_iterable(component.fqns.values()))
+    for fqn in component.conventions.group_modules:
+        if fqn in known:
+            module = component.module.get_submodule(fqn)
+            if isinstance(module, _CONTAINERS):
+                yield from _run(fqn, module)
+            else:
+                # As in diffusers, the lists in it are blocks too, and what is left of it moves at its call.
+                yield (fqn,)
+                yield from _container_runs(fqn, module)
+
+
+def _declared_classes(component: Component) -> Iterator[Unit]:
+    names = set(component.conventions.block_classes)
+    inside: set[nn.Module] = set()
+    by_parent: dict[str, list[str]] = {}
+    for fqn, module in component.modules.items():
+        if fqn and type(module).__name__ in names and module not in inside:
+            inside.update(module.modules())
+            by_parent.setdefault(fqn.rpartition(".")[0], []).append(fqn)
+    for run in by_parent.values():
+        yield tuple(run)
+
+
+def _elements(component: Component) -> Iterator[Unit]:
+    yield from _container_runs("", component.module)
+
+
+def _container_runs(fqn: str, module: nn.Module) -> Iterator[Unit]:
+    """The elements of the outermost containers, of two elements or more, at or below a module."""
+    children = _children(fqn, module)
+    if isinstance(module, _CONTAINERS) and len(children) >= 2:
+        yield from _run(fqn, module)
+    else:
+        for child_fqn, child in children:
+            yield from _container_runs(child_fqn, child)
+
+
+def _run(fqn: str, container: nn.Module) -> Iterator[Unit]:
+    """The elements of a container; of a list in the list, which is never called, its own elements."""
+    run = []
+    for child_fqn, child in _children(fqn, container):
+        if _can_be_called(child):
+            run.append(child_fqn)
+        else:
+            yield from _run(child_fqn, child)
+    yield tuple(run)
+
+
+def _siblings(component: Component) -> Iterator[Unit]:
+    def search(fqn: str, module: nn.Module) -> Iterator[Unit]:
+        by_class: dict[type[nn.Module], list[tuple[str, nn.Module]]] = {}
+        for child_fqn, child in _children(fqn, module):
+            by_class.setdefault(type(child), []).append((child_fqn, child))
+        for children in by_class.values():
+            if len({child for _, child in children if _has_tensors(child) and _can_be_called(child)}) >= 2:
+                yield tuple(child_fqn for child_fqn, _ in children)
+            else:
+                for child_fqn, child in children:
+                    yield from search(child_fqn, child)
+
+    yield from search("", component.module)
+
+
+def _user(component: Component, fqn: str, numbers: dict[str, int], rest: int) -> int:
+    """The number of the deepest unit that a module is in."""
+    for prefix in _prefixes(fqn):
+        number = numbers.get(_first_fqn(component, prefix))
+        if number is not None:
+            return number
+    return rest
+
+
+def _prefixes(fqn: str) -> Iterator[str]:
+    """An FQN and those of all modules above it, ending with the root's `""`."""
+    while fqn:
+        yield fqn
+        fqn = fqn.rpartition(".")[0]
+    yield ""
+
+
+def _first_fqn(component: Component, fqn: str) -> str:
+    """The FQN by which a component lists a module that may stand at several."""
+    return fqn if fqn in component.modules else component.fqns[component.module.get_submodule(fqn)][0]
+
+
+def _children(fqn: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (f"{fqn}.{name}" if fqn else name, child)
+        for name, child in module._modules.items()
+        if child is not None
+    ]
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return next(itertools.chain(module.parameters(), module.buffers()), None) is not None
+
+
+def _unit_name(unit: Unit) -> str:
+    return unit[0] or "the rest" if len(unit) == 1 else f"{unit[0]}..{unit[-1]}"

@@ -1,0 +1,75 @@
+"""Watched reads: a module's tensors, with a callback before one is read while a call is under way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, ItemsView, Mapping, Sized, ValuesView
+
+    from hookcore.memory.grouping import Group
+
+
+class WatchedTensors(dict[str, torch.Tensor | None]):
+    """Stands in for a module's `_parameters` or `_buffers`.
+
+    `nn.Module.__getattr__` reads `_parameters[name]`, so this sees `module.weight` wherever it is
+    written: in the module's own forward, in its parent's, or as `next(model.parameters())`. While no call is
+    under way it is a plain dict. A copy or a pickle of it is one for good.
+
+    Args:
+        original: What it stands in for; empty until `give_back`.
+        groups: The group of each name that is watched.
+        calls: The calls under way; watched is only while there are any.
+        before_read: Called before a tensor of the group is handed out.
+    """
+
+    __slots__ = ("_before_read", "_calls", "_groups", "_original")
+
+    def __init__(
+        self,
+        original: dict[str, torch.Tensor | None],
+        groups: Mapping[str, Group],
+        calls: Sized,
+        before_read: Callable[[Group], None],
+    ) -> None:
+        super().__init__(original)
+        self._original = original
+        self._groups = groups
+        self._calls = calls
+        self._before_read = before_read
+        original.clear()  # or it would keep alive what a user replaces meanwhile
+
+    def give_back(self) -> dict[str, torch.Tensor | None]:
+        """Returns the original dict, with the tensors that there are now."""
+        self._original.update(self)
+        return self._original
+
+    def __getitem__(self, name: str) -> torch.Tensor | None:
+        if self._calls and name in self._groups:
+            self._before_read(self._groups[name])
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As `dict.get`."""
+        return self[name] if name in self else default  # noqa: SIM401 - that would be this method again
+
+    def items(self) -> ItemsView[str, torch.Tensor | None]:  # type: ignore[override]
+        """As `dict.items`; during a call all tensors count as read."""
+        self._read_all()
+        return super().items()
+
+    def values(self) -> ValuesView[torch.Tensor | None]:  # type: ignore[override]
+        """As `dict.values`; during a call all tensors count as read."""
+        self._read_all()
+        return super().values()
+
+    def _read_all(self) -> None:
+        if self._calls:
+            for group in self._groups.values():
+                self._before_read(group)
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return dict, (dict(self),)

@@ -1,0 +1,262 @@
+"""One weight that lies in one dtype and is computed with in another."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hookcore.memory.mapping import find_mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import Any
+
+_COPYING = ("__deepcopy__", "__reduce_ex__")
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class CastWeight:
+    """Parameters that share memory, or one that shares with none, cast as one.
+
+    Every user gets the value rounded to the storage dtype, wherever the weight lies: one that is still in
+    a checkpoint, or on the meta device, is not converted beforehand but rounded at its use. A parameter
+    stays the same object all the time; only its `.data` is rebound. What is stored is read at the first
+    use of each call, put back after the last, and never written: whoever moves or edits the parameter
+    between calls is heard.
+
+    Attributes:
+        tensors: The parameters; of one dtype.
+        storage_dtype: What they lie in between calls.
+        compute_dtype: What they are in during calls.
+    """
+
+    __slots__ = (
+        "_holders",
+        "_keeps",
+        "_kept",
+        "_non_blocking",
+        "_original_dtype",
+        "_stored",
+        "_uses",
+        "compute_dtype",
+        "storage_dtype",
+        "tensors",
+    )
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, ...],
+        *,
+        storage_dtype: torch.dtype,
+        compute_dtype: torch.dtype,
+        non_blocking: bool,
+        keep_originals: bool,
+    ) -> None:
+        self.tensors = tensors
+        self.storage_dtype = storage_dtype
+        self.compute_dtype = compute_dtype
+        self._non_blocking = non_blocking
+        self._keeps = keep_originals
+        self._original_dtype = tensors[0].dtype
+        self._kept: list[Tensor] | None = None
+        self._stored: Sequence[Tensor] = ()
+        self._holders = 0
+        self._uses = 0
+
+    # A call
+
+    def use(self) -> None:
+        """Makes the parameters compute-dtype copies, unless an outer call already did."""
+        if not self._uses:
+            stored = [tensor.data for tensor in self.tensors]
+            for tensor, data in zip(self.tensors, self._computed(stored), strict=True):
+                tensor.data = data
+            self._stored = stored
+        self._uses += 1
+
+    def release(self) -> None:
+        """Drops the copies when the outermost call returns."""
+        self._uses -= 1
+        if not self._uses:
+            for tensor, data in zip(self.tensors, self._stored, strict=True):
+                tensor.data = data
+            self._stored = ()
+
+    def _computed(self, stored: list[Tensor]) -> Sequence[Tensor]:
+        non_blocking = self._non_blocking
+        if len(stored) == 1:
+            data = stored[0]
+            if data.dtype is not self.storage_dtype:
+                data = data.to(self.storage_dtype, non_blocking)
+            return (data.to(self.compute_dtype, non_blocking),)
+        rounded = converted(stored, self.storage_dtype, non_blocking=non_blocking)
+        return converted(rounded, self.compute_dtype, non_blocking=non_blocking)
+
+    # Attaching and detaching: first everything that can fail, then the change.
+
+    @torch.inference_mode(False)  # what is made here outlives the mode
+    def to_store(self) -> list[Tensor] | None:
+        """Converts for `hold`; None if there is nothing to convert."""
+        data = [tensor.data for tensor in self.tensors]
+        if self._holders or any(tensor.is_meta or find_mapping(tensor) for tensor in data):
+            return None
+        if self._keeps and self._original_dtype is not self.storage_dtype:
+            self._kept = converted(data, self._original_dtype, device=torch.device("cpu"))
+        return converted(data, self.storage_dtype)
+
+    def hold(self, stored: list[Tensor] | None) -> None:
+        """Stores what `to_store` gave, for one more hook."""
+        if stored is not None:
+            for tensor, data in zip(self.tensors, stored, strict=True):
+                tensor.data = data
+        if not self._holders:
+            for tensor in self.tensors:
+                _copy_as_plain(tensor, self.storage_dtype, self.compute_dtype)
+        self._holders += 1
+
+    @torch.inference_mode(False)
+    def to_restore(self) -> list[Tensor] | None:
+        """Converts back for `let_go`; None if the parameters are to stay as they are."""
+        data = [tensor.data for tensor in self.tensors]
+        if self._holders > 1 or not self._rounded(data):
+            return None
+        if self._kept is not None and _same_bits(converted(self._kept, self.storage_dtype), data):
+            # Nobody changed the weights meanwhile, so what they were rounded from holds.
+            return converted(self._kept, self._original_dtype, device=data[0].device)
+        return converted(data, self._original_dtype)
+
+    def let_go(self, restored: list[Tensor] | None) -> None:
+        """Restores what `to_restore` gave, for one hook less."""
+        if restored is not None:
+            for tensor, data in zip(self.tensors, restored, strict=True):
+                tensor.data = data
+        self._holders -= 1
+        if not self._holders:
+            self._kept = None
+            for tensor in self.tensors:
+                for method in _COPYING:
+                    del vars(tensor)[method]
+
+    # Telling
+
+    @property
+    def loses(self) -> bool:
+        """Whether detaching could give back rounded weights only."""
+        return self._kept is None and self._rounded([tensor.data for tensor in self.tensors])
+
+    def stored_bytes(self) -> tuple[torch.dtype, int]:
+        """The dtype that the weight lies in, and how many bytes of memory it takes."""
+        data = self._stored or [tensor.data for tensor in self.tensors]
+        if any(tensor.is_meta for tensor in data):
+            return data[0].dtype, 0
+        start, stop = _span(data)
+        return data[0].dtype, (stop - start) * data[0].itemsize
+
+    def _rounded(self, data: Sequence[Tensor]) -> bool:
+        """Whether the weights are in the storage dtype now, and had not been before."""
+        return self._original_dtype is not self.storage_dtype and all(
+            tensor.dtype is self.storage_dtype for tensor in data
+        )
+
+
+def converted(
+    tensors: Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    device: torch.device | None = None,
+    non_blocking: bool = False,
+) -> list[Tensor]:
+    """Converts tensors together: strides stay, and those that share memory still do.
+
+    Tensors that already fit are returned as they are.
+    """
+    if len(tensors) == 1:
+        result = tensors[0].to(device, dtype, non_blocking)
+        if result.stride() == tensors[0].stride():
+            return [result]
+    elif not _overlap(tensors):  # any more: moving to a device separates tensors that shared memory
+        return [converted([it], dtype, device=device, non_blocking=non_blocking)[0] for it in tensors]
+    start, stop = _span(tensors)
+    flat = tensors[0].as_strided((stop - start,), (1,), start).to(device, dtype, non_blocking)
+    return [
+        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - start) for tensor in tensors
+    ]
+
+
+def _overlap(tensors: Sequence[Tensor]) -> bool:
+    if len({(tensor.untyped_storage().data_ptr(), tensor.dtype) for tensor in tensors}) > 1:
+        return False
+    start, stop = _span(tensors)
+    return stop - start <= sum(end - begin for begin, end in map(_reach, tensors))
+
+
+def _span(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """First element and element after the last that any of them uses of their storage."""
+    begins, ends = zip(*map(_reach, tensors), strict=True)
+    return min(begins), max(ends)
+
+
+def _reach(tensor: Tensor) -> tuple[int, int]:
+    """First element and element after the last that a tensor uses of its storage."""
+    begin = int(tensor.storage_offset())
+    if not tensor.numel():
+        return begin, begin
+    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + int(sum(steps)) + 1
+
+
+def _same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether values of one dtype are the same to the bit, NaNs included."""
+    return all(
+        torch.equal(one.view(_BITS[one.itemsize]).cpu(), other.view(_BITS[other.itemsize]).cpu())
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def _copy_as_plain(tensor: Tensor, storage_dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+    """Has `copy.deepcopy` and pickle make an ordinary compute-dtype parameter of a cast one.
+
+    A copied module has no hooks, so it needs weights that it can compute with. Both look these methods up
+    on the object. They refer to it weakly, so that it can be freed without the garbage collector.
+    """
+    reference = weakref.ref(tensor)
+    vars(tensor)["__deepcopy__"] = partial(_deepcopy, reference, storage_dtype, compute_dtype)
+    vars(tensor)["__reduce_ex__"] = partial(_reduce, reference, storage_dtype, compute_dtype)
+
+
+def _deepcopy(
+    reference: weakref.ref[Tensor],
+    storage_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    memo: dict[int, Any],
+) -> nn.Parameter:
+    copied: nn.Parameter = memo.setdefault(
+        id(reference()), _plain_copy(reference, storage_dtype, compute_dtype)
+    )
+    return copied
+
+
+def _reduce(
+    reference: weakref.ref[Tensor], storage_dtype: torch.dtype, compute_dtype: torch.dtype, protocol: int
+) -> Any:
+    copied = _plain_copy(reference, storage_dtype, compute_dtype)
+    others = {name: value for name, value in vars(reference()).items() if name not in _COPYING}
+    vars(copied).update(others)
+    return copied.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def _plain_copy(
+    reference: weakref.ref[Tensor], storage_dtype: torch.dtype, compute_dtype: torch.dtype
+) -> nn.Parameter:
+    tensor = reference()
+    if tensor is None:
+        raise ReferenceError(
+            "the parameter that this method was made for is gone; copy parameters as a whole"
+        )
+    # Through the storage dtype even where the weight does not lie in it: these are the values in use.
+    value = converted(converted([tensor.data], storage_dtype), compute_dtype)[0]
+    return nn.Parameter(value, tensor.requires_grad)

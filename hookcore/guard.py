@@ -68,7 +68,11 @@ class WeightGuard(Hook):
         saving = None
         if torch.is_grad_enabled() and _top_saved_tensors_hooks(True) is None:
             saving = saved_tensors_hooks(_same, _same)
-            saving.__enter__()
+            try:
+                saving.__enter__()
+            except BaseException:  # torch.func forbids such hooks, and without them gradients would be wrong
+                self._lock.leave()
+                raise
         self._saving.append(saving)
 
     def post_forward(self, module: nn.Module, output: Any) -> None:

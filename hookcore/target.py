@@ -137,8 +137,8 @@ def has_memory(tensor: torch.Tensor) -> bool:
 def _slots(root: nn.Module) -> Iterator[TensorSlot]:
     """Groups all tensors below a module by the memory they use.
 
-    Two tensors are tied when they are one object, or when their bytes in one storage overlap. Sharing a
-    storage alone is no tie: loaders cut many weights out of one file's storage.
+    Two tensors are tied when they are one object, or when their spans of bytes overlap, whatever storages
+    these belong to. Sharing a storage alone is no tie: loaders cut many weights out of one file's storage.
     """
     fqns: dict[torch.Tensor, list[str]] = {}
     owners: dict[torch.Tensor, list[tuple[nn.Module, str]]] = {}
@@ -164,15 +164,14 @@ def _slots(root: nn.Module) -> Iterator[TensorSlot]:
 def _tied(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Splits distinct tensors into groups that overlap in memory, in order of first appearance."""
     order = {tensor: index for index, tensor in enumerate(tensors)}
-    by_storage: dict[object, list[torch.Tensor]] = {}
+    by_device: dict[object, list[torch.Tensor]] = {}
     for tensor in tensors:
         shares = has_memory(tensor) and tensor.numel() > 0
-        key = (tensor.device, tensor.untyped_storage().data_ptr()) if shares else order[tensor]
-        by_storage.setdefault(key, []).append(tensor)
+        by_device.setdefault(tensor.device if shares else order[tensor], []).append(tensor)
     groups: list[list[torch.Tensor]] = []
-    for sharing in by_storage.values():
+    for near in by_device.values():
         reached = -1
-        for tensor in sorted(sharing, key=byte_span):
+        for tensor in sorted(near, key=byte_span):
             start, stop = byte_span(tensor)
             if start < reached:
                 groups[-1].append(tensor)

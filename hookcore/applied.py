@@ -8,7 +8,7 @@ from attrs import frozen
 
 from hookcore.errors import LossyRemovalError
 from hookcore.plugins import plugins
-from hookcore.registry import HookRegistry
+from hookcore.registry import CHANGING, HookRegistry
 from hookcore.report import attachment_table, tensor_bytes
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ class Applied:
         Raises:
             ConcurrentCallError: The model is being called at this moment.
         """
-        here = [item for item in self._attachments if item.attached]
-        HookRegistry([item.component for item in here]).reset(here)
+        with CHANGING:
+            here = [item for item in self._attachments if item.attached]
+            HookRegistry([item.component for item in here]).reset(here)
         plugins().observe("reset", plan=self.plan)
 
     def __enter__(self) -> Self:
@@ -102,12 +103,13 @@ class Status:
 
 def take_off(attachments: Sequence[Attachment], *, allow_lossy: bool) -> None:
     """Removes attachments, all or none, after asking what that would lose."""
-    here = [item for item in attachments if item.attached]
-    if not here:
-        return
-    if not allow_lossy:
-        _refuse_loss(here)
-    HookRegistry([item.component for item in here]).detach(here)
+    with CHANGING:
+        here = [item for item in attachments if item.attached]
+        if not here:
+            return
+        if not allow_lossy:
+            _refuse_loss(here)
+        HookRegistry([item.component for item in here]).detach(here)
     plugins().observe("removed", techniques=[item.technique for item in here])
 
 

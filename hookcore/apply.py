@@ -11,7 +11,7 @@ from hookcore.applied import Applied, Status, take_off
 from hookcore.errors import ConflictError, PlanError
 from hookcore.plan import Placed, Plan, PlanStep, check_conflicts, make_step, ordered
 from hookcore.plugins import plugins
-from hookcore.registry import HookRegistry
+from hookcore.registry import CHANGING, HookRegistry
 from hookcore.target import Component, open_components
 from hookcore.technique import Technique
 
@@ -37,8 +37,9 @@ def apply(target: Any, techniques: Techniques, *, components: Iterable[str] | No
         UnsupportedModelError: The target is nothing that can be hooked.
         ConcurrentCallError: The target is being called at this moment.
     """
-    made, registry = _plan(target, techniques, components)
-    applied = Applied(made, registry.attach(made.steps))
+    with CHANGING:
+        made, registry = _plan(target, techniques, components)
+        applied = Applied(made, registry.attach(made.steps))
     plugins().observe("applied", plan=made)
     return applied
 
@@ -69,19 +70,20 @@ def remove(target: Any, *, allow_lossy: bool = False) -> None:
         PlanError: Something is on a module around the target; nothing was removed.
     """
     opened = list(_open(target, None).values())
-    attached = HookRegistry(opened).attachments
-    inside = {id(module) for component in opened for module in component.modules.values()}
-    here = [item for item in attached if id(item.component.module) in inside]
-    hooked = [
-        item for item in attached if item not in here and any(id(m) in inside for m, _ in item.hooks_at)
-    ]
-    if hooked:
-        outer = hooked[0]
-        raise PlanError(
-            f"{outer.technique.name} was put on {type(outer.component.module).__name__}, which holds the "
-            "target. Call hookcore.remove() on that model, or remove() on the handle of its apply()"
-        )
-    take_off(here, allow_lossy=allow_lossy)
+    with CHANGING:
+        attached = HookRegistry(opened).attachments
+        inside = {id(module) for component in opened for module in component.modules.values()}
+        here = [item for item in attached if id(item.component.module) in inside]
+        hooked = [
+            item for item in attached if item not in here and any(id(m) in inside for m, _ in item.hooks_at)
+        ]
+        if hooked:
+            outer = hooked[0]
+            raise PlanError(
+                f"{outer.technique.name} was put on {type(outer.component.module).__name__}, which holds the "
+                "target. Call hookcore.remove() on that model, or remove() on the handle of its apply()"
+            )
+        take_off(here, allow_lossy=allow_lossy)
 
 
 def status(target: Any) -> Status:

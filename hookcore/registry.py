@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from hookcore.target import Component
     from hookcore.technique import Binding, Skipped, Technique
 
-_CHANGING = threading.RLock()
+CHANGING = threading.RLock()
+"""Held from looking at what is attached until it is changed, so that no other thread changes it between."""
+
 _NUMBERS = itertools.count()
 _SECONDS_BEFORE_PROGRESS = 2.0
 
@@ -130,7 +132,8 @@ class HookRegistry:
     """
 
     def __init__(self, components: Iterable[Component]) -> None:
-        rest = sorted((item for item in _LIVE if item.attached), key=lambda item: item.number)
+        with CHANGING:
+            rest = sorted((item for item in _LIVE if item.attached), key=lambda item: item.number)
         reached = list(components)
         found: list[Attachment] = []
         while reached:
@@ -237,7 +240,7 @@ class HookRegistry:
     @contextmanager
     def _quiet(self, attachments: Sequence[Attachment]) -> Iterator[None]:
         """Holds the locks of these attachments, none of which may be in a call."""
-        with _CHANGING:
+        with CHANGING:
             held: list[CallLock] = []
             try:
                 for lock, item in {item.lock: item for item in attachments}.items():
@@ -330,4 +333,5 @@ def _set_stacks(keys: Iterable[tuple[nn.Module, str]], attachments: Sequence[Att
 
 
 def _replan(component: Component) -> bool:
-    return HookRegistry([component]).replan()
+    with CHANGING:
+        return HookRegistry([component]).replan()

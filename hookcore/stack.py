@@ -146,18 +146,20 @@ class HookStack(_Chain):
             stack.hooks = tuple(hooks)
             stack.keeps_alive = keeps_alive
             stack._build(stack.hooks, stack.__wrapped__)
-            if not hooks and attributes.get(entry) is stack:
+            if not hooks:
                 stack._give_back()
         if HookStack not in map(type, attributes.values()):
             attributes.pop(_REDUCE, None)
             attributes.pop(_DEEPCOPY, None)
 
     def _give_back(self) -> None:
-        """Makes the entry what it was before."""
-        if self._replaced is None:
-            del self._module.__dict__[self._entry]
-        else:
-            self._module.__dict__[self._entry] = self._replaced
+        """Makes the entry what it was before, unless another library has put something there since."""
+        attributes = self._module.__dict__
+        if attributes.get(self._entry) is self:
+            if self._replaced is None:
+                del attributes[self._entry]
+            else:
+                attributes[self._entry] = self._replaced
 
     def __getattr__(self, name: str) -> Any:
         # Whatever else people ask of a method, such as __func__ and __self__.

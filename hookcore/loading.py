@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hookcore.apply import apply, as_techniques
 from hookcore.errors import CheckpointError, HookcoreWarning, UnsupportedModelError
@@ -94,11 +95,14 @@ def _parameters_without_memory() -> Iterator[None]:
     Buffers stay real: models compute them when they are made, and nobody stores all of them.
     """
     thread = threading.get_ident()
+    made = WeakTensorKeyDictionary()  # a parameter that is registered twice is tied, and stays so
 
     def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return parameter
-        return nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
+        if parameter not in made:
+            made[parameter] = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
+        return made[parameter]
 
     handle = register_module_parameter_registration_hook(to_meta)
     try:

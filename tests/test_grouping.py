@@ -163,6 +163,10 @@ def test_leaves_that_read_their_children_are_whole():
     assert leaf_units(component_of(model)) == (("attention",), ("encoder",), ("decoder",), ("plain",))
 
 
+def test_modules_that_read_their_children_are_not_divided_into_blocks():
+    assert find_blocks(component_of(nn.TransformerEncoderLayer(2, 1, 4))) == ()
+
+
 def test_tensors_of_what_is_never_called_belong_to_the_module_above():
     class Reader(Holding):
         pass

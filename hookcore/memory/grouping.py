@@ -249,6 +249,9 @@ def _first_fqn(component: Component, fqn: str) -> str:
 
 
 def _children(fqn: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that a module can be divided into."""
+    if isinstance(module, _READ_THEIR_CHILDREN):
+        return []
     return [
         (f"{fqn}.{name}" if fqn else name, child)
         for name, child in module._modules.items()

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from attrs import define
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from hookcore.errors import PlanError, UnsupportedModelError
@@ -414,10 +413,6 @@ def check_movable(component: Component, slots: Iterable[TensorSlot]) -> None:
     for slot in slots:
         where = component.label(slot.name)
         for tensor in slot.tensors:
-            if is_lazy(tensor):
-                raise PlanError(
-                    f"{where!r} is not initialised yet. Call the model once, which gives it a shape"
-                )
             if tensor.device.type == "meta":
                 raise PlanError(
                     f"{where!r} is on the meta device and has no data to move. Load the weights first, "
@@ -425,7 +420,7 @@ def check_movable(component: Component, slots: Iterable[TensorSlot]) -> None:
                 )
             if not has_memory(tensor):
                 raise UnsupportedModelError(
-                    f"{where!r} is a {type(tensor).__qualname__} with layout {tensor.layout}; only plain, "
+                    f"{where!r} is a {type(tensor).__name__} with layout {tensor.layout}; only plain, "
                     "strided tensors can be moved. Move its module to where it computes, and exclude it"
                 )
         if len({tensor.dtype for tensor in slot.tensors}) > 1:

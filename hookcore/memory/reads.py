@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, ItemsView, Mapping, Sized, ValuesView
+    from collections.abc import Callable, Mapping, Sized
 
     from hookcore.memory.grouping import Group
 
@@ -16,7 +16,8 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
     """Stands in for a module's `_parameters` or `_buffers`.
 
     `nn.Module.__getattr__` reads `_parameters[name]`, so this sees `module.weight` wherever it is
-    written: in the module's own forward, in its parent's, or as `next(model.parameters())`. While no call is
+    written: in the module's own forward, or in its parent's. To go through all parameters, as many models do
+    in a forward to learn their dtype, is no read: it would bring the whole model at once. While no call is
     under way it is a plain dict. A copy or a pickle of it is one for good.
 
     Args:
@@ -55,21 +56,6 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
     def get(self, name: str, default: Any = None) -> Any:
         """As `dict.get`."""
         return self[name] if name in self else default  # noqa: SIM401 - that would be this method again
-
-    def items(self) -> ItemsView[str, torch.Tensor | None]:  # type: ignore[override]
-        """As `dict.items`; during a call all tensors count as read."""
-        self._read_all()
-        return super().items()
-
-    def values(self) -> ValuesView[torch.Tensor | None]:  # type: ignore[override]
-        """As `dict.values`; during a call all tensors count as read."""
-        self._read_all()
-        return super().values()
-
-    def _read_all(self) -> None:
-        if self._calls:
-            for group in self._groups.values():
-                self._before_read(group)
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         return dict, (dict(self),)

@@ -91,6 +91,16 @@ class _Weight:
         return self.tensors[0].data_ptr() == data.data_ptr()
 
 
+class _Streamed:
+    """What there is to bring for a group: its weights, their places in files, the memory that takes."""
+
+    def __init__(self, weights: list[_Weight]) -> None:
+        self.weights = weights
+        origins = [weight.origin for weight in weights if not weight.edited]
+        self.ranges = _merged(origins)
+        self.nbytes = cost(origins)
+
+
 @define(eq=False)
 class _Load:
     """A group on its way into memory, or there."""
@@ -113,31 +123,42 @@ class _Load:
 
 
 class _Buffers:
-    """Aligned memory that is used again, but never while anybody still looks at it."""
+    """Aligned memory that is used again, but never while anybody still looks at it.
 
-    def __init__(self) -> None:
+    Args:
+        limit: Bytes to which memory that is free is given back before there is more.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._free: list[AlignedBuffer] = []
+        self._lent = 0
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> AlignedBuffer:
-        """Gives memory of at least this size, and lets go of a free one that is of no use."""
+        """Gives memory of at least this size."""
         with self._lock:
             fitting = [it for it in self._free if nbytes <= it.nbytes <= 2 * nbytes]
             if fitting:
                 chosen = min(fitting, key=lambda it: it.nbytes)
                 self._free.remove(chosen)
-                return chosen
-            if self._free:
-                self._free.pop(0).close()
-        return AlignedBuffer(nbytes)
+            else:
+                free = sum(it.nbytes for it in self._free)
+                while self._free and self._lent + free + nbytes > self._limit:
+                    free -= self._free[0].nbytes
+                    self._free.pop(0).close()
+                chosen = AlignedBuffer(nbytes)
+            self._lent += chosen.nbytes
+            return chosen
 
     def give_back(self, buffer: AlignedBuffer) -> None:
         """Takes memory back; if autograd or an output still uses it, it is theirs from now on."""
-        if _use_count(buffer.tensor.untyped_storage()._cdata) == _UNUSED:
-            with self._lock:
+        with self._lock:
+            self._lent -= buffer.nbytes
+            if _use_count(buffer.tensor.untyped_storage()._cdata) == _UNUSED:
                 self._free.append(buffer)
-        else:
-            buffer.close()
+            else:
+                buffer.close()
 
     def clear(self) -> None:
         """Gives all free memory back to the system."""
@@ -157,7 +178,7 @@ class DiskMover(GroupMover):
         groups: The groups that come and go, in the order in which they are probably used.
         origins: Where the values of each parameter lie, by slot.
         device: The execution device.
-        capacity: Bytes that the streamed groups may take in memory together.
+        budget: Bytes that all groups, also the resident ones, may take in memory together.
         read_ahead: Bytes of them that may be ahead of use.
     """
 
@@ -166,21 +187,21 @@ class DiskMover(GroupMover):
         groups: Sequence[Group],
         origins: Mapping[TensorSlot, Origin],
         device: torch.device,
-        capacity: int,
+        budget: int,
         read_ahead: int,
     ) -> None:
         self._origins = origins
         self._device = device
-        self._capacity = capacity
+        self._budget = budget
         self._read_ahead_limit = read_ahead
         self._order: LearnedOrder[Group] = LearnedOrder(groups)
-        self._weights: dict[Group, list[_Weight]] = {}
+        self._streamed: dict[Group, _Streamed] = {}
         self._resident: dict[Group, _Load] = {}
         self._in_use: dict[Group, _Load] = {}
         self._ahead: dict[Group, _Load] = {}
         self._leaving: list[tuple[Future[None], int]] = []
         self._calls = 0
-        self._buffers = _Buffers()
+        self._buffers = _Buffers(budget)
         self._readers: dict[Path, DirectReader] = {}
         self._reader_lock = threading.Lock()
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="hookcore-disk")
@@ -191,19 +212,23 @@ class DiskMover(GroupMover):
         Raises:
             CheckpointError: A parameter in memory differs from the checkpoint.
         """
-        weights = [self._weight(slot) for slot in group.slots]
-        for weight in weights:
+        streamed = _Streamed([self._weight(slot) for slot in group.slots])
+        for weight in streamed.weights:
             for tensor in weight.tensors:
                 set_origin(tensor, weight.origin)
             if not weight.edited:
                 weight.show(weight.origin.raw)
-        self._weights[group] = weights
+        self._streamed[group] = streamed
         if resident:
-            self._resident[group] = self._bring(group, self._start(group, needed=False))
+            try:
+                self._resident[group] = self._bring(group, self._start(group, needed=False))
+            except BaseException:
+                self.detach(group)
+                raise
 
     def detach(self, group: Group) -> None:
         """Gives each parameter back as it was found: in memory, or showing the checkpoint's tensor."""
-        found = [(weight, self._value_to_give_back(weight)) for weight in self._weights[group]]
+        found = [(weight, self._value_to_give_back(weight)) for weight in self._streamed[group].weights]
         if group in self._resident:
             self._let_go(self._resident.pop(group))
         for weight, value in found:
@@ -211,8 +236,8 @@ class DiskMover(GroupMover):
             if weight.was_in_memory:
                 for tensor in weight.tensors:
                     set_origin(tensor, None)
-        del self._weights[group]
-        if not self._weights:
+        del self._streamed[group]
+        if not self._streamed:
             self._close()
 
     def settle(self, group: Group) -> None:
@@ -270,8 +295,9 @@ class DiskMover(GroupMover):
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
         """Where the bytes of the group lie."""
-        on_disk = sum(weight.origin.entry.nbytes for weight in self._weights[group] if not weight.edited)
-        in_memory = sum(weight.slot.nbytes for weight in self._weights[group] if weight.edited)
+        weights = self._streamed[group].weights
+        on_disk = sum(weight.origin.entry.nbytes for weight in weights if not weight.edited)
+        in_memory = sum(weight.slot.nbytes for weight in weights if weight.edited)
         where = f"resident on {self._device}" if resident else "on disk"
         return {where: on_disk} | (
             {"in memory, as they differ from the disk": in_memory} if in_memory else {}
@@ -308,8 +334,8 @@ class DiskMover(GroupMover):
         differs = not _same_bits(value, tensor.data)
         if differs and not known:
             raise CheckpointError(
-                f"{slot.name!r} in memory differs from {origin.entry.key!r} in '{origin.entry.path}', which it "
-                "would be replaced with. Save the model and give the path of what was saved as checkpoint="
+                f"{slot.name!r} in memory differs from {origin.entry.key!r} in '{origin.entry.path}', which "
+                "it would be replaced with. Save the model and give the path of what was saved as checkpoint="
             )
         origin.mapping.drop(origin.entry.offset, origin.entry.nbytes)
         if not known:
@@ -330,7 +356,7 @@ class DiskMover(GroupMover):
     def _show(self, group: Group, load: _Load) -> None:
         """Rebinds the parameters of a group that is in memory."""
         copies = self._device.type != "cpu"
-        weights = self._weights[group]
+        weights = self._streamed[group].weights
         for weight in weights:
             if weight.edited or not weight.shows(weight.origin.raw):
                 weight.edited = True  # somebody gave it other data: that is its value from now on
@@ -379,12 +405,10 @@ class DiskMover(GroupMover):
 
     def _start(self, group: Group, *, needed: bool) -> _Load:
         """Has a worker bring a group, after making room for it if it is needed now."""
-        weights = [weight for weight in self._weights[group] if not weight.edited]
-        ranges = _merged([weight.origin for weight in weights])
-        nbytes = cost([weight.origin for weight in weights])
-        while needed and self._ahead and self._taken() + nbytes > self._capacity:
+        streamed = self._streamed[group]
+        while needed and self._ahead and self._taken() + streamed.nbytes > self._budget:
             self._discard()
-        load = _Load(ranges, nbytes, self._calls)
+        load = _Load(streamed.ranges, streamed.nbytes, self._calls)
         load.done = self._workers.submit(self._fetch, load)
         return load
 
@@ -397,17 +421,17 @@ class DiskMover(GroupMover):
 
     def _taken(self) -> int:
         self._leaving = [(future, nbytes) for future, nbytes in self._leaving if not future.done()]
-        here = itertools.chain(self._in_use.values(), self._ahead.values())
+        here = itertools.chain(self._resident.values(), self._in_use.values(), self._ahead.values())
         return sum(load.nbytes for load in here) + sum(nbytes for _, nbytes in self._leaving)
 
     def _read_ahead(self) -> None:
         """Starts reading what is used next, as far as there is room."""
         ahead = sum(load.nbytes for load in self._ahead.values())
         for group in self._order.upcoming():
-            if group in self._ahead or group in self._in_use or group not in self._weights:
+            if group in self._ahead or group in self._in_use:
                 continue
-            nbytes = cost([weight.origin for weight in self._weights[group]])
-            if ahead + nbytes > self._read_ahead_limit or self._taken() + nbytes > self._capacity:
+            nbytes = self._streamed[group].nbytes
+            if ahead + nbytes > self._read_ahead_limit or self._taken() + nbytes > self._budget:
                 break
             self._ahead[group] = self._start(group, needed=False)
             ahead += nbytes

@@ -1,8 +1,7 @@
-"""Disk offloading: weights stay in the safetensors files that they came from, and are read as they are used."""
+"""Disk offloading: weights stay in the safetensors files they came from, and are read as they are used."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -27,6 +26,7 @@ from hookcore.memory import (
 )
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Mapping
 
     from hookcore import Binding, Component, TensorSlot
@@ -51,8 +51,8 @@ class DiskOffload(Technique):
     stay in memory.
 
     Attributes:
-        checkpoint: A safetensors file, an index, or a folder, as `save_pretrained` writes it. None for a model
-            that `hookcore.load` makes, which knows.
+        checkpoint: A safetensors file, an index, or a folder, as `save_pretrained` writes it. None for a
+            model that `hookcore.load` makes, which knows.
         execution_device: Where the model computes; inputs are moved there.
         memory_budget: Bytes, or text such as "512MiB", that all weights together may take in memory. As
             many as it has room for stay, spread evenly. None: as little as one call needs, and `read_ahead`.
@@ -65,9 +65,9 @@ class DiskOffload(Technique):
     materializes: ClassVar[bool] = True
 
     checkpoint: Path | None = field(default=None, converter=_path)
-    execution_device: torch.device = field(default="cpu", converter=parse_device, kw_only=True)
+    execution_device: torch.device = field(default=torch.device("cpu"), converter=parse_device, kw_only=True)
     memory_budget: int | None = field(default=None, converter=_budget, kw_only=True)
-    read_ahead: int = field(default="128MiB", converter=parse_bytes, kw_only=True)
+    read_ahead: int = field(default=128 * 2**20, converter=parse_bytes, kw_only=True)
 
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
         """Lists the hooks at the component's entries and at the calls of all layers.
@@ -88,10 +88,8 @@ class DiskOffload(Technique):
         resident = choose_residents(costs, budget, self.read_ahead, what)
         streamed = [group for group in groups if group not in set(resident)]
         if budget is None:
-            capacity = largest_held(costs)[0] + self.read_ahead
-        else:
-            capacity = budget - sum(costs[group] for group in resident)
-        mover = DiskMover(streamed, origins, self.execution_device, capacity, self.read_ahead)
+            budget = largest_held(costs)[0] + self.read_ahead
+        mover = DiskMover(streamed, origins, self.execution_device, budget, self.read_ahead)
         yield from Placement(component, streamed, resident, mover, self.execution_device).bindings()
         for slot in component.slots:
             if slot not in origins:
@@ -105,8 +103,8 @@ class DiskOffload(Technique):
             return known
         if self.checkpoint is None:
             raise CheckpointError(
-                f"{component.label('')!r} was not made by hookcore.load, so that nobody knows where its weights lie. "
-                "Give DiskOffload the path of its safetensors files as checkpoint="
+                f"{component.label('')!r} was not made by hookcore.load, so it is not known where its weights "
+                "lie. Give DiskOffload the path of its safetensors files as checkpoint="
             )
         checkpoint = Checkpoint.open(self.checkpoint)
         _check_keys(component, parameters, checkpoint)

@@ -14,6 +14,7 @@ from attrs import Factory, frozen
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+
 _numbers = itertools.count()
 
 PROLOGUE = """

@@ -45,13 +45,14 @@ class Fault:
     said: str
     at_import: str = ""
     at_registration: str = ""
+    has_traceback: bool = False
 
 
 FAULTS = [
-    Fault("RuntimeError: no luck", at_import="raise RuntimeError('no luck')"),
-    Fault("SystemExit: 3", at_import="raise SystemExit(3)"),
-    Fault("SyntaxError", at_import="def ("),
-    Fault("No module named 'no_such_module'", at_import="import no_such_module"),
+    Fault("RuntimeError: no luck", at_import="raise RuntimeError('no luck')", has_traceback=True),
+    Fault("SystemExit: 3", at_import="raise SystemExit(3)", has_traceback=True),
+    Fault("SyntaxError", at_import="def (", has_traceback=True),
+    Fault("No module named 'no_such_module'", at_import="import no_such_module", has_traceback=True),
     Fault(
         "hookcore_describe_modle", at_import=hooked("hookcore_describe_modle", "model", "raise MemoryError")
     ),
@@ -60,8 +61,8 @@ FAULTS = [
         "wrapper",
         at_import=hooked("hookcore_find_foreign", "model", "return (yield)", options="wrapper=True"),
     ),
-    Fault("RuntimeError: too late", at_registration="raise RuntimeError('too late')"),
-    Fault("SystemExit: 4", at_registration="raise SystemExit(4)"),
+    Fault("RuntimeError: too late", at_registration="raise RuntimeError('too late')", has_traceback=True),
+    Fault("SystemExit: 4", at_registration="raise SystemExit(4)", has_traceback=True),
     Fault("<class 'int'>", at_registration="yield int"),
     Fault("is no technique", at_registration="yield technique('an_object')()"),
     Fault("the name None", at_registration="yield Technique"),
@@ -168,6 +169,26 @@ def test_exactly_the_sound_and_permitted_plugins_are_active(drawn, allowed, disa
     assert not imported & blocked
 
 
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.at_import or fault.at_registration)
+def test_nothing_of_a_broken_plugin_stays_and_nothing_else_goes(fault):
+    plugins = [
+        FakePlugin("a", DESCRIBE + registering("yield technique('first')")),
+        FakePlugin(
+            "b",
+            DESCRIBE + registering("yield technique('lost')", fault.at_registration) + "\n" + fault.at_import,
+        ),
+        FakePlugin("c", DESCRIBE + registering("yield technique('last')")),
+    ]
+    with installed(plugins):
+        host = PluginHost.discover()
+    assert [info.state for info in host.listing] == ["active", "broken", "active"]
+    assert [info.techniques for info in host.listing] == [("first",), (), ("last",)]
+    assert fault.said in host.listing[1].problem
+    assert ("Traceback" in host.listing[1].problem) == fault.has_traceback
+    assert set(host.techniques) == {"first", "last"}
+    assert host.describe(nn.Identity()).block_classes == (plugins[2].module, plugins[0].module)
+
+
 @given(st.permutations(["hookcore", "aardvark", "zebra"]))
 def test_the_order_does_not_depend_on_the_path(distributions):
     plugins = [
@@ -187,11 +208,19 @@ def test_the_order_does_not_depend_on_the_path(distributions):
 
 
 def test_a_name_whose_first_owner_is_broken_is_free_for_the_next():
-    plugins = [FakePlugin("same", "raise OSError", "aardvark"), FakePlugin("same", DESCRIBE, "zebra")]
+    failing = hooked("hookcore_open_target", "target", "raise OSError")
+    plugins = [
+        FakePlugin("same", "raise OSError", "aardvark"),
+        FakePlugin("same", DESCRIBE + failing, "zebra"),
+        FakePlugin("same", DESCRIBE, "zoo"),
+    ]
     with installed(plugins):
         host = PluginHost.discover()
-    assert [info.state for info in host.listing] == ["broken", "active"]
+    assert [info.state for info in host.listing] == ["broken", "active", "broken"]
+    assert host.listing[2].problem == "plugin 'same' of zebra 1.5 has this name already"
     assert host.describe(nn.Identity()).block_classes == (plugins[1].module,)
+    with pytest.raises(PluginError, match=r"^plugin 'same' of zebra"):
+        host.open_target(object())
 
 
 def test_a_traceback_shows_the_line_that_failed():
@@ -236,10 +265,12 @@ def test_what_has_no_hook_is_broken(object_name):
     assert "has no hook; mark each implementation with @hookcore.hookimpl" in info.problem
 
 
-def test_a_distribution_without_metadata_still_brings_its_plugins(tmp_path, monkeypatch):
+@pytest.mark.parametrize("metadata", [None, b"\xff\xff"])
+def test_a_distribution_with_damaged_metadata_still_brings_its_plugins(metadata, tmp_path, monkeypatch):
     for folder in write_site([FakePlugin("p", DESCRIBE, "leftover")], tmp_path):
         monkeypatch.syspath_prepend(folder)
-    (tmp_path / "leftover" / "leftover-1.5.dist-info" / "METADATA").unlink()
+    file = tmp_path / "leftover" / "leftover-1.5.dist-info" / "METADATA"
+    file.unlink() if metadata is None else file.write_bytes(metadata)
     assert PluginHost.discover().listing == (PluginInfo("p", None, None),)
 
 

@@ -24,7 +24,8 @@ demo: $(STAMP)
 	$(BIN)/python -m hookcore demo --size 2GiB --budget 400MiB
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow and not gpu' --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/coverage run -m pytest -m 'not slow and not gpu'
+	$(BIN)/coverage report --fail-under=95
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -12,6 +12,8 @@ from hookcore.errors import ConcurrentCallError
 from hookcore.hook import Hook
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
 _top_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -55,7 +57,6 @@ class WeightGuard(Hook):
 
     Besides holding the lock it makes autograd save weights as tensors of their own: autograd saves a
     parameter itself, by reference, and would find in it after the call whatever the hooks left there.
-    Hooks for saved tensors do that, and if the user has set some of his own, they already do.
     """
 
     def __init__(self, lock: CallLock) -> None:
@@ -65,15 +66,11 @@ class WeightGuard(Hook):
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Takes the lock."""
         self._lock.enter("called", module)
-        saving = None
-        if torch.is_grad_enabled() and _top_saved_tensors_hooks(True) is None:
-            saving = saved_tensors_hooks(_same, _same)
-            try:
-                saving.__enter__()
-            except BaseException:  # torch.func forbids such hooks, and without them gradients would be wrong
-                self._lock.leave()
-                raise
-        self._saving.append(saving)
+        try:
+            self._saving.append(_save_apart() if torch.is_grad_enabled() else None)
+        except BaseException:  # torch.func forbids hooks for saved tensors; without, gradients would be wrong
+            self._lock.leave()
+            raise
 
     def post_forward(self, module: nn.Module, output: Any) -> None:
         """Releases it."""
@@ -85,6 +82,26 @@ class WeightGuard(Hook):
     def on_error(self, module: nn.Module, error: BaseException) -> None:
         """Releases it."""
         self.post_forward(module, None)
+
+
+class _PackApart:
+    """Gives a tensor that autograd saves a life of its own, then does what the user's own hook would."""
+
+    def __init__(self, pack: Callable[[torch.Tensor], Any]) -> None:
+        self._pack = pack
+
+    def __call__(self, tensor: torch.Tensor) -> Any:
+        return self._pack(tensor.detach())
+
+
+def _save_apart() -> saved_tensors_hooks | None:
+    """Starts to save tensors apart, unless an outer call has; torch asks the latest hooks only."""
+    pack, unpack = _top_saved_tensors_hooks(True) or (_same, _same)
+    if isinstance(pack, _PackApart):
+        return None
+    saving = saved_tensors_hooks(_PackApart(pack), unpack)
+    saving.__enter__()
+    return saving
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -162,11 +162,10 @@ def ordered(items: Sequence[PlacedT]) -> list[PlacedT]:
 
 
 def _stands_outside(technique: Technique, other: Technique) -> bool:
-    return (
-        technique.phase < other.phase
-        or other.name in technique.before
-        or (technique.name in other.after and technique.name != other.name)
-    )
+    if technique.name == other.name:
+        return False
+    named = other.name in technique.before or technique.name in other.after
+    return technique.phase < other.phase or named
 
 
 def check_conflicts(new: Sequence[PlanStep], existing: Sequence[Placed]) -> None:

@@ -16,7 +16,7 @@ from hookcore.guard import CallLock, WeightGuard
 from hookcore.hook import overrides
 from hookcore.plan import check_conflicts, make_step, ordered, share_modules
 from hookcore.stack import HookStack
-from hookcore.structure import ReplanHook
+from hookcore.structure import ReplanHook, Structure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -46,12 +46,14 @@ class Attachment:
         skipped: What it leaves alone, and why.
         attached: Whether its hooks are on the modules.
         lock: What a call that swaps weights has to hold; shared by all attachments that share modules.
+        structure: What the component consisted of when it was last bound, if it is to be bound anew.
     """
 
     def __init__(self, step: PlanStep) -> None:
         self.technique: Technique = step.technique
         self.attached = False
         self.lock = CallLock()
+        self.structure: Structure | None = None
         self.number = next(_NUMBERS)
         self._prepared: dict[int, tuple[nn.Module, Hook]] = {}  # by the hook's identity, in order
         self.take(step.component, step.bindings, step.skipped)
@@ -202,22 +204,8 @@ class HookRegistry:
         """The one way in which anything changes: off from outside in, on from inside out, or all undone."""
         before = self._found
         touched = {key for item in (*before, *after) for key in _hooked_entries(item)}
-        old = [item for item in reversed(ordered(before)) if item.prepares]
-        # What is bound anew may have had nothing to prepare, and have it then.
-        new = [item for item in reversed(ordered(after)) if item.prepares or item in rebind]
-        stays = 0
-        while stays < min(len(old), len(new)) and old[stays] is new[stays] and old[stays] not in rebind:
-            stays += 1
         try:
-            with _Undo() as undo:
-                for item in reversed(old[stays:]):
-                    item.take_off(undo)
-                _rebind(rebind, [item for item in after if item not in rebind], undo)
-                for item in new[stays:]:
-                    item.put_on(undo)
-                for item in before:
-                    if item not in after:
-                        item.finish()
+            self._move(before, after, rebind)
         except BaseException as error:
             after = [item for item in before if item.intact]
             for item in before:
@@ -236,6 +224,30 @@ class HookRegistry:
             touched.update(key for item in after for key in _hooked_entries(item))
             _share_locks(after)
             _set_stacks(touched, ordered(after))
+
+    @staticmethod
+    def _move(
+        before: Sequence[Attachment], after: Sequence[Attachment], rebind: Sequence[Attachment]
+    ) -> None:
+        """Detaches, binds anew and attaches what has to be, and leaves alone what stands inside of all that."""
+        old = [item for item in reversed(ordered(before)) if item.prepares]
+        # What is bound anew may have had nothing to prepare, and have it then.
+        new = [item for item in reversed(ordered(after)) if item.prepares or item in rebind]
+        stays = 0
+        while stays < min(len(old), len(new)) and old[stays] is new[stays] and old[stays] not in rebind:
+            stays += 1
+        with _Undo() as undo:
+            for item in reversed(old[stays:]):
+                item.take_off(undo)
+            _rebind(rebind, [item for item in after if item not in rebind], undo)
+            for item in new[stays:]:
+                item.put_on(undo)
+            for item in before:
+                if item not in after:
+                    item.finish()
+        for item in after:
+            if item.technique.replans and (item in rebind or item not in before):
+                item.structure = Structure(item.component.module)
 
     @contextmanager
     def _quiet(self, attachments: Sequence[Attachment]) -> Iterator[None]:
@@ -318,18 +330,21 @@ def _share_locks(attachments: Iterable[Attachment]) -> None:
 
 def _set_stacks(keys: Iterable[tuple[nn.Module, str]], attachments: Sequence[Attachment]) -> None:
     """Gives each of these entries the hooks that the attachments, outermost first, have for it."""
-    replans: dict[tuple[nn.Module, str], Component] = {}
+    replans: dict[tuple[nn.Module, str], list[Attachment]] = {}
     for item in attachments:
         if item.technique.replans:
-            replans.update(dict.fromkeys(_entries(item), item.component))
+            for key in _entries(item):
+                replans.setdefault(key, []).append(item)
     for key in keys:
         here = [item for item in attachments if key in item.hooks_at]
         hooks = [hook for item in here for hook in item.hooks_at[key]]
         if any(hook.swaps_weights for hook in hooks):
             hooks.insert(0, WeightGuard(here[0].lock))
-        if key in replans:
-            hooks.insert(0, ReplanHook(*key, partial(_replan, replans[key])))
-        HookStack.set(*key, hooks, keeps_alive=here)
+        replanning = replans.get(key, [])
+        if replanning:
+            structures = tuple(item.structure for item in replanning if item.structure is not None)
+            hooks.insert(0, ReplanHook(key[1], structures, partial(_replan, replanning[0].component)))
+        HookStack.set(*key, hooks, keeps_alive=[*here, *replanning])
 
 
 def _replan(component: Component) -> bool:

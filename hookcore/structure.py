@@ -9,7 +9,7 @@ from torch.nn.modules import module as torch_module
 from hookcore.hook import Hook
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
 
@@ -35,8 +35,31 @@ class _Changes:
 CHANGES = _Changes()
 
 
-def _structure(module: nn.Module) -> Iterator[tuple[str, object]]:
-    """What the tree below a module consists of: every module and parameter, by FQN."""
+class Structure:
+    """What the tree below a module consists of when this is made: every module and parameter, by FQN."""
+
+    def __init__(self, module: nn.Module) -> None:
+        CHANGES.listen()
+        self._module = module
+        self._seen = CHANGES.count
+        self._known = list(_parts(module))
+
+    def has_changed(self) -> bool:
+        """Whether the tree is another one now. Looks only if anything was registered in this process."""
+        count = CHANGES.count
+        if self._seen == count:
+            return False
+        now = list(_parts(self._module))
+        if len(now) != len(self._known) or any(
+            name != known_name or found is not known
+            for (name, found), (known_name, known) in zip(now, self._known, strict=True)
+        ):
+            return True
+        self._seen = count
+        return False
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, object]]:
     for prefix, submodule in module.named_modules(remove_duplicate=False):
         yield prefix, submodule
         yield from submodule._parameters.items()
@@ -48,27 +71,17 @@ class ReplanHook(Hook):
     LoRA loading, `load_state_dict(assign=True)` and assigning a parameter or module are such changes.
     """
 
-    def __init__(self, module: nn.Module, entry: str, replan: Callable[[], bool]) -> None:
-        CHANGES.listen()
+    def __init__(self, entry: str, structures: Sequence[Structure], replan: Callable[[], bool]) -> None:
         self._entry = entry
+        self._structures = structures
         self._replan = replan
-        self._seen = CHANGES.count
-        self._known = list(_structure(module))
 
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
         """Calls on, through new hooks if there had to be new ones."""
-        if self._seen != CHANGES.count:
-            if self._still_known(module):
-                self._seen = CHANGES.count
-            elif self._replan():  # not while an outer call is under way: then at the next call
+        for structure in self._structures:
+            # While an outer call is under way, nothing is planned: then at the next call.
+            if structure.has_changed() and self._replan():
                 return getattr(module, self._entry)(*args, **kwargs)
         return call(*args, **kwargs)
-
-    def _still_known(self, module: nn.Module) -> bool:
-        now = list(_structure(module))
-        return len(now) == len(self._known) and all(
-            name == known_name and found is known
-            for (name, found), (known_name, known) in zip(now, self._known, strict=True)
-        )

@@ -1,0 +1,125 @@
+"""Who may import whom, read off the code itself."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hookcore
+
+ROOT = Path(hookcore.__file__).parents[1]
+CORE = ROOT / "hookcore"
+ROOMS = ROOT / "plugins" / "hookcore_plugins"
+
+OPTIONAL = {"diffusers", "transformers", "accelerate", "peft", "matplotlib", "psutil", "hookcore_plugins"}
+TESTING = {"pytest", "hypothesis", "_pytest"}
+PUBLIC = {"hookcore", "hookcore.memory", "hookcore.testing"}
+SHOWS_TECHNIQUES = {"demo"}  # no technique itself: a command that runs others side by side
+
+
+def module_name(path, base):
+    parts = path.relative_to(base).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports(path, base, *, type_checking, functions):
+    """Names of the modules that a file imports.
+
+    Args:
+        path: The file.
+        base: The folder that its package lies in.
+        type_checking: Also those that only a type checker sees.
+        functions: Also those inside functions.
+    """
+    own = module_name(path, base)
+    package = own if path.name == "__init__.py" else own.rpartition(".")[0]
+
+    def visit(node):
+        for child in ast.iter_child_nodes(node):
+            if is_type_checking(child) and not type_checking:
+                for part in child.orelse:
+                    yield from visit(part)
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not functions:
+                continue
+            elif isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                source = child.module or ""
+                if child.level:
+                    parents = package.split(".")
+                    source = ".".join([*parents[: len(parents) - child.level + 1], *filter(None, [source])])
+                for alias in child.names:
+                    found = base / Path(*source.split(".")) / alias.name
+                    is_module = found.with_suffix(".py").exists() or (found / "__init__.py").exists()
+                    yield f"{source}.{alias.name}" if is_module else source
+            else:
+                yield from visit(child)
+
+    return set(visit(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*.py"))
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", files(CORE), ids=name_of)
+def test_the_core_knows_no_technique_and_no_optional_library(path):
+    found = imports(path, ROOT, type_checking=True, functions=True)
+    tops = {name.split(".")[0] for name in found}
+    assert not tops & OPTIONAL
+    if CORE / "testing" not in path.parents:
+        assert not tops & TESTING
+        assert not any(name.startswith("hookcore.testing") for name in found)
+
+
+@pytest.mark.parametrize("path", files(ROOMS), ids=name_of)
+def test_a_technique_uses_public_names_only_and_no_other_technique(path):
+    """Its room is its own file, or its own package; what begins with an underscore is nobody's to use."""
+    found = imports(path, ROOMS.parent, type_checking=True, functions=True)
+    room = path.relative_to(ROOMS).with_suffix("").parts[0]
+    rooms = {name.split(".")[1] for name in found if name.startswith("hookcore_plugins.")}
+    assert room in SHOWS_TECHNIQUES or rooms <= {room}
+    assert {name for name in found if name.split(".")[0] == "hookcore"} <= PUBLIC
+
+
+@pytest.mark.parametrize("path", files(ROOMS), ids=name_of)
+def test_a_technique_uses_what_the_public_modules_declare(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in PUBLIC and node.module != "hookcore.testing":
+            declared = set(__import__(node.module, fromlist=["x"]).__all__)
+            assert {alias.name for alias in node.names} <= declared
+
+
+def test_modules_of_the_core_import_each_other_in_one_direction():
+    graph = {}
+    for path in files(CORE):
+        own = module_name(path, ROOT)
+        needed = imports(path, ROOT, type_checking=False, functions=False)
+        graph[own] = {name for name in needed if name.split(".")[0] == "hookcore" and name != own}
+    assert len(graph) > 10
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+def test_what_importing_hookcore_brings_along():
+    program = "import sys, hookcore, hookcore.plugins\nprint(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert not set(done.stdout.split()) & ((OPTIONAL | TESTING) - {"hookcore_plugins"})
+
+
+def test_the_public_names_are_all_there_and_sorted():
+    assert hookcore.__all__ == sorted(hookcore.__all__, key=lambda name: (name[0].islower(), name))
+    assert all(hasattr(hookcore, name) for name in hookcore.__all__)

@@ -64,6 +64,8 @@ def choose_residents(
             f"memory_budget is {format_bytes(budget)}, but the call of {fqn!r} in {what!r} needs "
             f"{format_bytes(least)} of weights at once. The smallest budget that works is {least} bytes"
         )
+    if sum(costs.values()) <= budget:
+        return list(costs)  # nothing is streamed, so nothing needs room to come and go
     spare = budget - min(budget, least + read_ahead)
     tiny = spare // 1000
     residents = _fill([group for group in costs if costs[group] <= tiny], costs, spare)
@@ -86,10 +88,10 @@ def _spread(groups: Sequence[Group], costs: Mapping[Group, int], spare: int) -> 
     """Takes a group whenever its share of the quota has been saved up."""
     total = sum(costs[group] for group in groups)
     chosen = []
-    saved = 0.0
+    saved = 0  # in units of 1 / total bytes, so that nothing is lost to rounding
     for group in groups:
-        saved += costs[group] * spare / total
-        if costs[group] <= min(saved, spare):
-            saved -= costs[group]
+        saved += costs[group] * spare
+        if costs[group] * total <= saved:
+            saved -= costs[group] * total
             chosen.append(group)
     return chosen

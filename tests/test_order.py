@@ -1,0 +1,100 @@
+"""The learned order: against a deque that is turned, and what it promises of learning and giving up."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hookcore.memory.order import LearnedOrder
+
+things = st.sampled_from("abcdef")
+passes = st.lists(st.lists(things, max_size=8), max_size=4)
+
+
+class TurnedDeque:
+    """What LearnedOrder promises, said with a deque whose left end is expected next."""
+
+    def __init__(self, guess):
+        self.guess = guess
+        self.forget()
+
+    def forget(self):
+        self.misses = 0
+        self.begin_pass(self.guess)
+
+    def begin_pass(self, order):
+        self.order = order
+        self.expected = deque(order)
+        self.used = []
+        self.late = 0
+
+    def note(self, thing):
+        self.used.append(thing)
+        hit = not self.expected or self.expected[0] == thing
+        self.late = 0 if hit else self.late + 1
+        self.misses += not hit
+        if thing in self.expected:
+            self.expected.rotate(-1 - self.expected.index(thing))
+
+    def end_pass(self):
+        self.begin_pass(self.used or self.order)
+
+    def upcoming(self):
+        return list(self.expected) if self.late < 3 else []
+
+
+@given(st.lists(things, unique=True), passes, st.data())
+def test_it_is_the_turned_deque(guess, made, data):
+    order, reference = LearnedOrder(guess), TurnedDeque(guess)
+    for uses in made:
+        for used in uses:
+            order.note(used)
+            reference.note(used)
+            assert list(order.upcoming()) == reference.upcoming()
+            assert order.misses == reference.misses
+        if data.draw(st.booleans(), "forget"):
+            order.forget()
+            reference.forget()
+        else:
+            order.end_pass()
+            reference.end_pass()
+        assert list(order.upcoming()) == reference.upcoming()
+        assert order.misses == reference.misses
+
+
+@given(st.lists(things, unique=True), st.lists(things, min_size=1, max_size=8))
+def test_a_pass_that_is_repeated_has_no_misses_and_is_known_at_each_step(guess, uses):
+    order = LearnedOrder(guess)
+    for used in uses:
+        order.note(used)
+    order.end_pass()
+    misses = order.misses
+    for _ in range(2):
+        for position, used in enumerate(uses):
+            # All of the pass, each thing once for each of its uses, from here on round into the next one.
+            assert list(order.upcoming()) == uses[position:] + uses[:position]
+            order.note(used)
+        order.end_pass()
+    assert order.misses == misses
+
+
+def test_three_misses_in_a_row_stop_it_and_one_hit_starts_it_again():
+    order = LearnedOrder("abcdef")
+    for used in "cea":  # each one later than the next, and none next
+        assert list(order.upcoming())
+        order.note(used)
+    assert not list(order.upcoming())
+    order.note("b")
+    assert list(order.upcoming()) == list("cdefab")
+    assert order.misses == 3
+
+
+def test_a_new_pass_starts_with_hope():
+    order = LearnedOrder("ab")
+    for used in "xyz":
+        order.note(used)
+    assert not list(order.upcoming())
+    order.end_pass()
+    assert list(order.upcoming()) == list("xyz")

@@ -101,7 +101,7 @@ def test_declared_classes_are_blocks_and_only_the_outermost_ones():
 
 def test_elements_of_the_outermost_containers_are_blocks():
     model = Holding(
-        single=nn.Sequential(nn.ModuleList(linears(2))),
+        single=nn.Sequential(nn.Sequential(*linears(2))),
         deep=Holding(layers=nn.ModuleDict({"p": nn.Sequential(*linears(2)), "q": nn.Linear(2, 2)})),
         quiet=nn.Sequential(nn.ReLU(), nn.Linear(2, 2)),
     )

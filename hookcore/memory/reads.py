@@ -21,7 +21,7 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
     under way it is a plain dict. A copy or a pickle of it is one for good.
 
     Args:
-        original: What it stands in for; empty until `give_back`.
+        original: What it stands in for; up to date again after `give_back`.
         groups: The group of each name that is watched.
         calls: The calls under way; watched is only while there are any.
         before_read: Called before a tensor of the group is handed out.
@@ -41,10 +41,10 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
         self._groups = groups
         self._calls = calls
         self._before_read = before_read
-        original.clear()  # or it would keep alive what a user replaces meanwhile
 
     def give_back(self) -> dict[str, torch.Tensor | None]:
         """Returns the original dict, with the tensors that there are now."""
+        self._original.clear()
         self._original.update(self)
         return self._original
 

@@ -21,8 +21,7 @@ from torch.nn.utils import parametrizations
 
 import hookcore
 from hookcore import ConflictError, Hook, HookcoreWarning, LossyRemovalError, Phase, PlanError, Technique
-from hookcore.memory.checkpoint import Checkpoint
-from hookcore.memory.mapping import find_mapping, map_checkpoint
+from hookcore.memory import Checkpoint, find_mapping, map_checkpoint
 from hookcore.testing.modules import ModelCase, WeightReader, module_trees, tensors_in
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.layerwise_casting import LayerwiseCasting
@@ -320,6 +319,31 @@ def test_nothing_is_converted_when_one_weight_of_a_unit_cannot_be(monkeypatch):
     snapshot.assert_restored(model, same_storage=True)
 
 
+def test_weights_with_gaps_between_their_elements_keep_their_strides():
+    model = nn.Linear(8, 4)
+    model.weight = nn.Parameter(torch.arange(64.0).reshape(4, 16)[:, ::2])
+    snapshot = ModelSnapshot.take(model)
+    applied = hookcore.apply(model, [LayerwiseCasting(keep_originals=True)])
+    assert model.weight.stride() == (16, 2)
+    applied.remove()
+    snapshot.assert_restored(model)
+    hookcore.apply(model, [LayerwiseCasting()]).remove(allow_lossy=True)
+    assert model.weight.stride() == (16, 2)
+
+
+def test_a_shared_weight_stays_stored_until_its_last_user_lets_go():
+    weight = nn.Parameter(torch.ones(4))
+    cast = CastWeight(
+        (weight,), storage_dtype=FP8, compute_dtype=torch.float32, non_blocking=False, keep_originals=False
+    )
+    for _ in range(2):
+        cast.hold(cast.to_store())
+    cast.let_go(cast.to_restore())
+    assert weight.dtype == FP8
+    cast.let_go(cast.to_restore())
+    assert weight.dtype == torch.float32
+
+
 def test_calls_may_nest_and_a_module_may_be_used_twice():
     class Recursive(nn.Linear):
         def forward(self, x, depth=2):
@@ -445,6 +469,8 @@ def test_a_model_called_or_applied_without_gradients_can_be_trained_afterwards(m
     with mode():
         applied = hookcore.apply(model, [LayerwiseCasting()])
         model(X)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    with mode():
         applied.remove(allow_lossy=True)
     assert not any(parameter.is_inference() for parameter in model.parameters())
     model(X).sum().backward()
@@ -590,6 +616,15 @@ def test_casting_twice_is_refused_and_casting_two_parts_is_not():
     assert {FP8, torch.bfloat16} <= set(at_rest(model).values())
 
 
+@pytest.mark.parametrize("second", ["float8_e4m3fn", "bfloat16"])
+def test_a_weight_with_two_users_is_cast_by_one_application_only(second):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    hookcore.apply(model[0], [LayerwiseCasting()])
+    with pytest.raises(ConflictError, match="cannot claim the storage dtype of 'weight'"):
+        hookcore.apply(model[1], [LayerwiseCasting(second)])
+
+
 class Tangled(nn.Module):
     """Weights in every kind of trouble, each in a layer of its own."""
 
@@ -601,6 +636,10 @@ class Tangled(nn.Module):
         self.tied.weight = nn.Parameter(self.reader.weight.data[:, :, 0])
         self.buffered = nn.Linear(4, 4, bias=False)
         self.register_buffer("view", self.buffered.weight.data[0])
+        self.viewed = nn.Linear(4, 4, bias=False)
+        self.viewed.register_buffer("view", self.viewed.weight.data[0])
+        self.punned = nn.Linear(4, 4)
+        self.punned.bias = nn.Parameter(self.punned.weight.data.view(torch.bfloat16)[0])
         self.integer = nn.Linear(4, 4, bias=False)
         self.integer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
         self.sparse = nn.Linear(4, 4, bias=False)
@@ -620,6 +659,8 @@ def test_weights_that_cannot_be_cast_are_skipped_with_the_reason():
     assert reasons == {
         "tied": "its weight is tied to 'reader.weight', which is not cast",
         "buffered": "its weight is tied to 'view', which is not cast",
+        "viewed": "its weight shares memory with a buffer",
+        "punned": "its weight shares memory with one in torch.bfloat16",
         "integer": "its weight is in torch.int8, not in floating point",
         "sparse": "its weight has the layout torch.sparse_coo",
         "wrapped": "its weight is a Quantized of Tensor, not a plain tensor",

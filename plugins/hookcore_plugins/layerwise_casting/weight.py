@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hookcore.memory.mapping import find_mapping
+from hookcore.memory import find_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -228,16 +228,19 @@ def _copy_as_plain(tensor: Tensor, storage_dtype: torch.dtype, compute_dtype: to
     vars(tensor)["__reduce_ex__"] = partial(_reduce, reference, storage_dtype, compute_dtype)
 
 
+def is_cast(tensor: Tensor) -> bool:
+    """Whether some `CastWeight` holds the tensor."""
+    method = vars(tensor).get("__deepcopy__")
+    return isinstance(method, partial) and method.func is _deepcopy
+
+
 def _deepcopy(
     reference: weakref.ref[Tensor],
     storage_dtype: torch.dtype,
     compute_dtype: torch.dtype,
-    memo: dict[int, Any],
+    _memo: dict[int, Any],  # copy.deepcopy itself notes the result there
 ) -> nn.Parameter:
-    copied: nn.Parameter = memo.setdefault(
-        id(reference()), _plain_copy(reference, storage_dtype, compute_dtype)
-    )
-    return copied
+    return _plain_copy(reference, storage_dtype, compute_dtype)
 
 
 def _reduce(

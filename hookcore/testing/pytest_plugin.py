@@ -1,0 +1,34 @@
+"""The `sim` fixture: a test on the simulated accelerator. pytest finds it through the entry point `pytest11`."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+
+@pytest.fixture
+def sim() -> Iterator[ModuleType]:
+    """Two simulated devices without a limit of memory, as after `simulator.reset()`, in strict mode.
+
+    The host's use of pinned memory is watched. When the test is over, what is found late fails it too.
+
+    Yields:
+        The module `hookcore.testing.simulator`.
+    """
+    from hookcore.testing import simulator
+
+    simulator.install(devices=2)
+    gc.collect()  # what an earlier test left in cycles is freed before, not in, this one
+    simulator.reset()
+    with simulator.limited(strict=True), simulator.watching_host():
+        yield simulator
+        try:
+            simulator.check()
+        finally:
+            simulator.reset()

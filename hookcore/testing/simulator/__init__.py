@@ -1,0 +1,74 @@
+"""A simulated accelerator: finds races, leaks and wrong peaks of offloading code on a machine without one.
+
+    import hookcore.testing.simulator as sim
+
+    sim.install(devices=2, memory="8GiB")
+    weight = torch.randn(1000, 1000).pin_memory().to("sim", non_blocking=True)
+
+Tensors on "sim" are plain torch tensors with the CPU's numerics. Time is virtual, and whatever runs without
+waiting for what it depends on raises `RaceError`. See docs/reference/simulator.md.
+"""
+
+from hookcore.testing.simulator.control import (
+    Holding,
+    check,
+    install,
+    limited,
+    max_pinned_bytes,
+    now,
+    pinned_bytes,
+    reset,
+    snapshot,
+    traced,
+    violations,
+    watching_host,
+)
+from hookcore.testing.simulator.errors import (
+    RaceError,
+    SimulatorError,
+    UnsupportedOperationError,
+    Violation,
+)
+from hookcore.testing.simulator.naming import name_tensors
+from hookcore.testing.simulator.profiles import (
+    A100_80GB,
+    GENERIC,
+    H100_80GB,
+    L4,
+    RTX_4090,
+    DeviceProfile,
+)
+from hookcore.testing.simulator.state import is_installed
+from hookcore.testing.simulator.streams import Event, Stream
+from hookcore.testing.simulator.trace import Span, Trace
+
+__all__ = [
+    "A100_80GB",
+    "GENERIC",
+    "H100_80GB",
+    "L4",
+    "RTX_4090",
+    "DeviceProfile",
+    "Event",
+    "Holding",
+    "RaceError",
+    "SimulatorError",
+    "Span",
+    "Stream",
+    "Trace",
+    "UnsupportedOperationError",
+    "Violation",
+    "check",
+    "install",
+    "is_installed",
+    "limited",
+    "max_pinned_bytes",
+    "name_tensors",
+    "now",
+    "pinned_bytes",
+    "reset",
+    "snapshot",
+    "traced",
+    "violations",
+    "watching_host",
+]

@@ -1,0 +1,212 @@
+"""What a test does with the simulator: install it, limit it, look into it, and ask what it found."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+from hookcore.testing.simulator import state
+from hookcore.testing.simulator.errors import SimulatorError, Violation
+from hookcore.testing.simulator.host import HostWatch
+from hookcore.testing.simulator.machine import Machine
+from hookcore.testing.simulator.naming import names_in
+from hookcore.testing.simulator.profiles import GENERIC, DeviceProfile
+from hookcore.testing.simulator.registration import register
+from hookcore.testing.simulator.trace import Trace
+from hookcore.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def install(
+    devices: int = 2, *, memory: int | str | None = None, profile: DeviceProfile = GENERIC
+) -> None:
+    """Adds the simulated devices "sim:0", "sim:1", ... to this process, for as long as it runs.
+
+    Calling it again with the same number of devices only sets the memory and the profile.
+
+    Args:
+        devices: How many.
+        memory: Bytes of each, as a number or as "8GiB"; what the profile says if it is left out.
+        profile: The figures behind the virtual time.
+
+    Raises:
+        SimulatorError: It was installed with another number of devices, or another package has taken
+            torch's one slot for such devices.
+        ValueError: The number of devices is less than 1.
+    """
+    if devices < 1:
+        raise ValueError(f"devices is {devices}, expected 1 or more")
+    if memory is not None:
+        profile = profile.with_memory(memory)
+    if state.is_installed():
+        machine = state.get_machine()
+        if len(machine.devices) != devices:
+            raise SimulatorError(
+                f"the simulator is installed with devices={len(machine.devices)}, which cannot be changed; "
+                f"start another process for devices={devices}"
+            )
+        _set_profile(machine, profile)
+        return
+    import torch
+
+    name = torch._C._get_privateuse1_backend_name()
+    if name not in ("privateuseone", state.DEVICE_TYPE):
+        raise SimulatorError(
+            f"torch's slot for further devices is taken by {name!r}; use the simulator in another process"
+        )
+    machine = Machine(devices, profile)
+    machine.name_of = names_in
+    state.set_machine(machine)
+    register()
+
+
+def _set_profile(machine: Machine, profile: DeviceProfile) -> None:
+    for device in machine.devices:
+        device.profile = profile
+        device.memory.capacity = profile.memory
+
+
+@contextlib.contextmanager
+def limited(
+    *,
+    memory: int | str | None = None,
+    profile: DeviceProfile | None = None,
+    strict: bool | None = None,
+) -> Iterator[None]:
+    """Sets limits within a `with` block; what is left out stays as it is.
+
+    Args:
+        memory: Bytes of each device.
+        profile: The figures behind the virtual time, and the memory if `memory` is left out.
+        strict: True raises what breaks a rule, at once or at the next operation; False keeps it for
+            `violations`.
+    """
+    machine = state.get_machine()
+    before = [(device, device.profile, device.memory.capacity) for device in machine.devices]
+    was_strict = machine.strict
+    if profile is not None:
+        _set_profile(machine, profile)
+    if memory is not None:
+        for device in machine.devices:
+            device.memory.capacity = parse_bytes(memory)
+    if strict is not None:
+        machine.strict = strict
+    try:
+        yield
+    finally:
+        machine.strict = was_strict
+        for device, old, capacity in before:
+            device.profile, device.memory.capacity = old, capacity
+
+
+@contextlib.contextmanager
+def watching_host() -> Iterator[None]:
+    """Within a `with` block, also finds that the host uses pinned memory while a copy of it runs."""
+    with HostWatch():
+        yield
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[Trace]:
+    """Within a `with` block, notes what runs when."""
+    machine = state.get_machine()
+    before, machine.trace = machine.trace, Trace()
+    try:
+        yield machine.trace
+    finally:
+        machine.trace = before
+
+
+def violations() -> tuple[Violation, ...]:
+    """What was found and not raised: what is found late in strict mode, and all otherwise."""
+    machine = state.get_machine()
+    with machine.lock:
+        machine.settle()
+        return tuple(machine.violations)
+
+
+def check() -> None:
+    """Waits for everything, and raises what was found, also when not in strict mode.
+
+    Raises:
+        RaceError: Something was found.
+    """
+    machine = state.get_machine()
+    with machine.lock, limited(strict=True):
+        for device in machine.devices:
+            machine.synchronize(device.index)
+        machine.raise_found()
+
+
+def reset() -> None:
+    """Waits for everything, forgets what was found, and begins at time 0 with new peaks.
+
+    What is allocated stays so.
+    """
+    machine = state.get_machine()
+    with machine.lock:
+        machine.reset()
+
+
+def now() -> float:
+    """The host's virtual time, in seconds."""
+    return state.get_machine().host_time
+
+
+def pinned_bytes() -> int:
+    """Bytes of page-locked host memory."""
+    machine = state.get_machine()
+    with machine.lock:
+        machine.settle()
+        return machine.pinned.allocated
+
+
+def max_pinned_bytes() -> int:
+    """The most bytes of page-locked host memory that there were since `reset`."""
+    return state.get_machine().pinned.peak
+
+
+@frozen
+class Holding:
+    """One block of memory that is in use.
+
+    Attributes:
+        device: Where: "sim:0", or "pinned" for page-locked host memory.
+        nbytes: Its size.
+        made_by: The operation that made it.
+        stream: Number of the stream that it was made on.
+        tensors: Names of the tensors in it, where `name_tensors` was told of them.
+    """
+
+    device: str
+    nbytes: int
+    made_by: str
+    stream: int
+    tensors: tuple[str, ...]
+
+    def __str__(self) -> str:
+        names = ", ".join(self.tensors) or "unnamed"
+        return f"{self.device} {format_bytes(self.nbytes)}: {names} (by {self.made_by})"
+
+
+def snapshot() -> tuple[Holding, ...]:
+    """Says who holds what: all blocks in use, the largest first."""
+    machine = state.get_machine()
+    with machine.lock:
+        machine.settle()
+        blocks = [*machine.blocks.values(), *machine.pinned_blocks.values()]
+        holdings = [
+            Holding(
+                device="pinned" if block.device is None else f"sim:{block.device}",
+                nbytes=block.nbytes,
+                made_by=block.made_by,
+                stream=block.stream[1],
+                tensors=names_in(block, 0, block.nbytes),
+            )
+            for block in blocks
+        ]
+    return tuple(sorted(holdings, key=lambda it: -it.nbytes))

@@ -1,0 +1,183 @@
+"""What `torch.get_device_module("sim")` gives: the functions of `torch.cuda` that a device module has."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookcore.testing.simulator import state
+from hookcore.testing.simulator.streams import Event, Stream
+
+if TYPE_CHECKING:
+    from hookcore.testing.simulator.memory import MemoryPool
+
+    AnyDevice = torch.device | str | int | None
+
+__all__ = [
+    "Event",
+    "Stream",
+    "current_device",
+    "current_stream",
+    "default_stream",
+    "device",
+    "device_count",
+    "empty_cache",
+    "get_device_name",
+    "get_device_properties",
+    "get_rng_state",
+    "is_available",
+    "is_initialized",
+    "manual_seed",
+    "manual_seed_all",
+    "max_memory_allocated",
+    "mem_get_info",
+    "memory_allocated",
+    "reset_peak_memory_stats",
+    "set_device",
+    "set_rng_state",
+    "set_stream",
+    "stream",
+    "synchronize",
+]
+
+
+def is_available() -> bool:
+    """Whether there is a device."""
+    return True
+
+
+def is_initialized() -> bool:
+    """Whether it can be used."""
+    return True
+
+
+def _is_in_bad_fork() -> bool:
+    return False
+
+
+def device_count() -> int:
+    """How many devices there are."""
+    return len(state.get_machine().devices)
+
+
+def current_device() -> int:
+    """Index of the calling thread's current device."""
+    return state.current.device
+
+
+def set_device(device: AnyDevice) -> None:
+    """Makes a device the calling thread's current one."""
+    state.current.device = state.device_index(device)
+
+
+class device:  # noqa: N801 -- torch.cuda's name
+    """Makes a device the current one within a `with` block."""
+
+    def __init__(self, device: AnyDevice) -> None:
+        self._index = state.device_index(device)
+        self._before: list[int] = []
+
+    def __enter__(self) -> None:
+        self._before.append(state.current.device)
+        state.current.device = self._index
+
+    def __exit__(self, *error: object) -> None:
+        state.current.device = self._before.pop()
+
+
+def current_stream(device: AnyDevice = None) -> Stream:
+    """The calling thread's current stream of a device."""
+    index = state.device_index(device)
+    return Stream(index, number=state.current.streams.get(index, 0))
+
+
+def default_stream(device: AnyDevice = None) -> Stream:
+    """The stream that is current where no other was made so."""
+    return Stream(state.device_index(device), number=0)
+
+
+def set_stream(stream: torch.Stream) -> None:
+    """Makes a stream the current one of its device."""
+    state.current.streams[stream.device_index] = stream.stream_id
+
+
+def stream(stream: Stream | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes a stream and its device current within a `with` block; None changes nothing."""
+    return contextlib.nullcontext() if stream is None else stream
+
+
+def synchronize(device: AnyDevice = None) -> None:
+    """Lets the host wait for all streams of a device."""
+    machine = state.get_machine()
+    with machine.lock:
+        machine.synchronize(state.device_index(device))
+        machine.raise_found()
+
+
+def _pool(device: AnyDevice) -> MemoryPool:
+    machine = state.get_machine()
+    with machine.lock:
+        machine.settle()
+        pool = machine.devices[state.device_index(device)].memory
+        pool.release(machine.host_time)
+        return pool
+
+
+def memory_allocated(device: AnyDevice = None) -> int:
+    """Bytes in use, to the byte; with memory that `record_stream` still holds."""
+    return _pool(device).allocated
+
+
+def max_memory_allocated(device: AnyDevice = None) -> int:
+    """The most bytes that were in use since the peak was reset."""
+    return _pool(device).peak
+
+
+def reset_peak_memory_stats(device: AnyDevice = None) -> None:
+    """Begins a new peak from what is in use now."""
+    pool = _pool(device)
+    pool.peak = pool.allocated
+
+
+def mem_get_info(device: AnyDevice = None) -> tuple[int, int]:
+    """Free and total bytes; of a device without a limit, a tebibyte."""
+    pool = _pool(device)
+    total = 1 << 40 if pool.capacity is None else pool.capacity
+    return total - pool.allocated, total
+
+
+def empty_cache() -> None:
+    """Does nothing: memory that is freed is not kept."""
+
+
+def get_device_name(device: AnyDevice = None) -> str:
+    """The name in the device's profile."""
+    return state.get_machine().devices[state.device_index(device)].profile.name
+
+
+def get_device_properties(device: AnyDevice = None) -> Any:
+    """The device's profile, with `total_memory` in bytes beside it."""
+    from types import SimpleNamespace
+
+    profile = state.get_machine().devices[state.device_index(device)].profile
+    return SimpleNamespace(name=profile.name, total_memory=mem_get_info(device)[1], profile=profile)
+
+
+def manual_seed(seed: int) -> None:
+    """Does nothing: random numbers come from the CPU's generator."""
+
+
+def manual_seed_all(seed: int) -> None:
+    """Does nothing: random numbers come from the CPU's generator."""
+
+
+def get_rng_state(device: AnyDevice = None) -> torch.Tensor:
+    """The state of the CPU's generator, from which random numbers come."""
+    return torch.get_rng_state()
+
+
+def set_rng_state(new_state: torch.Tensor, device: AnyDevice = None) -> None:
+    """Sets the state of the CPU's generator."""
+    torch.set_rng_state(new_state)

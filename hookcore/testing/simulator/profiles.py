@@ -1,0 +1,108 @@
+"""What a device can do: sizes, bandwidths, latencies, rates. The figures behind the virtual time.
+
+The figures of a real device are peaks from its maker's public data sheet, bandwidths of links for one
+direction. Latencies are in no data sheet: they are the defaults below for all devices, typical of CUDA. So
+virtual times compare two ways of doing something on a device; they don't foretell seconds.
+"""
+
+from __future__ import annotations
+
+from attrs import evolve, field, frozen, validators
+
+from hookcore.units import parse_bytes
+
+GB = 1e9
+TERA = 1e12
+_positive = validators.gt(0)
+_not_negative = validators.ge(0)
+
+
+@frozen(kw_only=True)
+class DeviceProfile:
+    """The figures of one device.
+
+    Attributes:
+        name: What it is called.
+        memory: Bytes, as a number or as "24GiB"; None for no limit.
+        memory_bandwidth: Of the device's own memory, bytes a second.
+        flops_16: Dense operations a second on types of two bytes or less.
+        flops_32: Operations a second on wider types.
+        host_to_device: Bandwidth of a copy from pinned memory, bytes a second.
+        device_to_host: Bandwidth of a copy to pinned memory, bytes a second.
+        pageable: Bandwidth of copies from and to other host memory, bytes a second.
+        peer: Bandwidth of copies to another device, bytes a second.
+        copy_latency: Seconds before the first byte of a copy.
+        kernel_latency: Seconds that the shortest kernel takes.
+        launch_latency: Seconds of the host's time to launch anything.
+        source: Where the figures are published.
+    """
+
+    name: str
+    memory: int | None = field(
+        default=None, converter=lambda size: None if size is None else parse_bytes(size)
+    )
+    memory_bandwidth: float = field(default=1500 * GB, validator=_positive)
+    flops_16: float = field(default=100 * TERA, validator=_positive)
+    flops_32: float = field(default=25 * TERA, validator=_positive)
+    host_to_device: float = field(default=25 * GB, validator=_positive)
+    device_to_host: float = field(default=25 * GB, validator=_positive)
+    pageable: float = field(default=6 * GB, validator=_positive)
+    peer: float = field(default=50 * GB, validator=_positive)
+    copy_latency: float = field(default=10e-6, validator=_not_negative)
+    kernel_latency: float = field(default=3e-6, validator=_not_negative)
+    launch_latency: float = field(default=5e-6, validator=_not_negative)
+    source: str = ""
+
+    def with_memory(self, memory: int | str | None) -> DeviceProfile:
+        """The same device with another amount of memory."""
+        return evolve(self, memory=memory)
+
+
+GENERIC = DeviceProfile(name="generic", source="round figures, no real device; no limit of memory")
+
+# NVIDIA states links in both directions together; half of it is one direction. PCIe 4.0 x16 gives 32 GB/s
+# and PCIe 5.0 x16 gives 64 GB/s a direction.
+A100_80GB = DeviceProfile(
+    name="NVIDIA A100 80GB SXM",
+    memory="80GB",
+    memory_bandwidth=2039 * GB,
+    flops_16=312 * TERA,
+    flops_32=19.5 * TERA,
+    host_to_device=32 * GB,
+    device_to_host=32 * GB,
+    peer=300 * GB,
+    source="NVIDIA A100 Tensor Core GPU data sheet (June 2021)",
+)
+H100_80GB = DeviceProfile(
+    name="NVIDIA H100 80GB SXM",
+    memory="80GB",
+    memory_bandwidth=3350 * GB,
+    flops_16=989 * TERA,
+    flops_32=67 * TERA,
+    host_to_device=64 * GB,
+    device_to_host=64 * GB,
+    peer=450 * GB,
+    source="NVIDIA H100 Tensor Core GPU data sheet; 16-bit rate without sparsity",
+)
+L4 = DeviceProfile(
+    name="NVIDIA L4",
+    memory="24GB",
+    memory_bandwidth=300 * GB,
+    flops_16=121 * TERA,
+    flops_32=30.3 * TERA,
+    host_to_device=32 * GB,
+    device_to_host=32 * GB,
+    peer=32 * GB,
+    source="NVIDIA L4 Tensor Core GPU data sheet; 16-bit rate without sparsity",
+)
+RTX_4090 = DeviceProfile(
+    name="NVIDIA GeForce RTX 4090",
+    memory="24GB",
+    memory_bandwidth=1008 * GB,
+    flops_16=165.2 * TERA,
+    flops_32=82.6 * TERA,
+    host_to_device=32 * GB,
+    device_to_host=32 * GB,
+    peer=32 * GB,
+    source="NVIDIA Ada GPU Architecture white paper, appendix A; 16-bit rate with 32-bit sums, no sparsity",
+)

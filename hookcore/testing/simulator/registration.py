@@ -1,0 +1,211 @@
+"""Tells torch of the device: the one place that registers kernels and replaces functions of torch.
+
+torch has one slot for a device that it doesn't know, "PrivateUse1", and what is put there stays for as long
+as the process runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from hookcore.testing.simulator import copies, device_module, state
+from hookcore.testing.simulator.attention import attention
+from hookcore.testing.simulator.generic import install_generic_names
+from hookcore.testing.simulator.kernels import run_operator
+from hookcore.testing.simulator.tensors import (
+    CPU_KEYS,
+    block_of,
+    new_on_device,
+    new_pinned,
+    on_cpu,
+    rebind,
+    strided,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch._ops import OpOverload
+
+_aten = torch.ops.aten
+_KEY = "PrivateUse1"
+_libraries: list[torch.library.Library] = []  # registrations end when these are collected
+
+
+class _Hooks(torch._C._acc.PrivateUse1Hooks):  # type: ignore[name-defined, misc]
+    """What torch asks a device about."""
+
+    def is_available(self) -> bool:
+        return True
+
+    def has_primary_context(self, device: int) -> bool:
+        return True
+
+    def is_built(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Registers the device, its kernels and its names. To be called once."""
+    module = types.ModuleType("torch.sim", device_module.__doc__)
+    module.__dict__.update({name: getattr(device_module, name) for name in device_module.__all__})
+    module.__dict__["_is_in_bad_fork"] = device_module._is_in_bad_fork
+    _setup_privateuseone_for_python_backend(state.DEVICE_TYPE, module, _Hooks())  # type: ignore[no-untyped-call]
+    sys.modules["torch.sim"] = module
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        warnings.filterwarnings("ignore", "Overriding a previously registered kernel")
+        _register_kernels()
+    install_generic_names()
+    _replace_functions()
+
+
+def _register_kernels() -> None:
+    fallback = torch.library.Library("_", "IMPL")  # noqa: TOR901 -- for the whole process
+    fallback.fallback(run_operator, _KEY)
+    library = torch.library.Library("aten", "IMPL")  # noqa: TOR901
+    for name, kernel in _SPECIAL.items():
+        library.impl(name, kernel, _KEY)
+    for name in _METADATA_ONLY:
+        library.impl(name, functools.partial(_on_metadata, _operator(name)), _KEY)
+    for name in _operators_to_claim():
+        library.impl(name, functools.partial(run_operator, _operator(name)), _KEY)
+    # Also above autograd, or torch would choose for a device that it doesn't know.
+    library.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")
+    library.impl("is_pinned", copies.is_pinned, "CPU")
+    library.impl("_pin_memory", copies.pin_memory, "CPU")
+    _libraries.extend((fallback, library))
+
+
+def _operator(name: str) -> OpOverload:
+    packet, _, overload = name.partition(".")
+    found: OpOverload = getattr(getattr(_aten, packet), overload or "default")
+    return found
+
+
+def _operators_to_claim() -> Iterator[str]:
+    """Operators that torch would put together from others, where the CPU has a kernel for the whole.
+
+    Put together they would give other bits, and cost other times. The fallback serves those that torch
+    cannot put together.
+    """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    composite = (
+        "CompositeImplicitAutograd",
+        "CompositeExplicitAutograd",
+        "CompositeExplicitAutogradNonFunctional",
+    )
+    yield from ("convolution", "convolution_backward", "embedding", "clone")
+    for qualified in torch._C._dispatch_get_all_op_names():
+        namespace, _, name = qualified.partition("::")
+        if namespace != "aten" or not has_kernel(qualified, "CPU"):
+            continue
+        if name in _SPECIAL or name in _METADATA_ONLY or name in _LEFT_TO_TORCH:
+            continue
+        if any(has_kernel(qualified, key) for key in composite):
+            yield name
+
+
+# Views whose kernel computes sizes and strides only, and so works on any memory.
+_METADATA_ONLY = ("as_strided", "view", "view.dtype", "_reshape_alias", "unfold")
+_LEFT_TO_TORCH = ("is_pinned", "_pin_memory", "pin_memory", "copy_", "scaled_dot_product_attention")
+
+
+def _on_metadata(operator: OpOverload, *args: Any) -> Any:
+    return operator.redispatch(CPU_KEYS, *args)
+
+
+def _set_storage_part(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
+    _aten.set_.source_Storage_storage_offset.redispatch(CPU_KEYS, tensor, *args)
+    return tensor
+
+
+def _set_storage(tensor: torch.Tensor, source: torch.UntypedStorage) -> torch.Tensor:
+    return _set_storage_part(tensor, source, 0, [source.nbytes() // tensor.itemsize], [1])
+
+
+def _set_tensor(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    rebind(tensor, source)
+    return tensor
+
+
+def _resize(
+    tensor: torch.Tensor, size: list[int], *, memory_format: torch.memory_format | None = None
+) -> torch.Tensor:
+    like = torch.empty(size, dtype=tensor.dtype, memory_format=memory_format or torch.contiguous_format)
+    block = block_of(tensor)
+    start = tensor.storage_offset() * tensor.itemsize
+    if block is not None and start + like.nbytes <= block.nbytes:
+        rebind(tensor, strided(tensor, like.size(), like.stride(), tensor.storage_offset()))
+        return tensor
+    kept = min(tensor.numel(), like.numel())
+    if kept:
+        like.view(-1)[:kept].copy_(on_cpu(tensor, block).reshape(-1)[:kept])
+    rebind(tensor, new_on_device(like, tensor.device.index, "aten::resize_"))
+    return tensor
+
+
+_SPECIAL: dict[str, Callable[..., Any]] = {
+    "_copy_from": copies.copy_from,
+    "_to_copy": copies.to_copy,
+    "record_stream": copies.record_stream,
+    "resize_": _resize,
+    "set_.source_Storage": _set_storage,
+    "set_.source_Storage_storage_offset": _set_storage_part,
+    "set_.source_Tensor": _set_tensor,
+    "scaled_dot_product_attention": attention,
+    # `parameter.data = other` is allowed across devices, as between the CPU and CUDA.
+    "_has_compatible_shallow_copy_type": lambda tensor, other: True,
+}
+
+
+def _replace_functions() -> None:
+    """Replaces the functions of torch that make storages or pinned memory without a dispatcher."""
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()  # it remembers the originals, by which `with torch.device(...)` knows them
+    _replace_storage_constructor()
+    for name in ("empty", "empty_like", "empty_strided", "zeros"):
+        _let_pin(name)
+
+
+def _replace_storage_constructor() -> None:
+    make = torch.UntypedStorage.__new__
+
+    def make_storage(cls: type, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+        if device is None or torch.device(device).type != state.DEVICE_TYPE:
+            return make(cls, *args, **(kwargs if device is None else kwargs | {"device": device}))
+        host = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage(*args, **kwargs))  # type: ignore[call-overload]
+        return new_on_device(host, state.device_index(device), "UntypedStorage").untyped_storage()
+
+    torch.UntypedStorage.__new__ = staticmethod(make_storage)  # type: ignore[assignment, method-assign]
+
+
+def _let_pin(name: str) -> None:
+    """Gives a constructor its `pin_memory=True`, which torch asks a C++ allocator for."""
+    make = getattr(torch, name)
+
+    @functools.wraps(make)
+    def constructor(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        made: torch.Tensor = make(*args, **kwargs)
+        if not pin_memory:
+            return made
+        if made.device.type != "cpu":
+            raise RuntimeError(f"Only dense CPU tensors can be pinned, not one on {made.device}")
+        with torch.no_grad():
+            pinned = new_pinned(made)
+            if name == "zeros":
+                pinned.zero_()
+        return pinned.requires_grad_(made.requires_grad)
+
+    setattr(torch, name, constructor)
+    from torch.jit import _builtins
+
+    _builtins._register_builtin(constructor, f"aten::{name}")  # type: ignore[no-untyped-call]

@@ -1,0 +1,187 @@
+"""Streams and events of the simulated device, with the methods of torch's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from hookcore.testing.simulator import state
+from hookcore.testing.simulator.errors import SimulatorError
+
+if TYPE_CHECKING:
+    from hookcore.testing.simulator.machine import StreamState
+    from hookcore.testing.simulator.ordering import Clock
+
+NativeStream: type[torch.Stream] = torch.Stream
+NativeEvent: type[torch.Event] = torch.Event
+_PRIVATE_USE_1 = int(torch._C._autograd.DeviceType.PrivateUse1)  # type: ignore[attr-defined]
+
+
+class Stream(NativeStream):
+    """A stream of a simulated device.
+
+    Args:
+        device: Where; the current device if it is left out.
+        priority: Taken and ignored: all streams are alike.
+        number: An existing stream; a new one if it is left out.
+    """
+
+    def __new__(
+        cls,
+        device: torch.device | str | int | None = None,
+        priority: int = 0,
+        *,
+        number: int | None = None,
+    ) -> Self:
+        """Makes a stream, or a further object for one that there is."""
+        index = state.device_index(device)
+        if number is None:
+            number = state.get_machine().devices[index].add_stream().key[1]
+        return super().__new__(  # type: ignore[call-overload, no-any-return]
+            cls, stream_id=number, device_index=index, device_type=_PRIVATE_USE_1
+        )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._entered: list[tuple[int, int]] = []
+
+    @property
+    def state(self) -> StreamState:
+        """What the machine knows of it."""
+        return _state_of(self)
+
+    def synchronize(self) -> None:
+        """Lets the host wait for all that the stream was given."""
+        machine = state.get_machine()
+        with machine.lock:
+            machine.host_waits(self.state.clock, self.state.free_at)
+            machine.raise_found()
+
+    def query(self) -> bool:
+        """Whether all is done that the stream was given."""
+        machine = state.get_machine()
+        with machine.lock:
+            return machine.host_asks(self.state.clock, self.state.free_at)
+
+    def wait_event(self, event: torch.Event) -> None:
+        """Lets what the stream is given from now on wait for an event."""
+        event.wait(self)
+
+    def wait_stream(self, stream: torch.Stream) -> None:
+        """Lets what this stream is given from now on wait for all that another one was given so far."""
+        machine = state.get_machine()
+        with machine.lock:
+            machine.wait(self.state, *machine.mark(_state_of(stream)))
+
+    def record_event(self, event: torch.Event | None = None) -> torch.Event:
+        """Marks the end of what the stream was given so far."""
+        event = Event() if event is None else event
+        event.record(self)
+        return event
+
+    def __enter__(self) -> Self:
+        current = state.current
+        self._entered.append((current.device, current.streams.get(self.device_index, 0)))
+        current.device = self.device_index
+        current.streams[self.device_index] = self.stream_id
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        device, number = self._entered.pop()
+        state.current.device = device
+        state.current.streams[self.device_index] = number
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NativeStream) or other.device_type != self.device_type:
+            return False
+        return (self.device_index, self.stream_id) == (other.device_index, other.stream_id)
+
+    def __hash__(self) -> int:
+        return hash((self.device_index, self.stream_id))
+
+    def __repr__(self) -> str:
+        return f"<stream {self.stream_id} of sim:{self.device_index}>"
+
+
+class Event(NativeEvent):
+    """A mark in a stream, for other streams and the host to wait for.
+
+    Args:
+        device: Taken and ignored: an event belongs to the stream that records it.
+        enable_timing: Whether `elapsed_time` may be asked.
+        blocking: Taken and ignored.
+        interprocess: Must be False.
+    """
+
+    def __new__(
+        cls,
+        device: torch.device | str | int | None = None,
+        *,
+        enable_timing: bool = False,
+        blocking: bool = False,
+        interprocess: bool = False,
+    ) -> Self:
+        """Makes an event that is not recorded yet.
+
+        Raises:
+            SimulatorError: It is to be shared between processes.
+        """
+        if interprocess:
+            raise SimulatorError("events of a simulated device cannot be shared between processes")
+        return super().__new__(cls, state.DEVICE_TYPE, enable_timing=enable_timing)
+
+    def __init__(self, *args: Any, enable_timing: bool = False, **kwargs: Any) -> None:
+        self._times = enable_timing
+        self._mark: tuple[Clock, float] | None = None
+
+    def record(self, stream: torch.Stream | None = None) -> None:
+        """Marks the end of what a stream, or the current one, was given so far."""
+        machine = state.get_machine()
+        with machine.lock:
+            self._mark = machine.mark(_state_of(stream))
+
+    def wait(self, stream: torch.Stream | None = None) -> None:
+        """Lets what a stream, or the current one, is given from now on wait for the event."""
+        if self._mark is not None:
+            machine = state.get_machine()
+            with machine.lock:
+                machine.wait(_state_of(stream), *self._mark)
+
+    def query(self) -> bool:
+        """Whether all is done that comes before the event; so too before it is recorded."""
+        if self._mark is None:
+            return True
+        machine = state.get_machine()
+        with machine.lock:
+            return machine.host_asks(*self._mark)
+
+    def synchronize(self) -> None:
+        """Lets the host wait for the event."""
+        if self._mark is not None:
+            machine = state.get_machine()
+            with machine.lock:
+                machine.host_waits(*self._mark)
+                machine.raise_found()
+
+    def elapsed_time(self, end_event: torch.Event) -> float:
+        """Virtual milliseconds from this event to another one.
+
+        Raises:
+            SimulatorError: One of them is not recorded, or was made without enable_timing=True.
+        """
+        if not (isinstance(end_event, Event) and self._times and end_event._times):
+            raise SimulatorError("only events that were made with enable_timing=True can be compared")
+        if self._mark is None or end_event._mark is None:
+            raise SimulatorError("both events must be recorded before the time between them is asked")
+        return (end_event._mark[1] - self._mark[1]) * 1e3
+
+    def __repr__(self) -> str:
+        return f"<event of sim, {'not recorded' if self._mark is None else 'recorded'}>"
+
+
+def _state_of(stream: torch.Stream | None) -> StreamState:
+    if stream is None:
+        return state.current_stream_state(state.current.device)
+    if not isinstance(stream, NativeStream) or stream.device.type != state.DEVICE_TYPE:
+        raise SimulatorError(f"{stream} is no stream of a simulated device")
+    return state.get_machine().devices[stream.device_index].streams[stream.stream_id]

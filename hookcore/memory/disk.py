@@ -398,7 +398,8 @@ class DiskMover(GroupMover):
         for _, buffer, _ in load.buffers:
             self._buffers.give_back(buffer)
         if load.ranges and not load.buffers:
-            self._leaving.append((self._workers.submit(_drop, load.ranges), load.nbytes))
+            nbytes = sum(aligned_span(it.start, it.stop) for it in load.ranges)
+            self._leaving.append((self._workers.submit(_drop, load.ranges), nbytes))
         load.buffers.clear()
         load.ranges = ()
         load.nbytes = sum(buffer.nbytes for buffer in load.converted)
@@ -406,8 +407,13 @@ class DiskMover(GroupMover):
     def _start(self, group: Group, *, needed: bool) -> _Load:
         """Has a worker bring a group, after making room for it if it is needed now."""
         streamed = self._streamed[group]
-        while needed and self._ahead and self._taken() + streamed.nbytes > self._budget:
-            self._discard()
+        while needed and self._taken() + streamed.nbytes > self._budget:
+            if self._ahead:
+                self._discard()
+            elif self._leaving:
+                self._leaving[0][0].result()
+            else:
+                break
         load = _Load(streamed.ranges, streamed.nbytes, self._calls)
         load.done = self._workers.submit(self._fetch, load)
         return load
@@ -470,8 +476,8 @@ class DiskMover(GroupMover):
 def cost(origins: Sequence[Origin]) -> int:
     """Bytes of memory that parameters take together while they are used."""
     read = sum(aligned_span(it.start, it.stop) for it in _merged(origins))
-    converted = sum(it.raw.numel() * it.dtype.itemsize for it in origins if it.dtype != it.entry.dtype)
-    return read + converted
+    converted = [it.raw.numel() * it.dtype.itemsize for it in origins if it.dtype != it.entry.dtype]
+    return read + sum(aligned_span(0, nbytes) for nbytes in converted)  # buffers are whole pages
 
 
 def _merged(origins: Sequence[Origin]) -> tuple[FileRange, ...]:

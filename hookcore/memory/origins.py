@@ -50,7 +50,14 @@ _ORIGINS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def origin_of(tensor: torch.Tensor) -> Origin | None:
     """Where the tensor's values are to be taken from; None for one that is simply in memory."""
-    return _ORIGINS[tensor] if tensor in _ORIGINS else None
+    found: Origin | None = _ORIGINS.get(tensor, None)  # type: ignore[no-untyped-call]
+    return found
+
+
+def wanted_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which calls find a tensor, before any technique further inside."""
+    origin = origin_of(tensor)
+    return tensor.dtype if origin is None else origin.dtype
 
 
 def set_origin(tensor: torch.Tensor, origin: Origin | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,7 +52,8 @@ def load(
         path: A folder as `save_pretrained` writes it, or a safetensors file or index.
         techniques: What to put on the model. Those that read from a checkpoint and name none are given this.
         subfolder: The model's folder inside `path`, e.g. `"transformer"` of a pipeline.
-        torch_dtype: Dtype to compute in; floating-point weights are converted. None keeps what is stored.
+        torch_dtype: Dtype to compute in; floating-point weights are converted, save those that the model's
+            library keeps in another. None keeps what is stored.
         **config_overrides: Replace values in the model's config.
 
     Raises:
@@ -110,8 +112,14 @@ def _bind(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, *
     """Gives a model made without memory the checkpoint's tensors."""
     entries = find_entries(Component("", model, plugins().describe), checkpoint)
     mappings = map_checkpoint(checkpoint)
+    exceptions = {} if dtype is None else plugins().loading_dtypes(model, dtype)
     for slot, entry in entries.items():
-        wanted = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
+        wanted = entry.dtype
+        if dtype is not None and entry.dtype.is_floating_point:
+            kept = (
+                it for pattern, it in exceptions.items() if any(re.search(pattern, fqn) for fqn in slot.fqns)
+            )
+            wanted = next(kept, dtype)
         origin = Origin.of_entry(checkpoint, entry, mappings[entry.path], wanted)
         if slot.is_buffer:
             buffer = origin.raw.to(wanted, copy=True)

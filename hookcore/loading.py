@@ -108,6 +108,7 @@ def _parameters_without_memory() -> Iterator[None]:
         handle.remove()
 
 
+@torch.inference_mode(False)  # what is made here outlives the mode
 def _bind(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, *, streamed: bool) -> None:
     """Gives a model made without memory the checkpoint's tensors."""
     entries = find_entries(Component("", model, plugins().describe), checkpoint)

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from attrs import field, frozen
 
-from hookcore import Binding, CheckpointError, Phase, Skipped, Technique, hookimpl, parse_bytes, parse_device
+from hookcore import (
+    Binding,
+    CheckpointError,
+    Phase,
+    Skipped,
+    Technique,
+    UnsupportedModelError,
+    hookimpl,
+    parse_bytes,
+    parse_device,
+    status,
+)
 from hookcore.memory import (
     Checkpoint,
     DiskMover,
@@ -100,8 +111,12 @@ class DiskOffload(Technique):
     def _origins(self, component: Component) -> dict[TensorSlot, Origin]:
         """Finds where each parameter's values lie: known from loading, or by name in the checkpoint."""
         parameters = [slot for slot in component.slots if not slot.is_buffer]
-        known = {slot: origin for slot in parameters if (origin := origin_of(slot.tensors[0])) is not None}
-        if known:
+        _check_ties(component, parameters)
+        # While it is on the model and only planned anew, names may have changed and weights been replaced: it
+        # is known which ones it has streamed, and all others are in memory.
+        again = self.name in status(component.module).techniques
+        known = {slot: origin for slot in parameters if (origin := _known(slot, paused=again)) is not None}
+        if known or again:
             return known
         if self.checkpoint is None:
             raise CheckpointError(
@@ -117,6 +132,28 @@ class DiskOffload(Technique):
             )
             for slot in parameters
         }
+
+
+def _known(slot: TensorSlot, *, paused: bool) -> Origin | None:
+    origin = origin_of(slot.tensors[0])
+    return origin_of(slot.tensors[0], paused=True) if origin is None and paused else origin
+
+
+def _check_ties(component: Component, parameters: list[TensorSlot]) -> None:
+    """Refuses parameters that share memory other than wholly: a checkpoint holds each on its own."""
+    for slot in parameters:
+        first, *others = slot.tensors
+        for tensor in others:
+            if (tensor.data_ptr(), tensor.shape, tensor.stride()) != (
+                first.data_ptr(),
+                first.shape,
+                first.stride(),
+            ):
+                names = " and ".join(repr(component.label(fqn)) for fqn in slot.fqns)
+                raise UnsupportedModelError(
+                    f"{names} share memory but are different views of it, which cannot be read from a file. "
+                    "Give one of them memory of its own with .clone()"
+                )
 
 
 def _dtype_hooks(component: Component, origins: Mapping[TensorSlot, Origin]) -> Iterator[Binding]:

@@ -254,11 +254,14 @@ class DiskMover(GroupMover):
         """
         weights = self._streamed[group].weights
         load = self._resident.get(group)
+        shown = []
         if load is not None:
             self._verify()
-            _keep_edits(load)
-        for weight in weights if load is None else ():
-            weight.adopt()
+            _keep_edits(load, compare=True)
+            shown = [weight for weight, _, _ in load.shown]
+        for weight in weights:
+            if weight not in shown:
+                weight.adopt()
         found = [self._values_to_give_back(weight) for weight in weights]
         if load is not None:
             self._let_go(self._resident.pop(group))
@@ -391,6 +394,7 @@ class DiskMover(GroupMover):
         origin.checkpoint.verify_file(origin.entry.path)
         return [memory if home is origin.raw else _in_dtype_of_calls(home, origin) for home in weight.homes]
 
+    @torch.inference_mode(False)  # as parameters take over from data whether it was made in the mode
     def _show(self, group: Group, load: _Load) -> None:
         """Rebinds the parameters of a group that is in memory."""
         copies = self._device.type != "cpu"
@@ -422,6 +426,7 @@ class DiskMover(GroupMover):
         target = buffer.tensor[: data.numel() * dtype.itemsize].view(dtype).view(data.shape)
         return target.copy_(data)
 
+    @torch.inference_mode(False)
     def _let_go(self, load: _Load) -> None:
         """Unbinds a group and gives back its memory."""
         if any(weight.versions != versions for weight, _, versions in load.shown):
@@ -580,21 +585,26 @@ def _holds(tensor: torch.Tensor, data: torch.Tensor) -> bool:
 
 def _unbind(load: _Load) -> None:
     """Has parameters show their homes again. A function, as its names would keep buffers in use."""
-    for weight, data, versions in load.shown:
-        for index, (tensor, value) in enumerate(zip(weight.tensors, data, strict=True)):
-            if not _holds(tensor, value):
-                weight.homes[index] = tensor.data  # somebody gave it other data: its value from now on
-            elif tensor._version != versions[index]:
-                _keep_edit(weight, index, value)
+    _keep_edits(load, compare=False)
+    for weight, _, _ in load.shown:
         weight.show(weight.homes)
     load.shown.clear()
 
 
-def _keep_edits(load: _Load) -> None:
-    """Finds what was edited in a group that stays in memory: torch does not count all changes."""
+def _keep_edits(load: _Load, *, compare: bool) -> None:
+    """Gives what a group that is in memory was edited to a home.
+
+    Args:
+        load: The group.
+        compare: Whether to look for changes that torch does not count, too.
+    """
     for weight, data, versions in load.shown:
         for index, (tensor, value) in enumerate(zip(weight.tensors, data, strict=True)):
-            if _holds(tensor, value) and not _same_bits(value.cpu(), weight.homes[index].to(value.dtype)):
+            if not _holds(tensor, value):
+                weight.homes[index] = tensor.data  # somebody gave it other data: its value from now on
+            elif tensor._version != versions[index] or (
+                compare and not _same_bits(value.cpu(), weight.homes[index].to(value.dtype))
+            ):
                 _keep_edit(weight, index, value)
             versions[index] = tensor._version
 

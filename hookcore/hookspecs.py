@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    import torch
     from torch import nn
 
     from hookcore.plan import Plan
@@ -115,6 +116,15 @@ def hookcore_build_model(
     """Makes a model from the config in a folder, without reading weights, or returns None if unknown here.
 
     Called while new parameters are put on the meta device; buffers are real.
+    """
+
+
+@hookspec
+def hookcore_loading_dtypes(model: nn.Module, dtype: torch.dtype) -> Mapping[str, torch.dtype] | None:
+    """Returns what is loaded in another dtype than the one asked for, or None if the model isn't known here.
+
+    Keys are regular expressions, searched in FQNs of parameters and buffers. Called while the model has no
+    weights yet.
     """
 
 

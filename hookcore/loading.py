@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
-import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -15,8 +14,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hookcore.apply import apply, as_techniques
-from hookcore.errors import CheckpointError, HookcoreWarning, UnsupportedModelError
+from hookcore.errors import UnsupportedModelError
 from hookcore.memory.checkpoint import Checkpoint
+from hookcore.memory.keys import find_entries
 from hookcore.memory.mapping import map_checkpoint
 from hookcore.memory.origins import Origin, set_origin
 from hookcore.plugins import plugins
@@ -25,15 +25,11 @@ from hookcore.units import parse_dtype
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
-    from hookcore.memory.mapping import MappedFile
-    from hookcore.target import TensorSlot
     from hookcore.technique import Technique
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-_KEYS_SHOWN = 5
 
 
 def load(
@@ -56,7 +52,8 @@ def load(
         path: A folder as `save_pretrained` writes it, or a safetensors file or index.
         techniques: What to put on the model. Those that read from a checkpoint and name none are given this.
         subfolder: The model's folder inside `path`, e.g. `"transformer"` of a pipeline.
-        torch_dtype: Dtype to compute in; floating-point weights are converted. None keeps what is stored.
+        torch_dtype: Dtype to compute in; floating-point weights are converted, save those that the model's
+            library keeps in another. None keeps what is stored.
         **config_overrides: Replace values in the model's config.
 
     Raises:
@@ -97,7 +94,7 @@ def _parameters_without_memory() -> Iterator[None]:
     thread = threading.get_ident()
     made = WeakTensorKeyDictionary()  # a parameter that is registered twice is tied, and stays so
 
-    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return parameter
         if parameter not in made:
@@ -111,22 +108,24 @@ def _parameters_without_memory() -> Iterator[None]:
         handle.remove()
 
 
+@torch.inference_mode(False)  # what is made here outlives the mode
 def _bind(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, *, streamed: bool) -> None:
     """Gives a model made without memory the checkpoint's tensors."""
-    component = Component("", model, plugins().describe)
-    entries = _entries(component, checkpoint)
+    entries = find_entries(Component("", model, plugins().describe), checkpoint)
     mappings = map_checkpoint(checkpoint)
-    for slot in component.slots:
-        if slot not in entries:
-            continue  # a buffer that is not stored
-        key = entries[slot]
-        entry = checkpoint.entries[key]
-        wanted = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
+    exceptions = {} if dtype is None else plugins().loading_dtypes(model, dtype)
+    for slot, entry in entries.items():
+        wanted = entry.dtype
+        if dtype is not None and entry.dtype.is_floating_point:
+            kept = (
+                it for pattern, it in exceptions.items() if any(re.search(pattern, fqn) for fqn in slot.fqns)
+            )
+            wanted = next(kept, dtype)
         origin = Origin.of_entry(checkpoint, entry, mappings[entry.path], wanted)
         if slot.is_buffer:
-            data = origin.raw.to(wanted, copy=True)
+            buffer = origin.raw.to(wanted, copy=True)
             for module, name in slot.owners:
-                module._buffers[name] = data
+                module._buffers[name] = buffer
             continue
         data = origin.raw if streamed else origin.raw.to(wanted)
         parameter = nn.Parameter(data, requires_grad=slot.tensors[0].requires_grad)
@@ -134,44 +133,3 @@ def _bind(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, *
             module._parameters[name] = parameter
         if streamed:
             set_origin(parameter, origin)
-
-
-def _entries(component: Component, checkpoint: Checkpoint) -> Mapping[TensorSlot, str]:
-    """Finds each tensor's key in the checkpoint."""
-    stored = {fqn for fqn in component.module.state_dict(keep_vars=True)}
-    found: dict[TensorSlot, str] = {}
-    missing = []
-    for slot in component.slots:
-        key = next((fqn for fqn in slot.fqns if fqn in checkpoint.entries), None)
-        if key is not None:
-            found[slot] = key
-        elif not slot.is_buffer or any(fqn in stored for fqn in slot.fqns):
-            missing.append(slot.name)
-    known = set(component.slot_of)
-    unexpected = [key for key in checkpoint.entries if key not in known]
-    name = type(component.module).__name__
-    if missing:
-        raise CheckpointError(
-            f"the checkpoint in '{checkpoint.root}' is not one of {name}: {len(missing)} tensors are missing in "
-            f"it ({_some(missing)}), and it has {len(unexpected)} that the model lacks ({_some(unexpected)}). Use "
-            "the model class and config that it was saved with"
-        )
-    if unexpected:
-        warnings.warn(
-            f"the checkpoint in '{checkpoint.root}' has {len(unexpected)} tensors that {name} lacks: "
-            f"{_some(unexpected)}. They are not used",
-            HookcoreWarning,
-            stacklevel=4,
-        )
-    for slot, key in found.items():
-        if any(tuple(tensor.shape) != checkpoint.entries[key].shape for tensor in slot.tensors):
-            entry = checkpoint.entries[key]
-            raise CheckpointError(
-                f"{key!r} has shape {entry.shape} in '{entry.path}', but {tuple(slot.tensors[0].shape)} in {name}. "
-                "Use the config that it was saved with"
-            )
-    return found
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:_KEYS_SHOWN]) + (", ..." if len(keys) > _KEYS_SHOWN else "") or "none"

@@ -36,6 +36,10 @@ class Placed(Protocol):
     def bindings(self) -> tuple[Binding, ...]:
         """Its hooks."""
 
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What it leaves alone, and why."""
+
 
 PlacedT = TypeVar("PlacedT", bound=Placed)
 
@@ -203,11 +207,12 @@ def _claimed(component: Component, binding: Binding) -> Iterator[tuple[object, s
             key: object = (claim.resource, id(module), binding.entry)
             yield key, f"the {claim.resource} of {binding.entry}() of {where!r}"
         else:
-            for tensor in component.slot_of[claim.tensor].tensors:
-                yield (
-                    (claim.resource, id(tensor)),
-                    f"the {claim.resource} of {component.label(claim.tensor)!r}",
-                )
+            what = f"the {claim.resource} of {component.label(claim.tensor)!r}"
+            slot = component.slot_of[claim.tensor]
+            for tensor in slot.tensors:
+                yield (claim.resource, id(tensor)), what
+            for owner, name in slot.owners:  # since another tensor may stand there by now
+                yield (claim.resource, id(owner), name), what
 
 
 def _conflict(holder: tuple[Placed, Binding], claimant: tuple[Placed, Binding], what: str) -> ConflictError:

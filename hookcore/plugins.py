@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
     from pathlib import Path
 
+    import torch
+
     from hookcore.plan import Plan
 
 ALLOW_LIST = "HOOKCORE_PLUGINS"
@@ -187,6 +189,16 @@ class PluginHost:
         )
         model: nn.Module | None = next(answers, None)
         return model
+
+    def loading_dtypes(self, model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Asks what is loaded in another dtype than the one asked for, by regular expression.
+
+        Raises:
+            PluginError: A plugin failed, or returned no mapping.
+            HookcoreError: A plugin refuses the model.
+        """
+        answers = self._answers("hookcore_loading_dtypes", _one(Mapping), model=model, dtype=dtype)
+        return {pattern: kept for answer in answers for pattern, kept in answer.items()}
 
     def register_commands(self, subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         """Lets plugins add commands. One that fails in it only causes a `HookcoreWarning`."""

@@ -229,7 +229,7 @@ class HookRegistry:
     def _move(
         before: Sequence[Attachment], after: Sequence[Attachment], rebind: Sequence[Attachment]
     ) -> None:
-        """Detaches, binds anew and attaches what has to be, and leaves alone what stands inside of all that."""
+        """Detaches, binds anew and attaches what has to be; what stands inside of all that stays on."""
         old = [item for item in reversed(ordered(before)) if item.prepares]
         # What is bound anew may have had nothing to prepare, and have it then.
         new = [item for item in reversed(ordered(after)) if item.prepares or item in rebind]

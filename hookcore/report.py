@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from hookcore.units import format_bytes
+from hookcore.units import format_bytes, shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from hookcore.plan import Plan
+    from hookcore.plan import Placed, Plan
     from hookcore.registry import Attachment
     from hookcore.target import Component
-    from hookcore.technique import Binding, Skipped
+    from hookcore.technique import Binding
 
 _SKIPPED_SHOWN = 3
 
@@ -28,37 +28,25 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def plan_table(plan: Plan) -> str:
-    """What a plan would do, outermost first."""
+    """What a plan would do, outermost first, and what it leaves alone."""
     if not plan.steps:
         return "nothing to apply"
-    rows = [("component", "technique", "phase", "hooks on", "skipped")]
+    rows = [("component", "technique", "phase", "hooks on")]
     rows += [
-        (
-            step.component.label(""),
-            step.technique.name,
-            step.technique.phase.name,
-            _hooked(step.bindings),
-            _skipped(step.skipped),
-        )
+        (step.component.label(""), step.technique.name, step.technique.phase.name, _hooked(step.bindings))
         for step in plan.steps
     ]
-    return "\n".join([table(rows), *(f"note: {note}" for note in plan.notes)])
+    return "\n".join([table(rows), *_skipped(plan.steps), *(f"note: {note}" for note in plan.notes)])
 
 
-def attachment_table(attachments: Iterable[Attachment]) -> str:
-    """What is on a model, outermost first, with where the bytes are."""
-    rows = [("component", "technique", "hooks on", "bytes", "skipped")]
+def attachment_table(attachments: Sequence[Attachment]) -> str:
+    """What is on a model, outermost first, with where the bytes are, and what was left alone."""
+    rows = [("component", "technique", "hooks on", "bytes")]
     rows += [
-        (
-            item.component.label(""),
-            item.technique.name,
-            _hooked(item.bindings),
-            _placed(item),
-            _skipped(item.skipped),
-        )
+        (item.component.label(""), item.technique.name, _hooked(item.bindings), _placed(item) or "-")
         for item in attachments
     ]
-    return table(rows)
+    return "\n".join([table(rows), *_skipped(attachments)])
 
 
 def tensor_bytes(components: Iterable[Component]) -> dict[str, int]:
@@ -85,13 +73,10 @@ def _placed(item: Attachment) -> str:
     return ", ".join(f"{format_bytes(size)} {label}" for label, size in total.items())
 
 
-def _skipped(skipped: Sequence[Skipped]) -> str:
-    by_reason: dict[str, list[str]] = {}
-    for item in skipped:
-        by_reason.setdefault(item.reason, []).append(item.fqn)
-    return "; ".join(f"{len(fqns)}: {reason} ({_some(fqns)})" for reason, fqns in by_reason.items()) or "-"
-
-
-def _some(fqns: Sequence[str]) -> str:
-    shown = ", ".join(fqns[:_SKIPPED_SHOWN])
-    return f"{shown}, ..." if len(fqns) > _SKIPPED_SHOWN else shown
+def _skipped(placed: Sequence[Placed]) -> Iterator[str]:
+    for item in placed:
+        by_reason: dict[str, list[str]] = {}
+        for skip in item.skipped:
+            by_reason.setdefault(skip.reason, []).append(skip.fqn or item.component.label(""))
+        for reason, fqns in by_reason.items():
+            yield f"skipped by {item.technique.name}: {shortened(fqns, _SKIPPED_SHOWN)}: {reason}"

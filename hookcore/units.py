@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b|b|)\s*", re.IGNORECASE)
 _FACTORS = {"": 1, "b": 1} | {
@@ -82,3 +86,9 @@ def parse_device(device: torch.device | str | int) -> torch.device:
         return torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"torch cannot use {device!r} as a device: {error}") from error
+
+
+def shortened(names: Sequence[str], shown: int = 5) -> str:
+    """Writes the first of many names for people: `"a, b, c and 7 more"`, or `"none"`."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "") or "none"

@@ -438,7 +438,7 @@ def test_planning_touches_nothing_and_shows_the_order_in_which_things_will_stand
     assert hookcore.status(model).attachments == ()
     if made is None:
         return
-    lines = str(made).splitlines()
+    lines = [line for line in str(made).splitlines() if not line.startswith("skipped by")]
     assert [line.split()[1] for line in lines[2:]] == [it.technique.name for it in made.steps]
     with hookcore.apply(model, techniques):
         assert hookcore.status(model).techniques == tuple(it.technique.name for it in made.steps)

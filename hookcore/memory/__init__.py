@@ -14,8 +14,10 @@ from hookcore.memory.grouping import (
     merge_neighbours,
     slots_below,
 )
+from hookcore.memory.keys import find_entries
 from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
-from hookcore.memory.origins import Origin, origin_of, set_origin
+from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
+from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
 from hookcore.memory.placement import (
     DeviceMover,
     GroupMover,
@@ -33,6 +35,7 @@ __all__ = [
     "Group",
     "GroupMover",
     "MappedFile",
+    "ModelDtypeHook",
     "Origin",
     "Placement",
     "TensorEntry",
@@ -43,6 +46,7 @@ __all__ = [
     "current_tensors",
     "entries_of",
     "find_blocks",
+    "find_entries",
     "find_mapping",
     "is_on",
     "largest_held",
@@ -50,7 +54,9 @@ __all__ = [
     "make_groups",
     "map_checkpoint",
     "merge_neighbours",
+    "models_with_dtype",
     "origin_of",
     "set_origin",
     "slots_below",
+    "wanted_dtype",
 ]

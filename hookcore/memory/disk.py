@@ -21,6 +21,7 @@ import torch
 from attrs import define, field, frozen
 
 from hookcore.errors import CheckpointError
+from hookcore.memory.copies import copy_as, copy_as_is, is_copied_as_is
 from hookcore.memory.direct import AlignedBuffer, DirectReader, aligned_span
 from hookcore.memory.order import LearnedOrder
 from hookcore.memory.origins import Origin, origin_of, set_origin
@@ -66,29 +67,38 @@ class _Weight:
 
     slot: TensorSlot
     origin: Origin
-    was_in_memory: bool
-    edited: bool = False
-    """Its values are no longer those of the checkpoint: it stays in memory."""
+    homes: list[torch.Tensor]
+    """What each object shows between calls: the checkpoint's tensor, or what somebody gave it instead."""
+    copied: list[torch.Tensor] = field(factory=list)
+    """Of which objects copies are made to hold what calls find."""
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.slot.tensors
 
     @property
-    def version(self) -> int:
-        """How often torch counted a change in place."""
-        return sum(tensor._version for tensor in self.tensors)
+    def versions(self) -> list[int]:
+        """How often torch had counted a change in place of each object."""
+        return [tensor._version for tensor in self.tensors]
+
+    @property
+    def edited(self) -> bool:
+        """Whether an object was given other data than the checkpoint's: that stays in memory."""
+        return any(home is not self.origin.raw for home in self.homes)
 
     @property
     def converts(self) -> bool:
         return self.origin.dtype != self.origin.entry.dtype
 
-    def show(self, data: torch.Tensor) -> None:
-        for tensor in self.tensors:
-            tensor.data = data
+    def show(self, data: Sequence[torch.Tensor]) -> None:
+        for tensor, value in zip(self.tensors, data, strict=True):
+            tensor.data = value
 
-    def shows(self, data: torch.Tensor) -> bool:
-        return self.tensors[0].data_ptr() == data.data_ptr()
+    def adopt(self) -> None:
+        """Takes data that somebody gave an object since it was last shown its home for its new home."""
+        for index, tensor in enumerate(self.tensors):
+            if not _holds(tensor, self.homes[index]):
+                self.homes[index] = tensor.data
 
 
 class _Streamed:
@@ -98,6 +108,8 @@ class _Streamed:
         self.weights = weights
         origins = [weight.origin for weight in weights if not weight.edited]
         self.ranges = _merged(origins)
+        # Files of old writers do not align tensors, which views of a buffer must be.
+        self.aligned = all(it.entry.offset % it.entry.dtype.itemsize == 0 for it in origins)
         self.nbytes = cost(origins)
 
 
@@ -106,6 +118,8 @@ class _Load:
     """A group on its way into memory, or there."""
 
     ranges: tuple[FileRange, ...]
+    aligned: bool
+    """Whether they may be read into a buffer."""
     nbytes: int
     """Bytes of memory that it takes."""
     during_call: int
@@ -113,8 +127,8 @@ class _Load:
     buffers: list[tuple[FileRange, AlignedBuffer, int]] = field(factory=list)
     """What was read past the cache: where to, and the position of its first byte there."""
     converted: list[AlignedBuffer] = field(factory=list)
-    shown: list[tuple[_Weight, torch.Tensor, int]] = field(factory=list)
-    """What the parameters of which weight hold now, and how often torch had counted a change of them."""
+    shown: list[tuple[_Weight, list[torch.Tensor], list[int]]] = field(factory=list)
+    """What the parameters of which weight hold now, and how often torch had counted a change of each."""
     done: Future[None] = field(factory=Future)
 
     def wait(self) -> None:
@@ -147,7 +161,8 @@ class _Buffers:
                 while self._free and self._lent + free + nbytes > self._limit:
                     free -= self._free[0].nbytes
                     self._free.pop(0).close()
-                chosen = AlignedBuffer(nbytes)
+                with torch.inference_mode(False):  # it is used again outside of the mode
+                    chosen = AlignedBuffer(nbytes)
             self._lent += chosen.nbytes
             return chosen
 
@@ -216,8 +231,12 @@ class DiskMover(GroupMover):
         for weight in streamed.weights:
             for tensor in weight.tensors:
                 set_origin(tensor, weight.origin)
-            if not weight.edited:
-                weight.show(weight.origin.raw)
+                if weight.converts and is_copied_as_is(
+                    tensor
+                ):  # else a technique inside of this one sees to it
+                    copy_as(tensor, _as_calls_find_it)
+                    weight.copied.append(tensor)
+            weight.show(weight.homes)
         self._streamed[group] = streamed
         if resident:
             try:
@@ -226,30 +245,51 @@ class DiskMover(GroupMover):
                 self.detach(group)
                 raise
 
+    @torch.inference_mode(False)  # what is made here outlives the mode
     def detach(self, group: Group) -> None:
-        """Gives each parameter back as it was found: in memory, or showing the checkpoint's tensor."""
-        found = [(weight, self._value_to_give_back(weight)) for weight in self._streamed[group].weights]
-        if group in self._resident:
+        """Gives each parameter back as it was found: in memory, or showing the checkpoint's tensor.
+
+        Raises:
+            CheckpointError: Values have to be read, and a file has changed.
+        """
+        weights = self._streamed[group].weights
+        load = self._resident.get(group)
+        shown = []
+        if load is not None:
+            self._verify()
+            _keep_edits(load, compare=True)
+            shown = [weight for weight, _, _ in load.shown]
+        for weight in weights:
+            if weight not in shown:
+                weight.adopt()
+        found = [self._values_to_give_back(weight) for weight in weights]
+        if load is not None:
             self._let_go(self._resident.pop(group))
-        for weight, value in found:
-            weight.show(value)
-            if weight.was_in_memory:
-                for tensor in weight.tensors:
-                    set_origin(tensor, None)
+        for weight, values in zip(weights, found, strict=True):
+            weight.show(values)
+            for tensor in weight.copied:
+                copy_as_is(tensor)
+            weight.origin.paused = weight.origin.strides is not None
         del self._streamed[group]
         if not self._streamed:
             self._close()
 
+    @torch.inference_mode(False)
     def settle(self, group: Group) -> None:
-        """Makes parameters that came from the checkpoint simply lie in memory, after the last `detach`."""
+        """Has parameters lie in memory, or simply show the checkpoint's tensor, after the last `detach`.
+
+        Raises:
+            CheckpointError: Values have to be converted, and a file has changed.
+        """
         for slot in group.slots:
             origin = origin_of(slot.tensors[0])
-            if origin is None:
-                continue
-            if slot.tensors[0].dtype != origin.dtype:
-                value = slot.tensors[0].data.to(origin.dtype)
+            if origin is not None and any(_is_as_stored(tensor, origin) for tensor in slot.tensors):
+                values = {tensor.data_ptr(): tensor.data for tensor in slot.tensors}
+                origin.checkpoint.verify_file(origin.entry.path)
+                values = {where: _in_dtype_of_calls(data, origin) for where, data in values.items()}
+                origin.checkpoint.verify_file(origin.entry.path)
                 for tensor in slot.tensors:
-                    tensor.data = value
+                    tensor.data = values[tensor.data_ptr()]
             for tensor in slot.tensors:
                 set_origin(tensor, None)
 
@@ -260,7 +300,7 @@ class DiskMover(GroupMover):
             CheckpointError: A file has changed.
         """
         self._calls += 1
-        self._checkpoint.verify()
+        self._verify()
         self._read_ahead()
 
     def end(self) -> None:
@@ -270,7 +310,8 @@ class DiskMover(GroupMover):
             CheckpointError: A file has changed, so that the call may have used wrong weights.
         """
         self._order.end_pass()
-        self._checkpoint.verify()
+        self._wait_for_leaving()
+        self._verify()
         self._read_ahead()
 
     def onload(self, group: Group) -> None:
@@ -297,7 +338,7 @@ class DiskMover(GroupMover):
         """Where the bytes of the group lie."""
         weights = self._streamed[group].weights
         on_disk = sum(weight.origin.entry.nbytes for weight in weights if not weight.edited)
-        in_memory = sum(weight.slot.nbytes for weight in weights if weight.edited)
+        in_memory = sum(home.nbytes for it in weights for home in it.homes if home is not it.origin.raw)
         where = f"resident on {self._device}" if resident else "on disk"
         return {where: on_disk} | (
             {"in memory, as they differ from the disk": in_memory} if in_memory else {}
@@ -326,47 +367,54 @@ class DiskMover(GroupMover):
     def _weight(self, slot: TensorSlot) -> _Weight:
         """Compares a parameter with the checkpoint, unless it shows the checkpoint's own tensor."""
         origin = self._origins[slot]
+        raw = origin.raw
+        if all(_holds(tensor, raw) for tensor in slot.tensors):
+            return _Weight(slot, origin, [raw] * len(slot.tensors))
         tensor = slot.tensors[0]
-        known = origin_of(tensor) is not None
-        if known and tensor.data_ptr() == origin.raw.data_ptr():
-            return _Weight(slot, origin, was_in_memory=False)
-        value = origin.raw.to(tensor.dtype)
-        differs = not _same_bits(value, tensor.data)
-        if differs and not known:
+        found_before = origin_of(tensor, paused=origin.paused) is origin
+        homes = [raw if _same_bits(raw.to(it.dtype), it.data) else it.data for it in slot.tensors]
+        origin.mapping.drop(origin.entry.offset, origin.entry.nbytes)
+        if not found_before and any(home is not raw for home in homes):
             raise CheckpointError(
                 f"{slot.name!r} in memory differs from {origin.entry.key!r} in '{origin.entry.path}', which "
                 "it would be replaced with. Save the model and give the path of what was saved as checkpoint="
             )
-        origin.mapping.drop(origin.entry.offset, origin.entry.nbytes)
-        if not known:
-            origin.dtype = tensor.dtype
-        return _Weight(slot, origin, was_in_memory=not known, edited=differs)
+        if origin.paused or not found_before:
+            origin.dtype, origin.strides, origin.paused = tensor.dtype, tensor.stride(), False
+        return _Weight(slot, origin, homes)
 
-    def _value_to_give_back(self, weight: _Weight) -> torch.Tensor:
-        origin, current = weight.origin, weight.tensors[0].data
-        resident = any(it is weight for load in self._resident.values() for it, _, _ in load.shown)
-        if weight.edited or not (resident or weight.shows(origin.raw)):
-            return current
-        if weight.was_in_memory:
-            return (current if resident else origin.raw).to("cpu", origin.dtype, copy=True)
-        if not resident or _same_bits(current.cpu(), origin.raw.to(current.dtype)):
-            return origin.raw
-        return current.to("cpu", copy=True)
+    def _values_to_give_back(self, weight: _Weight) -> list[torch.Tensor]:
+        """What each object held before, with the values it has now."""
+        origin = weight.origin
+        if origin.strides is None:
+            return weight.homes
+        origin.checkpoint.verify_file(origin.entry.path)
+        memory = torch.empty_strided(origin.entry.shape, origin.strides, dtype=origin.dtype)
+        memory.copy_(origin.raw)
+        origin.checkpoint.verify_file(origin.entry.path)
+        return [memory if home is origin.raw else _in_dtype_of_calls(home, origin) for home in weight.homes]
 
+    @torch.inference_mode(False)  # as parameters take over from data whether it was made in the mode
     def _show(self, group: Group, load: _Load) -> None:
         """Rebinds the parameters of a group that is in memory."""
         copies = self._device.type != "cpu"
         weights = self._streamed[group].weights
         for weight in weights:
-            if weight.edited or not weight.shows(weight.origin.raw):
-                weight.edited = True  # somebody gave it other data: that is its value from now on
-                continue
-            data = _place_of(weight, load)
-            if weight.converts or copies:
-                data = self._converted(data, weight.origin.dtype, load)
-            if data is not weight.origin.raw:
+            weight.adopt()
+            place = _place_of(weight, load)
+            data: list[torch.Tensor] = []
+            made: dict[int, torch.Tensor] = {}  # tied objects go on sharing memory
+            for home in weight.homes:
+                if id(home) not in made:
+                    value = place if home is weight.origin.raw else home
+                    dtype = weight.origin.dtype if _is_as_stored(home, weight.origin) else home.dtype
+                    if copies or dtype != home.dtype:
+                        value = self._converted(value, dtype, load)
+                    made[id(home)] = value
+                data.append(made[id(home)])
+            if any(value is not home for value, home in zip(data, weight.homes, strict=True)):
                 weight.show(data)
-                load.shown.append((weight, data, weight.version))
+                load.shown.append((weight, data, weight.versions))
         if copies or all(weight.converts for weight in weights):
             self._release_read(load)
 
@@ -378,16 +426,12 @@ class DiskMover(GroupMover):
         target = buffer.tensor[: data.numel() * dtype.itemsize].view(dtype).view(data.shape)
         return target.copy_(data)
 
+    @torch.inference_mode(False)
     def _let_go(self, load: _Load) -> None:
         """Unbinds a group and gives back its memory."""
-        for weight, data, version in load.shown:
-            if not weight.shows(data):
-                weight.edited = True
-                continue
-            if weight.version != version:  # the call changed it in place
-                weight.origin.raw.copy_(data)
-            weight.show(weight.origin.raw)
-        load.shown.clear()
+        if any(weight.versions != versions for weight, _, versions in load.shown):
+            self._wait_for_leaving()  # what is written must not be let go at that moment
+        _unbind(load)
         self._release_read(load)
         for buffer in load.converted:
             self._buffers.give_back(buffer)
@@ -398,7 +442,8 @@ class DiskMover(GroupMover):
         for _, buffer, _ in load.buffers:
             self._buffers.give_back(buffer)
         if load.ranges and not load.buffers:
-            self._leaving.append((self._workers.submit(_drop, load.ranges), load.nbytes))
+            nbytes = sum(aligned_span(it.start, it.stop) for it in load.ranges)
+            self._leaving.append((self._workers.submit(_drop, load.ranges), nbytes))
         load.buffers.clear()
         load.ranges = ()
         load.nbytes = sum(buffer.nbytes for buffer in load.converted)
@@ -406,9 +451,14 @@ class DiskMover(GroupMover):
     def _start(self, group: Group, *, needed: bool) -> _Load:
         """Has a worker bring a group, after making room for it if it is needed now."""
         streamed = self._streamed[group]
-        while needed and self._ahead and self._taken() + streamed.nbytes > self._budget:
-            self._discard()
-        load = _Load(streamed.ranges, streamed.nbytes, self._calls)
+        while needed and self._taken() + streamed.nbytes > self._budget:
+            if self._ahead:
+                self._discard()
+            elif self._leaving:
+                self._wait_for_leaving()
+            else:
+                break
+        load = _Load(streamed.ranges, streamed.aligned, streamed.nbytes, self._calls)
         load.done = self._workers.submit(self._fetch, load)
         return load
 
@@ -418,6 +468,21 @@ class DiskMover(GroupMover):
         if not load.done.cancel():
             load.done.exception()  # waits for it
             self._let_go(load)
+
+    def _verify(self) -> None:
+        """Checks all files; what was read ahead may be of one that changed, even if it is put back later."""
+        try:
+            self._checkpoint.verify()
+        except CheckpointError:
+            while self._ahead:
+                self._discard()
+            raise
+
+    def _wait_for_leaving(self) -> None:
+        """Waits for pages to be let go: until then nobody may write to them."""
+        for future, _ in self._leaving:
+            future.result()
+        self._leaving.clear()
 
     def _taken(self) -> int:
         self._leaving = [(future, nbytes) for future, nbytes in self._leaving if not future.done()]
@@ -438,7 +503,7 @@ class DiskMover(GroupMover):
 
     def _fetch(self, load: _Load) -> None:
         """Brings a group's bytes into memory, the faster way. Runs in a worker."""
-        if _is_cached(load.ranges) or _was_written(load.ranges):
+        if not load.aligned or _is_cached(load.ranges) or _was_written(load.ranges):
             for it in load.ranges:
                 it.mapping.populate(it.start, it.nbytes)
             return
@@ -458,9 +523,7 @@ class DiskMover(GroupMover):
     def _close(self) -> None:
         while self._ahead:
             self._discard()
-        for future, _ in self._leaving:
-            future.result()
-        self._leaving.clear()
+        self._wait_for_leaving()
         self._buffers.clear()
         for reader in self._readers.values():
             reader.close()
@@ -470,8 +533,8 @@ class DiskMover(GroupMover):
 def cost(origins: Sequence[Origin]) -> int:
     """Bytes of memory that parameters take together while they are used."""
     read = sum(aligned_span(it.start, it.stop) for it in _merged(origins))
-    converted = sum(it.raw.numel() * it.dtype.itemsize for it in origins if it.dtype != it.entry.dtype)
-    return read + converted
+    converted = [it.raw.numel() * it.dtype.itemsize for it in origins if it.dtype != it.entry.dtype]
+    return read + sum(aligned_span(0, nbytes) for nbytes in converted)  # buffers are whole pages
 
 
 def _merged(origins: Sequence[Origin]) -> tuple[FileRange, ...]:
@@ -513,6 +576,62 @@ def _was_written(ranges: Sequence[FileRange]) -> bool:
 def _drop(ranges: Sequence[FileRange]) -> None:
     for it in ranges:
         it.mapping.drop(it.start, it.nbytes)
+
+
+def _holds(tensor: torch.Tensor, data: torch.Tensor) -> bool:
+    """Whether a tensor object holds exactly these data."""
+    return tensor.data_ptr() == data.data_ptr() and tensor.dtype == data.dtype and tensor.shape == data.shape
+
+
+def _unbind(load: _Load) -> None:
+    """Has parameters show their homes again. A function, as its names would keep buffers in use."""
+    _keep_edits(load, compare=False)
+    for weight, _, _ in load.shown:
+        weight.show(weight.homes)
+    load.shown.clear()
+
+
+def _keep_edits(load: _Load, *, compare: bool) -> None:
+    """Gives what a group that is in memory was edited to a home.
+
+    Args:
+        load: The group.
+        compare: Whether to look for changes that torch does not count, too.
+    """
+    for weight, data, versions in load.shown:
+        for index, (tensor, value) in enumerate(zip(weight.tensors, data, strict=True)):
+            if not _holds(tensor, value):
+                weight.homes[index] = tensor.data  # somebody gave it other data: its value from now on
+            elif tensor._version != versions[index] or (
+                compare and not _same_bits(value.cpu(), weight.homes[index].to(value.dtype))
+            ):
+                _keep_edit(weight, index, value)
+            versions[index] = tensor._version
+
+
+def _keep_edit(weight: _Weight, index: int, value: torch.Tensor) -> None:
+    """Keeps what was changed in place: at its home, if that can hold it."""
+    if weight.homes[index].dtype == value.dtype:
+        weight.homes[index].copy_(value)
+    else:
+        weight.homes[index] = value.to("cpu", copy=True)
+
+
+def _is_as_stored(data: torch.Tensor, origin: Origin) -> bool:
+    """Whether it is in the checkpoint's dtype, and that is not the one that calls find."""
+    return data.dtype == origin.entry.dtype != origin.dtype
+
+
+def _in_dtype_of_calls(data: torch.Tensor, origin: Origin) -> torch.Tensor:
+    """Data in the dtype that calls find; what was given in another than the checkpoint's keeps its own."""
+    return data.to(origin.dtype) if _is_as_stored(data, origin) else data
+
+
+def _as_calls_find_it(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of what a streamed parameter is in a call."""
+    origin = origin_of(tensor)
+    data = tensor.data if origin is None else _in_dtype_of_calls(tensor.data, origin)
+    return data.clone() if data.data_ptr() == tensor.data_ptr() else data
 
 
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -22,6 +22,9 @@ class LearnedOrder(Generic[T]):
 
     def __init__(self, guess: Sequence[T]) -> None:
         self._guess = tuple(guess)
+        self._recorded: list[T] = []  # in this pass
+        self._position = 0  # of what is expected next
+        self._misses_in_a_row = 0
         self.forget()
 
     def forget(self) -> None:
@@ -59,6 +62,6 @@ class LearnedOrder(Generic[T]):
             yield from self._order[: self._position]
 
     def _start(self) -> None:
-        self._recorded: list[T] = []
+        self._recorded.clear()
         self._position = 0
         self._misses_in_a_row = 0

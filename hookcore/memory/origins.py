@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from attrs import define
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    import torch
-
     from hookcore.memory.checkpoint import Checkpoint, TensorEntry
     from hookcore.memory.mapping import MappedFile
 
@@ -29,6 +28,9 @@ class Origin:
         mapping: Its file, mapped.
         raw: The mapped tensor, in the checkpoint's dtype.
         dtype: The dtype that a call is to find, before any technique further inside.
+        strides: How it lay in memory, for a model that held it there before; None for one made from the
+            checkpoint.
+        paused: Whether it is in memory again for a while, only because techniques are being changed.
     """
 
     checkpoint: Checkpoint
@@ -36,21 +38,37 @@ class Origin:
     mapping: MappedFile
     raw: torch.Tensor
     dtype: torch.dtype
+    strides: tuple[int, ...] | None = None
+    paused: bool = False
 
     @classmethod
     def of_entry(
         cls, checkpoint: Checkpoint, entry: TensorEntry, mapping: MappedFile, dtype: torch.dtype | None = None
     ) -> Origin:
         """The origin of a parameter that holds this tensor, in the checkpoint's dtype if none is given."""
-        return cls(checkpoint, entry, mapping, mapping.tensor(entry), dtype or entry.dtype)
+        with torch.inference_mode(False):  # it outlives the mode
+            raw = mapping.tensor(entry)
+        return cls(checkpoint, entry, mapping, raw, dtype or entry.dtype)
 
 
 _ORIGINS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def origin_of(tensor: torch.Tensor) -> Origin | None:
-    """Where the tensor's values are to be taken from; None for one that is simply in memory."""
-    return _ORIGINS[tensor] if tensor in _ORIGINS else None
+def origin_of(tensor: torch.Tensor, *, paused: bool = False) -> Origin | None:
+    """Where the tensor's values are to be taken from; None for one that is simply in memory.
+
+    Args:
+        tensor: The tensor.
+        paused: Whether to ask for an origin that is paused, instead of one that is not.
+    """
+    found: Origin | None = _ORIGINS.get(tensor, None)  # type: ignore[no-untyped-call]
+    return found if found is not None and found.paused == paused else None
+
+
+def wanted_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which calls find a tensor, before any technique further inside."""
+    origin = origin_of(tensor)
+    return tensor.dtype if origin is None else origin.dtype
 
 
 def set_origin(tensor: torch.Tensor, origin: Origin | None) -> None:

@@ -6,8 +6,25 @@ classes can be imported from here.
 
 from __future__ import annotations
 
-from hookcore_plugins.disk_offload import DiskOffload
-from hookcore_plugins.group_offload import GroupOffload
-from hookcore_plugins.layerwise_casting import LayerwiseCasting
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hookcore_plugins.disk_offload import DiskOffload
+    from hookcore_plugins.group_offload import GroupOffload
+    from hookcore_plugins.layerwise_casting import LayerwiseCasting
 
 __all__ = ["DiskOffload", "GroupOffload", "LayerwiseCasting"]
+
+_ROOMS = {
+    "DiskOffload": "disk_offload",
+    "GroupOffload": "group_offload",
+    "LayerwiseCasting": "layerwise_casting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Only when asked for: importing one plugin imports this package, and must not need all the others.
+    if name in _ROOMS:
+        return getattr(import_module(f"hookcore_plugins.{_ROOMS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,8 +6,11 @@ diffusers is never imported here: a model of its can only exist when somebody el
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from hookcore import CheckpointError, ForeignMechanism, ModelConventions, PlanError, hookimpl
 
@@ -91,6 +94,16 @@ def hookcore_build_model(
     model.register_to_config(_name_or_path=str(folder))
     built: nn.Module = model.eval()
     return built
+
+
+@hookimpl
+def hookcore_loading_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype] | None:  # noqa: ARG001
+    """Reads `_keep_in_fp32_modules`: `from_pretrained` compares them with whole components of an FQN."""
+    model_mixin = _model_mixin()
+    if model_mixin is None or not isinstance(model, model_mixin):
+        return None
+    kept = _collect([model], "_keep_in_fp32_modules")
+    return {rf"(^|\.){re.escape(name)}(\.|$)": torch.float32 for name in kept}
 
 
 def _model_mixin() -> Any:

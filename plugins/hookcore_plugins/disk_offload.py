@@ -8,30 +8,42 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from attrs import field, frozen
 
-from hookcore import CheckpointError, Phase, Skipped, Technique, hookimpl, parse_bytes, parse_device
+from hookcore import (
+    Binding,
+    CheckpointError,
+    Phase,
+    Skipped,
+    Technique,
+    UnsupportedModelError,
+    hookimpl,
+    parse_bytes,
+    parse_device,
+    status,
+)
 from hookcore.memory import (
     Checkpoint,
     DiskMover,
-    MappedFile,
+    ModelDtypeHook,
     Origin,
     Placement,
     check_movable,
     choose_residents,
     cost,
+    find_entries,
     largest_held,
     leaf_units,
     make_groups,
     map_checkpoint,
+    models_with_dtype,
     origin_of,
+    wanted_dtype,
 )
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping
 
-    from hookcore import Binding, Component, TensorSlot
-
-_KEYS_SHOWN = 5
+    from hookcore import Component, TensorSlot
 
 
 def _path(value: str | os.PathLike[str] | None) -> Path | None:
@@ -90,6 +102,7 @@ class DiskOffload(Technique):
         if budget is None:
             budget = largest_held(costs)[0] + self.read_ahead
         mover = DiskMover(streamed, origins, self.execution_device, budget, self.read_ahead)
+        yield from _dtype_hooks(component, origins)
         yield from Placement(component, streamed, resident, mover, self.execution_device).bindings()
         for slot in component.slots:
             if slot not in origins:
@@ -98,49 +111,64 @@ class DiskOffload(Technique):
     def _origins(self, component: Component) -> dict[TensorSlot, Origin]:
         """Finds where each parameter's values lie: known from loading, or by name in the checkpoint."""
         parameters = [slot for slot in component.slots if not slot.is_buffer]
-        known = {slot: origin for slot in parameters if (origin := origin_of(slot.tensors[0])) is not None}
-        if known:
+        _check_ties(component, parameters)
+        # While it is on the model and only planned anew, names may have changed and weights been replaced: it
+        # is known which ones it has streamed, and all others are in memory.
+        again = self.name in status(component.module).techniques
+        known = {slot: origin for slot in parameters if (origin := _known(slot, paused=again)) is not None}
+        if known or again:
             return known
         if self.checkpoint is None:
             raise CheckpointError(
-                f"{component.label('')!r} was not made by hookcore.load, so it is not known where its weights "
+                f"{component.label('')!r} was not made by hookcore.load, so nobody knows where its weights "
                 "lie. Give DiskOffload the path of its safetensors files as checkpoint="
             )
         checkpoint = Checkpoint.open(self.checkpoint)
-        _check_keys(component, parameters, checkpoint)
+        entries = find_entries(component, checkpoint)
         mappings = map_checkpoint(checkpoint)
-        return {slot: _origin(component, slot, checkpoint, mappings) for slot in parameters}
+        return {
+            slot: Origin.of_entry(
+                checkpoint, entries[slot], mappings[entries[slot].path], slot.tensors[0].dtype
+            )
+            for slot in parameters
+        }
 
 
-def _check_keys(component: Component, parameters: list[TensorSlot], checkpoint: Checkpoint) -> None:
-    """Refuses a checkpoint whose names are not the model's."""
-    names = {fqn for slot in component.slots for fqn in slot.fqns}
-    missing = [slot.name for slot in parameters if not any(fqn in checkpoint.entries for fqn in slot.fqns)]
-    unexpected = [key for key in checkpoint.entries if key not in names]
-    if missing:
-        raise CheckpointError(
-            f"the checkpoint in '{checkpoint.root}' is not one of {component.label('')!r}: "
-            f"{len(missing)} parameters are missing in it ({_some(missing)}), and it has {len(unexpected)} "
-            f"that the model lacks ({_some(unexpected)}). Save the model with save_pretrained and use that"
-        )
+def _known(slot: TensorSlot, *, paused: bool) -> Origin | None:
+    origin = origin_of(slot.tensors[0])
+    return origin_of(slot.tensors[0], paused=True) if origin is None and paused else origin
 
 
-def _origin(
-    component: Component, slot: TensorSlot, checkpoint: Checkpoint, mappings: Mapping[Path, MappedFile]
-) -> Origin:
-    entry = next(checkpoint.entries[fqn] for fqn in slot.fqns if fqn in checkpoint.entries)
-    shape = tuple(slot.tensors[0].shape)
-    if any(tuple(tensor.shape) != entry.shape for tensor in slot.tensors):
-        raise CheckpointError(
-            f"{component.label(slot.name)!r} has shape {shape}, but in '{entry.path}' it has {entry.shape}. "
-            "The checkpoint is of a model with another config"
-        )
-    return Origin.of_entry(checkpoint, entry, mappings[entry.path], slot.tensors[0].dtype)
+def _check_ties(component: Component, parameters: list[TensorSlot]) -> None:
+    """Refuses parameters that share memory other than wholly: a checkpoint holds each on its own."""
+    for slot in parameters:
+        first, *others = slot.tensors
+        for tensor in others:
+            if (tensor.data_ptr(), tensor.shape, tensor.stride()) != (
+                first.data_ptr(),
+                first.shape,
+                first.stride(),
+            ):
+                names = " and ".join(repr(component.label(fqn)) for fqn in slot.fqns)
+                raise UnsupportedModelError(
+                    f"{names} share memory but are different views of it, which cannot be read from a file. "
+                    "Give one of them memory of its own with .clone()"
+                )
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_KEYS_SHOWN])
-    return f"{shown}, ..." if len(names) > _KEYS_SHOWN else shown or "none"
+def _dtype_hooks(component: Component, origins: Mapping[TensorSlot, Origin]) -> Iterator[Binding]:
+    """Has models tell the dtype that calls find, where their weights show another one between calls."""
+    converted = {
+        owner
+        for slot, origin in origins.items()
+        if origin.dtype != origin.entry.dtype
+        for owner, _ in slot.owners
+    }
+    for fqn, model in models_with_dtype(component.modules):
+        if not converted.isdisjoint(model.modules()):
+            dtypes = (wanted_dtype(parameter) for parameter in model.parameters())
+            first = next((dtype for dtype in dtypes if dtype.is_floating_point), model.dtype)
+            yield Binding(fqn, ModelDtypeHook(first))
 
 
 @hookimpl

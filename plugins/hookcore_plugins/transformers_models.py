@@ -9,6 +9,8 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hookcore import CheckpointError, ModelConventions, PlanError, hookimpl
 
 if TYPE_CHECKING:
@@ -81,6 +83,20 @@ def hookcore_build_model(
         model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
     built: nn.Module = model.eval()
     return built
+
+
+@hookimpl
+def hookcore_loading_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype] | None:
+    """Reads `_keep_in_fp32_modules`, which is about float16 alone; the strict one is about bfloat16 too."""
+    base = _pretrained_model()
+    if base is None or not isinstance(model, base):
+        return None
+    attributes = []
+    if dtype is torch.float16:
+        attributes.append("_keep_in_fp32_modules")
+    if dtype in {torch.float16, torch.bfloat16}:
+        attributes.append("_keep_in_fp32_modules_strict")
+    return {name.replace("*", ".*"): torch.float32 for name in _collect([model], *attributes)}
 
 
 def _pretrained_model() -> Any:

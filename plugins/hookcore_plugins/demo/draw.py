@@ -30,7 +30,7 @@ def table(measured: Mapping[str, Measurement], differences: Mapping[str, Differe
     """One line a way: names at the left, numbers at the right of their columns."""
     rows = [
         ("", "set-up", "step", "fastest", "peak", "of it", "device", "written", "difference"),
-        ("", "s", "s", "s", "MiB", "weights", "MiB", "MiB", "to resident"),
+        ("", "s", "s", "s", "MiB", "model", "MiB", "MiB", "to resident"),
     ]
     for name, one in measured.items():
         rows.append(
@@ -74,7 +74,7 @@ def bars(measured: Mapping[str, Measurement], budget: int, width: int | None = N
     times = {name: statistics.median(one.steps) for name, one in measured.items()}
     return "\n".join(
         [
-            f"memory for weights (a budget of {format_bytes(budget)} for hookcore)",
+            f"memory for weights and activations (a budget of {format_bytes(budget)} for hookcore's weights)",
             *_bars(memory, format_bytes, width),
             "time of a step",
             *_bars(times, "{:.2f} s".format, width),
@@ -117,7 +117,13 @@ def picture(measured: Mapping[str, Measurement], about: Mapping[str, Any], path:
         f"{about['machine']}{device}",
         fontsize=10,
     )
-    _panel(memory, measured, "memory for weights, at the peak (MiB)", lambda it: it.memory / _MIB, ",.0f")
+    _panel(
+        memory,
+        measured,
+        "memory for weights and activations, at the peak (MiB)",
+        lambda it: it.memory / _MIB,
+        ",.0f",
+    )
     budget = about["budget"] / _MIB
     memory.axvline(budget, color=_BUDGET, linestyle="--", linewidth=1.5)
     memory.annotate(
@@ -143,7 +149,10 @@ def _panel(
     colors = [_OURS if name.startswith("hookcore") else _OTHERS for name in measured]
     values = [value(one) for one in measured.values()]
     drawn = axes.barh(titles, values, color=colors, height=0.65)
-    axes.bar_label(drawn, labels=[format(it, spelling) for it in values], padding=3, fontsize=9)
+    on_white = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the budget's line may pass here
+    axes.bar_label(
+        drawn, labels=[format(it, spelling) for it in values], padding=4, fontsize=9, bbox=on_white
+    )
     axes.set_xlabel(title, fontsize=9)
     axes.tick_params(labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)

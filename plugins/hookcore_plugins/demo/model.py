@@ -152,8 +152,14 @@ class DemoCheckpoints:
 
 
 def disk_needed(model: DemoModel) -> int:
-    """Bytes that both checkpoints take together."""
+    """About how many bytes both checkpoints will take together."""
     return model.nbytes * 3 // 2
+
+
+def disk_taken(checkpoints: DemoCheckpoints) -> int:
+    """Bytes that both checkpoints take together."""
+    folders = (checkpoints.full, checkpoints.small)
+    return sum(file.stat().st_size for folder in folders for file in folder.iterdir())
 
 
 def require_free(folder: Path, nbytes: int, what: str) -> None:

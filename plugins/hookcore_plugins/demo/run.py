@@ -110,7 +110,7 @@ def run_demo(*, size: str, budget: str, family: str, steps: int, out: Path, cach
     require_packages()
     from hookcore_plugins.demo import draw
     from hookcore_plugins.demo.child import Request
-    from hookcore_plugins.demo.model import DemoModel, build, disk_needed, require_free
+    from hookcore_plugins.demo.model import DemoModel, build, disk_needed, disk_taken, require_free
     from hookcore_plugins.demo.ways import DEMO_WAYS, WAYS, Setting
 
     nbytes, budget_bytes = _sizes(size, budget)
@@ -125,7 +125,7 @@ def run_demo(*, size: str, budget: str, family: str, steps: int, out: Path, cach
     with tqdm(total=float(disk_needed(model)), desc="build the model", unit="B", unit_scale=True) as bar:
         checkpoints = build(model, cache, bar.update)
         bar.update(disk_needed(model) - bar.n)
-    print(f"it takes {format_bytes(disk_needed(model))} in {cache / model.key}")  # noqa: T201
+    print(f"it takes {format_bytes(disk_taken(checkpoints))} in {cache / model.key}")  # noqa: T201
     check_budget(model, checkpoints, device, budget_bytes)
     require_free(cache, nbytes, "accelerate's copy of the weights")
 

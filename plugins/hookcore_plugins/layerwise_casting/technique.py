@@ -25,7 +25,7 @@ from hookcore import (
     Technique,
     parse_dtype,
 )
-from hookcore_plugins.layerwise_casting.model_dtype import ModelDtypeHook, models_with_dtype
+from hookcore.memory import ModelDtypeHook, models_with_dtype, wanted_dtype
 from hookcore_plugins.layerwise_casting.units import find_units
 from hookcore_plugins.layerwise_casting.weight import CastWeight
 
@@ -166,7 +166,7 @@ class LayerwiseCasting(Technique):
         return CastWeight(
             slot.tensors,
             storage_dtype=self.storage_dtype,
-            compute_dtype=self._computed_in(slot.tensors[0].dtype, usual),
+            compute_dtype=self._computed_in(wanted_dtype(slot.tensors[0]), usual),
             non_blocking=self.non_blocking,
             keep_originals=self.keep_originals,
         )
@@ -175,8 +175,9 @@ class LayerwiseCasting(Technique):
         """What most of the component's parameters are in that are not in the storage dtype already."""
         elements: Counter[torch.dtype] = Counter()
         for parameter in component.module.parameters():
-            if parameter.is_floating_point() and parameter.dtype is not self.storage_dtype:
-                elements[parameter.dtype] += parameter.numel()
+            dtype = wanted_dtype(parameter)
+            if dtype.is_floating_point and dtype is not self.storage_dtype:
+                elements[dtype] += parameter.numel()
         return max(elements, key=elements.__getitem__, default=None)
 
     def _computed_in(self, dtype: torch.dtype, usual: torch.dtype | None) -> torch.dtype:

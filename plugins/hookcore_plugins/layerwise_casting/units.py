@@ -10,6 +10,7 @@ from attrs import field, frozen
 from torch import nn
 
 from hookcore import Skipped
+from hookcore.memory import wanted_dtype
 from hookcore_plugins.layerwise_casting.weight import is_cast
 
 if TYPE_CHECKING:
@@ -197,4 +198,4 @@ def _refusal(slot: TensorSlot, refuses: Callable[[torch.dtype], str | None]) -> 
             return f"shares memory with one in {tensor.dtype}"
     if is_cast(slot.tensors[0]):
         return None  # by another application, which this one must collide with and not step round
-    return refuses(slot.tensors[0].dtype)
+    return refuses(wanted_dtype(slot.tensors[0]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hookcore.memory import find_mapping
+from hookcore.memory import find_mapping, origin_of, wanted_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,11 +22,11 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class CastWeight:
     """Parameters that share memory, or one that shares with none, cast as one.
 
-    Every user gets the value rounded to the storage dtype, wherever the weight lies: one that is still in
-    a checkpoint, or on the meta device, is not converted beforehand but rounded at its use. A parameter
-    stays the same object all the time; only its `.data` is rebound. What is stored is read at the first
-    use of each call, put back after the last, and never written: whoever moves or edits the parameter
-    between calls is heard.
+    Every user gets the value rounded to the storage dtype, wherever the weight lies: one that is streamed
+    from a checkpoint is asked for in that dtype, and one on the meta device is rounded at its use. A
+    parameter stays the same object all the time; only its `.data` is rebound. What is stored is read at
+    the first use of each call, put back after the last, and never written: whoever moves or edits the
+    parameter between calls is heard.
 
     Attributes:
         tensors: The parameters; of one dtype.
@@ -61,7 +61,7 @@ class CastWeight:
         self.compute_dtype = compute_dtype
         self._non_blocking = non_blocking
         self._keeps = keep_originals
-        self._original_dtype = tensors[0].dtype
+        self._original_dtype = wanted_dtype(tensors[0])
         self._kept: list[Tensor] | None = None
         self._stored: Sequence[Tensor] = ()
         self._holders = 0
@@ -102,10 +102,13 @@ class CastWeight:
     def to_store(self) -> list[Tensor] | None:
         """Converts for `hold`; None if there is nothing to convert."""
         data = [tensor.data for tensor in self.tensors]
-        if self._holders or any(tensor.is_meta or find_mapping(tensor) for tensor in data):
+        if self._holders or self._streamed or any(tensor.is_meta for tensor in data):
             return None
-        if self._keeps and self._original_dtype is not self.storage_dtype:
-            self._kept = converted(data, self._original_dtype, device=torch.device("cpu"))
+        if self._original_dtype is not self.storage_dtype:
+            if all(find_mapping(tensor) for tensor in data):
+                self._kept = data  # still in a file, where it takes no memory
+            elif self._keeps:
+                self._kept = converted(data, self._original_dtype, device=torch.device("cpu"))
         return converted(data, self.storage_dtype)
 
     def hold(self, stored: list[Tensor] | None) -> None:
@@ -114,6 +117,7 @@ class CastWeight:
             for tensor, data in zip(self.tensors, stored, strict=True):
                 tensor.data = data
         if not self._holders:
+            self._stream_in(self.storage_dtype)
             for tensor in self.tensors:
                 _copy_as_plain(tensor, self.storage_dtype, self.compute_dtype)
         self._holders += 1
@@ -122,7 +126,7 @@ class CastWeight:
     def to_restore(self) -> list[Tensor] | None:
         """Converts back for `let_go`; None if the parameters are to stay as they are."""
         data = [tensor.data for tensor in self.tensors]
-        if self._holders > 1 or not self._rounded(data):
+        if self._holders > 1 or self._streamed or not self._rounded(data):
             return None
         if self._kept is not None and _same_bits(converted(self._kept, self.storage_dtype), data):
             # Nobody changed the weights meanwhile, so what they were rounded from holds.
@@ -137,6 +141,7 @@ class CastWeight:
         self._holders -= 1
         if not self._holders:
             self._kept = None
+            self._stream_in(self._original_dtype)
             for tensor in self.tensors:
                 for method in _COPYING:
                     del vars(tensor)[method]
@@ -146,7 +151,8 @@ class CastWeight:
     @property
     def loses(self) -> bool:
         """Whether detaching could give back rounded weights only."""
-        return self._kept is None and self._rounded([tensor.data for tensor in self.tensors])
+        rounded = self._rounded([tensor.data for tensor in self.tensors])
+        return rounded and self._kept is None and not self._streamed
 
     def stored_bytes(self) -> tuple[torch.dtype, int]:
         """The dtype that the weight lies in, and how many bytes of memory it takes."""
@@ -155,6 +161,18 @@ class CastWeight:
             return data[0].dtype, 0
         start, stop = _span(data)
         return data[0].dtype, (stop - start) * data[0].itemsize
+
+    @property
+    def _streamed(self) -> bool:
+        """Whether another technique brings the weight from a checkpoint for each call."""
+        return origin_of(self.tensors[0]) is not None
+
+    def _stream_in(self, dtype: torch.dtype) -> None:
+        """Asks for a weight that is streamed to come in a dtype."""
+        for tensor in self.tensors:
+            origin = origin_of(tensor)
+            if origin is not None:
+                origin.dtype = dtype
 
     def _rounded(self, data: Sequence[Tensor]) -> bool:
         """Whether the weights are in the storage dtype now, and had not been before."""

@@ -1,8 +1,8 @@
 """Models that tell their dtype go on telling the one they compute in.
 
 `model.dtype` of diffusers and transformers is a property that reads the dtype of the first parameter.
-Pipelines cast their inputs to it, and must not cast them to the storage dtype. diffusers makes the same
-exception for its own casting hooks.
+Pipelines cast their inputs to it, and must not cast them to what weights only lie in between calls.
+diffusers makes the same exception for its own casting hooks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from hookcore import Hook
+from hookcore.hook import Hook
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

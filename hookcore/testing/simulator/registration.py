@@ -17,8 +17,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from hookcore.testing.simulator import copies, device_module, state
 from hookcore.testing.simulator.attention import attention
+from hookcore.testing.simulator.errors import UnsupportedOperationError
 from hookcore.testing.simulator.generic import install_generic_names
 from hookcore.testing.simulator.kernels import run_operator
+from hookcore.testing.simulator.loading import install_safetensors
 from hookcore.testing.simulator.tensors import (
     CPU_KEYS,
     block_of,
@@ -64,6 +66,7 @@ def register() -> None:
         warnings.filterwarnings("ignore", "Overriding a previously registered kernel")
         _register_kernels()
     install_generic_names()
+    install_safetensors()
     _replace_functions()
 
 
@@ -174,6 +177,7 @@ def _replace_functions() -> None:
     _replace_storage_constructor()
     for name in ("empty", "empty_like", "empty_strided", "zeros"):
         _let_pin(name)
+    _explain_backward()
 
 
 def _replace_storage_constructor() -> None:
@@ -209,3 +213,22 @@ def _let_pin(name: str) -> None:
     from torch.jit import _builtins
 
     _builtins._register_builtin(constructor, f"aten::{name}")  # type: ignore[no-untyped-call]
+
+
+def _explain_backward() -> None:
+    """Says why torch cannot run backward on later devices: it asks the C++ guard how many there are."""
+    run_backward = torch.autograd.graph._engine_run_backward
+
+    @functools.wraps(run_backward)
+    def explained(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run_backward(*args, **kwargs)
+        except RuntimeError as error:
+            if "device_ready_queues_" not in str(error):
+                raise
+            raise UnsupportedOperationError(
+                "backward runs on sim:0 only: torch gives later devices no thread for it"
+            ) from error
+
+    for module in (torch.autograd, torch.autograd.graph):
+        setattr(module, "_engine_run_backward", explained)  # noqa: B010 -- not in what the module exports

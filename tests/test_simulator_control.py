@@ -177,7 +177,9 @@ def test_kernels_take_their_traffic_or_their_arithmetic(sim):
     assert times == pytest.approx([80_000 / 1e6, 2_000_000 / 1e6, 2_000_000 / 4e6])
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"memory": -1}, "negative"), ({"flops_16": 0}, "flops_16")])
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"memory": -1}, "negative"), ({"flops_16": 0}, "flops_16")]
+)
 def test_impossible_profiles_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         simulator.DeviceProfile(name="none", **changes)
@@ -237,7 +239,9 @@ def test_a_trace_is_written_and_drawn(sim, tmp_path):
     figure = trace.draw(tmp_path / "trace.svg")
     assert "stall" in (tmp_path / "trace.svg").read_text()
     labels = [it.get_text() for it in figure.axes[0].get_yticklabels()]
-    assert labels == [f"sim:{device} stream {number}" for device, number in sorted({s.stream for s in trace.spans})]
+    assert labels == [
+        f"sim:{device} stream {number}" for device, number in sorted({s.stream for s in trace.spans})
+    ]
 
 
 def test_an_empty_trace_cannot_be_drawn(sim):

@@ -7,6 +7,8 @@ earlier to the later one.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from attrs import define, field
@@ -89,7 +91,8 @@ class Oracle:
         self.last[stream] = node
         self.given[stream].append(node)
         self.operations.append(node)
-        return any([self.touch(buffer, node, stream, writes) for buffer, writes in touches])
+        found = [self.touch(buffer, node, stream, writes) for buffer, writes in touches]  # all are noted
+        return any(found)
 
     def touch(self, buffer, node, stream, writes):
         races = any(
@@ -261,7 +264,7 @@ def test_exactly_what_the_oracle_finds_is_found(sim, program):
                     assert earlier_span.end <= span.start
         for engine in {span.engine for span in trace.spans}:
             spans = [span for span in trace.spans if span.engine == engine]
-            assert all(first.end <= second.start for first, second in zip(spans, spans[1:], strict=False))
+            assert all(first.end <= second.start for first, second in itertools.pairwise(spans))
         torch.get_device_module("sim").synchronize()
         del simulated
         sim.reset()

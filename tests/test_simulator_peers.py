@@ -69,9 +69,12 @@ def offloaded(case, level, disk, **options):
 @pytest.mark.parametrize("options", STREAMS.values(), ids=STREAMS)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
-    ("name", "disk"), [("unet", False), ("sd3", False), ("sd3", True), ("autoencoder", False), ("flux", False)]
+    ("name", "disk"),
+    [("unet", False), ("sd3", False), ("sd3", True), ("autoencoder", False), ("flux", False)],
 )
-def test_group_offloading_of_diffusers_is_exact_and_free_of_races(sim, tmp_path, name, level, options, disk):
+def test_group_offloading_of_diffusers_is_exact_and_free_of_races(  # noqa: PLR0917
+    sim, tmp_path, name, level, options, disk
+):
     case = CASES[name]()
     model = offloaded(case, level, str(tmp_path) if disk else None, **options)
     for _ in range(3):  # the first finds the order, the second is the first to prefetch
@@ -114,7 +117,9 @@ def places():
 
 
 @pytest.mark.parametrize(("level", "record", "disk", "place", "rule"), list(places()))
-def test_each_wait_of_diffusers_is_missed(sim, tmp_path, level, record, disk, place, rule):
+def test_each_wait_of_diffusers_is_missed(  # noqa: PLR0917
+    sim, tmp_path, level, record, disk, place, rule
+):
     case = CASES["sd3"]()
     path = str(tmp_path) if disk else None
     with pytest.raises(sim.RaceError, match=rule), without(sim, place) as taken:
@@ -143,9 +148,7 @@ def test_cpu_offload_of_accelerate(sim):
 def test_cpu_offload_with_hook_of_accelerate(sim):
     first, second = CASES["unet"](), CASES["sd3"]()
     one, hook = accelerate.cpu_offload_with_hook(first.build(), torch.device("sim"))
-    two, _ = accelerate.cpu_offload_with_hook(
-        second.build(), torch.device("sim"), prev_module_hook=hook
-    )
+    two, _ = accelerate.cpu_offload_with_hook(second.build(), torch.device("sim"), prev_module_hook=hook)
     for _ in range(2):
         assert same(first, call(first, one))
         assert {parameter.device.type for parameter in one.parameters()} == {"sim"}

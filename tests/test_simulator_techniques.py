@@ -38,9 +38,7 @@ def left(sim):
 def call(case, model, entry, device="cpu"):
     args, kwargs = case.inputs(entry)
     args = tuple(it.to(device) if isinstance(it, torch.Tensor) else it for it in args)
-    kwargs = {
-        name: it.to(device) if isinstance(it, torch.Tensor) else it for name, it in kwargs.items()
-    }
+    kwargs = {name: it.to(device) if isinstance(it, torch.Tensor) else it for name, it in kwargs.items()}
     method = model if entry == "forward" else getattr(model, entry)
     return list(tensors_in(method(*args, **kwargs)))
 

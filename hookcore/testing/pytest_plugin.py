@@ -1,4 +1,4 @@
-"""The `sim` fixture: a test on the simulated accelerator. pytest finds it through the entry point `pytest11`."""
+"""The `sim` fixture: a test on the simulated accelerator. pytest finds it by the entry point `pytest11`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _math = torch.ops.aten._scaled_dot_product_attention_math.default
 
 
-def attention(
+def attention(  # noqa: PLR0917 -- torch's own signature
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -31,10 +31,9 @@ def attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """What `scaled_dot_product_attention` does with simulated tensors; all as there."""
-    stand_ins = [None if it is None else _stand_in(it) for it in (query, key, value, attn_mask)]
-    choice = torch._fused_sdp_choice(  # type: ignore[attr-defined]
-        *stand_ins, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    mask = None if attn_mask is None else _stand_in(attn_mask)
+    three = (_stand_in(query), _stand_in(key), _stand_in(value))
+    choice = torch._fused_sdp_choice(*three, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
             attn_mask.logical_not(), float("-inf")

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def install(
-    devices: int = 2, *, memory: int | str | None = None, profile: DeviceProfile = GENERIC
-) -> None:
+def install(devices: int = 2, *, memory: int | str | None = None, profile: DeviceProfile = GENERIC) -> None:
     """Adds the simulated devices "sim:0", "sim:1", ... to this process, for as long as it runs.
 
     Calling it again with the same number of devices only sets the memory and the profile.
@@ -106,7 +104,7 @@ def limited(
 @contextlib.contextmanager
 def watching_host() -> Iterator[None]:
     """Within a `with` block, also finds that the host uses pinned memory while a copy of it runs."""
-    with HostWatch():
+    with HostWatch():  # type: ignore[no-untyped-call]
         yield
 
 

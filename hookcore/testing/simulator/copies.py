@@ -7,7 +7,7 @@ holds poison. A copy from the host must find its source unchanged when the host 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import define
@@ -27,7 +27,8 @@ from hookcore.testing.simulator.tensors import (
 )
 
 if TYPE_CHECKING:
-    from hookcore.testing.simulator.machine import Machine, StreamState
+    from hookcore.testing.simulator.devices import StreamState
+    from hookcore.testing.simulator.machine import Machine
     from hookcore.testing.simulator.memory import Block
     from hookcore.testing.simulator.ordering import Operation
 
@@ -86,7 +87,9 @@ def to_copy(
     elif wanted.type == "cpu":
         made = new_pinned(like) if non_blocking or pin_memory else like
     else:
-        raise UnsupportedOperationError(f"a simulated tensor cannot be copied to {wanted}; copy it to the CPU")
+        raise UnsupportedOperationError(
+            f"a simulated tensor cannot be copied to {wanted}; copy it to the CPU"
+        )
     return copy_from(tensor, made, non_blocking)
 
 
@@ -168,11 +171,11 @@ def _touch(
     writes: bool,
 ) -> None:
     if block is not None:
-        machine.touch(operation, stream, block, *extent(tensor), writes)
+        machine.touch(operation, stream, block, extent(tensor), writes=writes)
 
 
 def _land_what_it_reads(machine: Machine, source: torch.Tensor) -> None:
-    """Puts there what earlier copies to the host bring: the stream waited for them, though the host did not."""
+    """Puts there what earlier copies to the host bring: the stream waited for them, if not the host."""
     storage = source.untyped_storage().data_ptr()
     for copy in machine.in_flight:
         if isinstance(copy, _ToPinned) and copy.target.untyped_storage().data_ptr() == storage:
@@ -225,12 +228,12 @@ class _ToPinned:
         self.arrive()
 
 
-def pin_memory(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+def pin_memory(tensor: torch.Tensor, _device: torch.device | None = None) -> torch.Tensor:
     """What `tensor.pin_memory()` does while the simulator is installed: a page-locked copy."""
-    return cast("torch.Tensor", new_pinned(tensor).copy_(tensor.detach()))
+    return new_pinned(tensor).copy_(tensor.detach())
 
 
-def is_pinned(tensor: torch.Tensor, device: torch.device | None = None) -> bool:
+def is_pinned(tensor: torch.Tensor, _device: torch.device | None = None) -> bool:
     """What `tensor.is_pinned()` says while the simulator is installed."""
     return pinned_block_of(tensor) is not None
 

@@ -173,11 +173,11 @@ def manual_seed_all(seed: int) -> None:
     """Does nothing: random numbers come from the CPU's generator."""
 
 
-def get_rng_state(device: AnyDevice = None) -> torch.Tensor:
+def get_rng_state(device: AnyDevice = None) -> torch.Tensor:  # noqa: ARG001 -- one generator for all
     """The state of the CPU's generator, from which random numbers come."""
     return torch.get_rng_state()
 
 
-def set_rng_state(new_state: torch.Tensor, device: AnyDevice = None) -> None:
+def set_rng_state(new_state: torch.Tensor, device: AnyDevice = None) -> None:  # noqa: ARG001
     """Sets the state of the CPU's generator."""
     torch.set_rng_state(new_state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attrs import field, frozen
+from attrs import frozen
 
 from hookcore.errors import HookcoreError
 
@@ -50,7 +50,7 @@ class Violation:
     earlier: str
     earlier_stream: StreamKey
     remedy: str
-    tensors: tuple[str, ...] = field(default=(), converter=tuple)
+    tensors: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = "on the host" if self.stream is None else f"on {describe_stream(self.stream)}"

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 _LOOKS_AT_NO_VALUES = {"aten::is_pinned", "aten::record_stream", "aten::set_", "aten::resize_"}
 
 
-class HostWatch(TorchDispatchMode):
+class HostWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises when the host reads what a copy has not brought yet, or writes what a copy still reads."""
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Checks an operator's CPU tensors before it runs."""
         kwargs = kwargs or {}

@@ -1,4 +1,4 @@
-"""The kernel that runs every operator: the CPU's, on the same memory, with the machine's bookkeeping around it."""
+"""The kernel that runs every operator: the CPU's, on the same memory, with bookkeeping around it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from hookcore.testing.simulator.tensors import (
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
-    from hookcore.testing.simulator.machine import Machine, StreamState
+    from hookcore.testing.simulator.devices import StreamState
+    from hookcore.testing.simulator.machine import Machine
     from hookcore.testing.simulator.memory import Block
     from hookcore.testing.simulator.ordering import Operation
     from hookcore.testing.simulator.profiles import DeviceProfile
@@ -81,7 +82,7 @@ class _Call:
         return value
 
     def to_device(self, value: Any, position: int, device: int | None) -> Any:
-        """The result with simulated tensors for the CPU's: the argument itself, a view of it, or a new one."""
+        """The result with simulated tensors for the CPU's: an argument, a view of one, or a new one."""
         if isinstance(value, _Tensor):
             results = self._facts.results
             returned = results[position] if position < len(results) else None
@@ -142,7 +143,7 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
         operation = machine.begin(stream, facts.name)
         for _, host, is_written, block in call.uses:
             if block is not None:
-                machine.touch(operation, stream, block, *extent(host), is_written)
+                machine.touch(operation, stream, block, extent(host), writes=is_written)
     out = operator(*host_args, **host_kwargs)
     if type(out) is tuple:
         results = tuple([call.to_device(it, i, result_device) for i, it in enumerate(out)])
@@ -191,7 +192,7 @@ def _note_creation(machine: Machine, call: _Call, operation: Operation, stream: 
     for host in call.created:
         block = machine.blocks.get(host.untyped_storage().data_ptr())
         if block is not None:
-            machine.touch(operation, stream, block, 0, block.nbytes, True)
+            machine.touch(operation, stream, block, (0, block.nbytes), writes=True)
 
 
 def _duration(

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from attrs import define, field
 
+from hookcore.testing.simulator.devices import Device, HostCopy, StreamState
 from hookcore.testing.simulator.errors import RaceError, Violation
 from hookcore.testing.simulator.memory import Block, MemoryPool
 from hookcore.testing.simulator.ordering import Access, Clock, Operation, StreamKey, join
@@ -37,54 +37,6 @@ KEEP_LONGER = (
     "tensor.record_stream(other)."
 )
 HOST_FIRST = "Let the host wait first, with event.synchronize() or stream.synchronize()."
-
-
-@define(eq=False)
-class StreamState:
-    """What one stream does.
-
-    Attributes:
-        key: Its device and number.
-        clock: What is done before its next operation.
-        tick: How many operations it was given.
-        free_at: When its next operation can start, for what it has been told to wait for; seconds.
-        end: When its last operation ends; seconds.
-    """
-
-    key: StreamKey
-    clock: Clock = field(factory=dict)
-    tick: int = 0
-    free_at: float = 0.0
-    end: float = 0.0
-
-
-@define(eq=False)
-class Device:
-    """One simulated device."""
-
-    index: int
-    profile: DeviceProfile
-    memory: MemoryPool
-    streams: dict[int, StreamState] = field(factory=dict)
-    engines: dict[str, float] = field(factory=dict)
-
-    def __attrs_post_init__(self) -> None:
-        self.add_stream()
-
-    def add_stream(self) -> StreamState:
-        """Makes a stream; the first, of number 0, is the default stream."""
-        number = len(self.streams)
-        self.streams[number] = StreamState((self.index, number))
-        return self.streams[number]
-
-
-class HostCopy(Protocol):
-    """A copy from or to pinned host memory that the host has not waited for."""
-
-    operation: Operation
-
-    def land(self) -> Violation | None:
-        """Is told that the host now knows it to be done."""
 
 
 class Machine:
@@ -139,18 +91,24 @@ class Machine:
         return Operation(name, stream.key, stream.tick)
 
     def touch(
-        self, operation: Operation, stream: StreamState, block: Block, start: int, stop: int, writes: bool
+        self,
+        operation: Operation,
+        stream: StreamState,
+        block: Block,
+        span: tuple[int, int],
+        *,
+        writes: bool,
     ) -> None:
-        """Notes that an operation reads or writes bytes of a block.
+        """Notes that an operation reads or writes a span of bytes of a block.
 
         Raises:
             RaceError: Another operation that it races with is not ordered before it.
         """
-        earlier = block.history.conflict(start, stop, writes, stream.clock)
+        earlier = block.history.conflict(*span, writes, stream.clock)
         if earlier is not None:
             rule = _rule(earlier.writes, writes)
-            self._found(rule, block, operation.name, stream.key, earlier, WAIT_FIRST, now=True)
-        block.history.record(Access(start, stop, writes, operation))
+            self._found(rule, block, earlier, (operation.name, stream.key, WAIT_FIRST), now=True)
+        block.history.record(Access(*span, writes, operation))
 
     def finish(self, operation: Operation, stream: StreamState, engine: str, seconds: float) -> None:
         """Says which engine runs an operation, and how long it takes."""
@@ -189,7 +147,7 @@ class Machine:
             device.memory.release(self.host_time)
 
     def host_asks(self, clock: Clock, time: float) -> bool:
-        """Whether it is done; asking takes time, so that a loop of asking ends. A yes is as good as a wait."""
+        """Whether it is done. Asking takes time, so that a loop ends; a yes is as good as a wait."""
         self.host_time += self.devices[0].profile.launch_latency
         if time > self.host_time:
             return False
@@ -203,9 +161,7 @@ class Machine:
 
     # Memory
 
-    def allocate(
-        self, stream: StreamState, nbytes: int, address: int, keeper: object, made_by: str
-    ) -> Block:
+    def allocate(self, stream: StreamState, nbytes: int, address: int, keeper: object, made_by: str) -> Block:
         """Gives memory of a stream's device to that stream; see `make_room`, which goes first."""
         device = stream.key[0]
         block = Block(device, nbytes, address, keeper, stream.key, made_by)
@@ -269,7 +225,7 @@ class Machine:
             if access.operation.is_before(known) or access.operation.stream in block.recorded:
                 continue
             self._found(
-                "freed while in use", block, "freeing it", block.stream, access, KEEP_LONGER, now=False
+                "freed while in use", block, access, ("freeing it", block.stream, KEEP_LONGER), now=False
             )
         until, clock = 0.0, Clock()
         for index, number in block.recorded:
@@ -294,7 +250,7 @@ class Machine:
         earlier = block.history.conflict(start, stop, writes, self.host_clock)
         if earlier is not None:
             rule = "host write too early" if writes else "host read too early"
-            self._found(rule, block, name, None, earlier, HOST_FIRST, now=True)
+            self._found(rule, block, earlier, (name, None, HOST_FIRST), now=True)
 
     def describe(self, block: Block, start: int, stop: int) -> tuple[str, tuple[str, ...]]:
         """A range of a block, and the tensors in it, for people."""
@@ -302,16 +258,10 @@ class Machine:
         return f"{part}{block}", self.name_of(block, start, stop)
 
     def _found(
-        self,
-        rule: str,
-        block: Block,
-        operation: str,
-        stream: StreamKey | None,
-        earlier: Access,
-        remedy: str,
-        *,
-        now: bool,
+        self, rule: str, block: Block, earlier: Access, by: tuple[str, StreamKey | None, str], *, now: bool
     ) -> None:
+        """Raises or keeps that `by`, an operation on a stream, with a remedy, didn't wait for an access."""
+        operation, stream, remedy = by
         memory, tensors = self.describe(block, earlier.start, earlier.stop)
         violation = Violation(
             rule=rule,

@@ -7,14 +7,20 @@ virtual times compare two ways of doing something on a device; they don't forete
 
 from __future__ import annotations
 
+from typing import Any
+
 from attrs import evolve, field, frozen, validators
 
 from hookcore.units import parse_bytes
 
 GB = 1e9
 TERA = 1e12
-_positive = validators.gt(0)
-_not_negative = validators.ge(0)
+_positive: Any = validators.gt(0)
+_not_negative: Any = validators.ge(0)
+
+
+def _bytes(size: int | str | None) -> int | None:
+    return None if size is None else parse_bytes(size)
 
 
 @frozen(kw_only=True)
@@ -38,9 +44,7 @@ class DeviceProfile:
     """
 
     name: str
-    memory: int | None = field(
-        default=None, converter=lambda size: None if size is None else parse_bytes(size)
-    )
+    memory: int | None = field(default=None, converter=_bytes)
     memory_bandwidth: float = field(default=1500 * GB, validator=_positive)
     flops_16: float = field(default=100 * TERA, validator=_positive)
     flops_32: float = field(default=25 * TERA, validator=_positive)

@@ -17,15 +17,14 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from hookcore.testing.simulator import copies, device_module, state
 from hookcore.testing.simulator.attention import attention
-from hookcore.testing.simulator.errors import UnsupportedOperationError
 from hookcore.testing.simulator.generic import install_generic_names
 from hookcore.testing.simulator.kernels import run_operator
 from hookcore.testing.simulator.loading import install_safetensors
+from hookcore.testing.simulator.replacements import replace_functions
 from hookcore.testing.simulator.tensors import (
     CPU_KEYS,
     block_of,
     new_on_device,
-    new_pinned,
     on_cpu,
     rebind,
     strided,
@@ -38,10 +37,10 @@ if TYPE_CHECKING:
 
 _aten = torch.ops.aten
 _KEY = "PrivateUse1"
-_libraries: list[torch.library.Library] = []  # registrations end when these are collected
+_libraries: list[Any] = []  # registrations end when these are collected
 
 
-class _Hooks(torch._C._acc.PrivateUse1Hooks):  # type: ignore[name-defined, misc]
+class _Hooks(torch._C._acc.PrivateUse1Hooks):
     """What torch asks a device about."""
 
     def is_available(self) -> bool:
@@ -59,7 +58,7 @@ def register() -> None:
     module = types.ModuleType("torch.sim", device_module.__doc__)
     module.__dict__.update({name: getattr(device_module, name) for name in device_module.__all__})
     module.__dict__["_is_in_bad_fork"] = device_module._is_in_bad_fork
-    _setup_privateuseone_for_python_backend(state.DEVICE_TYPE, module, _Hooks())  # type: ignore[no-untyped-call]
+    _setup_privateuseone_for_python_backend(state.DEVICE_TYPE, module, _Hooks())
     sys.modules["torch.sim"] = module
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
@@ -67,13 +66,14 @@ def register() -> None:
         _register_kernels()
     install_generic_names()
     install_safetensors()
-    _replace_functions()
+    replace_functions()
 
 
 def _register_kernels() -> None:
-    fallback = torch.library.Library("_", "IMPL")  # noqa: TOR901 -- for the whole process
+    make_library: Any = torch.library.Library
+    fallback = make_library("_", "IMPL")
     fallback.fallback(run_operator, _KEY)
-    library = torch.library.Library("aten", "IMPL")  # noqa: TOR901
+    library = make_library("aten", "IMPL")
     for name, kernel in _SPECIAL.items():
         library.impl(name, kernel, _KEY)
     for name in _METADATA_ONLY:
@@ -165,70 +165,5 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "set_.source_Tensor": _set_tensor,
     "scaled_dot_product_attention": attention,
     # `parameter.data = other` is allowed across devices, as between the CPU and CUDA.
-    "_has_compatible_shallow_copy_type": lambda tensor, other: True,
+    "_has_compatible_shallow_copy_type": lambda _tensor, _other: True,
 }
-
-
-def _replace_functions() -> None:
-    """Replaces the functions of torch that make storages or pinned memory without a dispatcher."""
-    from torch.utils._device import _device_constructors
-
-    _device_constructors()  # it remembers the originals, by which `with torch.device(...)` knows them
-    _replace_storage_constructor()
-    for name in ("empty", "empty_like", "empty_strided", "zeros"):
-        _let_pin(name)
-    _explain_backward()
-
-
-def _replace_storage_constructor() -> None:
-    make = torch.UntypedStorage.__new__
-
-    def make_storage(cls: type, *args: Any, device: Any = None, **kwargs: Any) -> Any:
-        if device is None or torch.device(device).type != state.DEVICE_TYPE:
-            return make(cls, *args, **(kwargs if device is None else kwargs | {"device": device}))
-        host = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage(*args, **kwargs))  # type: ignore[call-overload]
-        return new_on_device(host, state.device_index(device), "UntypedStorage").untyped_storage()
-
-    torch.UntypedStorage.__new__ = staticmethod(make_storage)  # type: ignore[assignment, method-assign]
-
-
-def _let_pin(name: str) -> None:
-    """Gives a constructor its `pin_memory=True`, which torch asks a C++ allocator for."""
-    make = getattr(torch, name)
-
-    @functools.wraps(make)
-    def constructor(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
-        made: torch.Tensor = make(*args, **kwargs)
-        if not pin_memory:
-            return made
-        if made.device.type != "cpu":
-            raise RuntimeError(f"Only dense CPU tensors can be pinned, not one on {made.device}")
-        with torch.no_grad():
-            pinned = new_pinned(made)
-            if name == "zeros":
-                pinned.zero_()
-        return pinned.requires_grad_(made.requires_grad)
-
-    setattr(torch, name, constructor)
-    from torch.jit import _builtins
-
-    _builtins._register_builtin(constructor, f"aten::{name}")  # type: ignore[no-untyped-call]
-
-
-def _explain_backward() -> None:
-    """Says why torch cannot run backward on later devices: it asks the C++ guard how many there are."""
-    run_backward = torch.autograd.graph._engine_run_backward
-
-    @functools.wraps(run_backward)
-    def explained(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return run_backward(*args, **kwargs)
-        except RuntimeError as error:
-            if "device_ready_queues_" not in str(error):
-                raise
-            raise UnsupportedOperationError(
-                "backward runs on sim:0 only: torch gives later devices no thread for it"
-            ) from error
-
-    for module in (torch.autograd, torch.autograd.graph):
-        setattr(module, "_engine_run_backward", explained)  # noqa: B010 -- not in what the module exports

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 import torch
 
 from hookcore.testing.simulator.errors import SimulatorError
-from hookcore.testing.simulator.machine import Machine, StreamState
+
+if TYPE_CHECKING:
+    from hookcore.testing.simulator.devices import StreamState
+    from hookcore.testing.simulator.machine import Machine
 
 DEVICE_TYPE = "sim"
 
@@ -47,7 +51,9 @@ def get_machine() -> Machine:
         SimulatorError: There is none.
     """
     if _machine is None:
-        raise SimulatorError("the simulator is not installed. Call hookcore.testing.simulator.install() first")
+        raise SimulatorError(
+            "the simulator is not installed. Call hookcore.testing.simulator.install() first"
+        )
     return _machine
 
 

@@ -10,15 +10,16 @@ from hookcore.testing.simulator import state
 from hookcore.testing.simulator.errors import SimulatorError
 
 if TYPE_CHECKING:
-    from hookcore.testing.simulator.machine import StreamState
+    from hookcore.testing.simulator.devices import StreamState
     from hookcore.testing.simulator.ordering import Clock
 
-NativeStream: type[torch.Stream] = torch.Stream
-NativeEvent: type[torch.Event] = torch.Event
-_PRIVATE_USE_1 = int(torch._C._autograd.DeviceType.PrivateUse1)  # type: ignore[attr-defined]
+# torch's own, also after `install` has given these names to others.
+NativeStream = torch.Stream
+NativeEvent = torch.Event
+_PRIVATE_USE_1 = 20  # c10::DeviceType::PrivateUse1
 
 
-class Stream(NativeStream):
+class Stream(torch.Stream):
     """A stream of a simulated device.
 
     Args:
@@ -30,7 +31,7 @@ class Stream(NativeStream):
     def __new__(
         cls,
         device: torch.device | str | int | None = None,
-        priority: int = 0,
+        priority: int = 0,  # noqa: ARG004
         *,
         number: int | None = None,
     ) -> Self:
@@ -38,9 +39,7 @@ class Stream(NativeStream):
         index = state.device_index(device)
         if number is None:
             number = state.get_machine().devices[index].add_stream().key[1]
-        return super().__new__(  # type: ignore[call-overload, no-any-return]
-            cls, stream_id=number, device_index=index, device_type=_PRIVATE_USE_1
-        )
+        return super().__new__(cls, stream_id=number, device_index=index, device_type=_PRIVATE_USE_1)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._entered: list[tuple[int, int]] = []
@@ -103,7 +102,7 @@ class Stream(NativeStream):
         return f"<stream {self.stream_id} of sim:{self.device_index}>"
 
 
-class Event(NativeEvent):
+class Event(torch.Event):
     """A mark in a stream, for other streams and the host to wait for.
 
     Args:
@@ -115,10 +114,10 @@ class Event(NativeEvent):
 
     def __new__(
         cls,
-        device: torch.device | str | int | None = None,
+        device: torch.device | str | int | None = None,  # noqa: ARG004
         *,
         enable_timing: bool = False,
-        blocking: bool = False,
+        blocking: bool = False,  # noqa: ARG004
         interprocess: bool = False,
     ) -> Self:
         """Makes an event that is not recorded yet.
@@ -128,7 +127,8 @@ class Event(NativeEvent):
         """
         if interprocess:
             raise SimulatorError("events of a simulated device cannot be shared between processes")
-        return super().__new__(cls, state.DEVICE_TYPE, enable_timing=enable_timing)
+        made: Self = super().__new__(cls, state.DEVICE_TYPE, enable_timing=enable_timing)
+        return made
 
     def __init__(self, *args: Any, enable_timing: bool = False, **kwargs: Any) -> None:
         self._times = enable_timing

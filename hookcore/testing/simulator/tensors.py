@@ -1,4 +1,4 @@
-"""Tensors of the simulated device: real torch tensors over host memory, relabelled on their way through DLPack.
+"""Tensors of the simulated device: torch's own, over host memory, relabelled on their way through DLPack.
 
 A tensor exported by DLPack says on which device it lies. Saying "extension device" there and importing it
 again gives a plain `torch.Tensor` on torch's PrivateUse1 device, with a storage of its own. What is exported
@@ -74,7 +74,7 @@ class _Owner(ctypes.c_ubyte * 1):  # type: ignore[misc]  # ctypes makes the clas
 def _dlpack_code(dtype: torch.dtype) -> int | None:
     """DLPack's code for a type; None if it has none."""
     try:
-        capsule = torch._C._to_dlpack(torch.empty(1, dtype=dtype))  # type: ignore[attr-defined]
+        capsule = torch._C._to_dlpack(torch.empty(1, dtype=dtype))
     except (BufferError, RuntimeError):
         return None
     code: int = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor")).dtype.code
@@ -85,7 +85,7 @@ def _flat(machine: Machine, block: Block, dtype: torch.dtype) -> torch.Tensor:
     """A flat tensor over all of a block, which lives until the tensor's storage dies."""
     owner = _Owner()
     owner.machine, owner.block = machine, block
-    capsule = torch._C._to_dlpack(torch.frombuffer(owner, dtype=torch.uint8))  # type: ignore[attr-defined]
+    capsule = torch._C._to_dlpack(torch.frombuffer(owner, dtype=torch.uint8))
     described = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
     code, itemsize = _dlpack_code(dtype), dtype.itemsize
     plain = code is None or block.nbytes % itemsize != 0
@@ -100,7 +100,7 @@ def _flat(machine: Machine, block: Block, dtype: torch.dtype) -> torch.Tensor:
     else:
         described.device.type = _DLPACK_EXTENSION
         described.device.index = block.device
-    tensor: torch.Tensor = torch._C._from_dlpack(capsule)  # type: ignore[attr-defined]
+    tensor: torch.Tensor = torch._C._from_dlpack(capsule)
     if not plain or dtype is torch.uint8:
         return tensor
     return _retyped(tensor, dtype)
@@ -114,9 +114,9 @@ def _retyped(flat_bytes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def strided(
-    tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int
+    tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int | torch.SymInt
 ) -> torch.Tensor:
-    """A view of a tensor's storage, on any device; autograd's layer above makes it one of autograd's."""
+    """A view of a tensor's storage, on any device; the layer above makes it one of autograd's."""
     return cast("torch.Tensor", _as_strided(CPU_KEYS, tensor, size, stride, offset))
 
 
@@ -146,7 +146,7 @@ def _adopt(
 ) -> torch.Tensor:
     address = storage.data_ptr()
     if not address:  # nothing in it: there is no block to know of
-        storage = torch.UntypedStorage(1)
+        storage = torch.UntypedStorage(1)  # type: ignore[no-untyped-call]
         address = storage.data_ptr()
     block = machine.allocate(
         current_stream_state(device), host.untyped_storage().nbytes(), address, storage, made_by
@@ -217,7 +217,7 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
     if not count:
         return 0, 0
     itemsize = tensor.itemsize
-    start = tensor.storage_offset()
+    start = int(tensor.storage_offset())
     if not tensor.is_contiguous():
         sizes = zip(tensor.size(), tensor.stride(), strict=True)
         count = 1 + sum([(size - 1) * stride for size, stride in sizes])
@@ -235,4 +235,4 @@ def poison(host: torch.Tensor) -> None:
 def checksum(host: torch.Tensor) -> int:
     """A number that tells whether a CPU tensor's bytes have changed."""
     flat = host.detach().contiguous().view(-1).view(torch.uint8)
-    return zlib.crc32(flat.numpy())
+    return zlib.crc32(flat.numpy().tobytes())

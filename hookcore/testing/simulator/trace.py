@@ -136,7 +136,9 @@ class Trace:
         axes.invert_yaxis()
         axes.set_xlabel("virtual time in ms")
         handles, labels = axes.get_legend_handles_labels()
-        axes.legend(*zip(*dict(zip(labels, zip(handles, labels, strict=True), strict=True)).values(), strict=True))
+        axes.legend(
+            *zip(*dict(zip(labels, zip(handles, labels, strict=True), strict=True)).values(), strict=True)
+        )
         if path is not None:
             figure.savefig(path)
         return figure

@@ -1,0 +1,81 @@
+"""Functions of torch that no kernel serves, replaced: those that make storages, or pinned memory.
+
+They stay replaced for as long as the process runs, and do as before where no simulated device is meant.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from hookcore.testing.simulator import state
+from hookcore.testing.simulator.errors import UnsupportedOperationError
+from hookcore.testing.simulator.tensors import new_on_device, new_pinned
+
+
+def replace_functions() -> None:
+    """Replaces the functions of torch that make storages or pinned memory without a dispatcher."""
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()  # it remembers the originals, by which `with torch.device(...)` knows them
+    _replace_storage_constructor()
+    for name in ("empty", "empty_like", "empty_strided", "zeros"):
+        _let_pin(name)
+    _explain_backward()
+
+
+def _replace_storage_constructor() -> None:
+    make = torch.UntypedStorage.__new__
+    native: Any = torch.UntypedStorage
+
+    def make_storage(cls: type, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+        if device is None or torch.device(device).type != state.DEVICE_TYPE:
+            return make(cls, *args, **(kwargs if device is None else kwargs | {"device": device}))
+        host = torch.empty(0, dtype=torch.uint8).set_(native(*args, **kwargs))
+        return new_on_device(host, state.device_index(device), "UntypedStorage").untyped_storage()
+
+    torch.UntypedStorage.__new__ = staticmethod(make_storage)  # type: ignore[method-assign]
+
+
+def _let_pin(name: str) -> None:
+    """Gives a constructor its `pin_memory=True`, which torch asks a C++ allocator for."""
+    make = getattr(torch, name)
+
+    @functools.wraps(make)
+    def constructor(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        made: torch.Tensor = make(*args, **kwargs)
+        if not pin_memory:
+            return made
+        if made.device.type != "cpu":
+            raise RuntimeError(f"Only dense CPU tensors can be pinned, not one on {made.device}")
+        with torch.no_grad():
+            pinned = new_pinned(made)
+            if name == "zeros":
+                pinned.zero_()
+        return pinned.requires_grad_(made.requires_grad)
+
+    setattr(torch, name, constructor)
+    from torch.jit import _builtins
+
+    _builtins._register_builtin(constructor, f"aten::{name}")
+
+
+def _explain_backward() -> None:
+    """Says why torch cannot run backward on later devices: it asks the C++ guard how many there are."""
+    run_backward = torch.autograd.graph._engine_run_backward
+
+    @functools.wraps(run_backward)
+    def explained(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run_backward(*args, **kwargs)
+        except RuntimeError as error:
+            if "device_ready_queues_" not in str(error):
+                raise
+            raise UnsupportedOperationError(
+                "backward runs on sim:0 only: torch gives later devices no thread for it"
+            ) from error
+
+    for module in (torch.autograd, torch.autograd.graph):
+        setattr(module, "_engine_run_backward", explained)  # noqa: B010 -- not in what the module exports

@@ -9,6 +9,7 @@ import torch
 from hookcore.testing.simulator import state
 from hookcore.testing.simulator.errors import UnsupportedOperationError
 from hookcore.testing.simulator.operators import OperatorFacts, facts_of
+from hookcore.testing.simulator.ordering import Access
 from hookcore.testing.simulator.tensors import (
     extent,
     new_on_device,
@@ -22,7 +23,6 @@ from hookcore.testing.simulator.tensors import (
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
-    from hookcore.testing.simulator.devices import StreamState
     from hookcore.testing.simulator.machine import Machine
     from hookcore.testing.simulator.memory import Block
     from hookcore.testing.simulator.ordering import Operation
@@ -152,7 +152,7 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
     if facts.is_out:
         _follow_resizing(call, device)
     with machine.lock:
-        _note_creation(machine, call, operation, stream)
+        _note_creation(machine, call, operation)
         seconds = _duration(machine.devices[device].profile, call, facts, host_args, out)
         machine.finish(operation, stream, "compute", seconds)
         if facts.has_result_on_host or (facts.is_indexing and _has_mask(host_args)):
@@ -188,11 +188,11 @@ def _follow_resizing(call: _Call, device: int) -> None:
                 rebind(tensor, strided(tensor, host.size(), host.stride(), host.storage_offset()))
 
 
-def _note_creation(machine: Machine, call: _Call, operation: Operation, stream: StreamState) -> None:
+def _note_creation(machine: Machine, call: _Call, operation: Operation) -> None:
     for host in call.created:
         block = machine.blocks.get(host.untyped_storage().data_ptr())
         if block is not None:
-            machine.touch(operation, stream, block, (0, block.nbytes), writes=True)
+            block.history.record(Access(0, block.nbytes, True, operation))  # new: nobody to race with
 
 
 def _duration(

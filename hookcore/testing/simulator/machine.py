@@ -219,20 +219,21 @@ class Machine:
 
     def _free(self, block: Block, device: Device) -> None:
         owner = device.streams[block.stream[1]]
-        known = dict(owner.clock)
-        join(known, self.host_clock)
         for access in block.history:
-            if access.operation.is_before(known) or access.operation.stream in block.recorded:
+            operation = access.operation
+            if operation.stream == block.stream or operation.stream in block.recorded:
+                continue
+            if operation.is_before(owner.clock) or operation.is_before(self.host_clock):
                 continue
             self._found(
                 "freed while in use", block, access, ("freeing it", block.stream, KEEP_LONGER), now=False
             )
-        until, clock = 0.0, Clock()
-        for index, number in block.recorded:
-            stream = self.devices[index].streams[number]
-            until = max(until, stream.free_at)
-            join(clock, stream.clock)
+        streams = [self.devices[index].streams[number] for index, number in block.recorded]
+        until = max((stream.free_at for stream in streams), default=0.0)
         if until > self.host_time:
+            clock: Clock = {}
+            for stream in streams:
+                join(clock, stream.clock)
             device.memory.hold(block.nbytes, until, clock)
         else:
             device.memory.give_back(block.nbytes)

@@ -28,9 +28,9 @@ CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _DLPACK_CPU, _DLPACK_EXTENSION = 1, 12
 
 # CPU kernels that only compute sizes and strides, so that they work on memory of any device.
-_as_strided = torch.ops.aten.as_strided.default.redispatch
-_view_dtype = torch.ops.aten.view.dtype.redispatch
-_set_storage = torch.ops.aten.set_.source_Storage_storage_offset.redispatch
+_as_strided = torch.ops.aten.as_strided.default._handle.redispatch_boxed
+_view_dtype = torch.ops.aten.view.dtype._handle.redispatch_boxed
+_set_storage = torch.ops.aten.set_.source_Storage_storage_offset._handle.redispatch_boxed
 
 
 class _DLDevice(ctypes.Structure):

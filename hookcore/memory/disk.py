@@ -23,6 +23,7 @@ from attrs import define, field, frozen
 from hookcore.errors import CheckpointError
 from hookcore.memory.copies import copy_as, copy_as_is, is_copied_as_is
 from hookcore.memory.direct import AlignedBuffer, DirectReader, aligned_span
+from hookcore.memory.mapping import find_mapping
 from hookcore.memory.order import LearnedOrder
 from hookcore.memory.origins import Origin, origin_of, set_origin
 from hookcore.memory.placement import GroupMover
@@ -381,6 +382,11 @@ class DiskMover(GroupMover):
             )
         if origin.paused or not found_before:
             origin.dtype, origin.strides, origin.paused = tensor.dtype, tensor.stride(), False
+        mapped = [found for it in slot.tensors if (found := find_mapping(it))]
+        if mapped and tensor.dtype == raw.dtype:
+            origin.strides = None  # it took no memory, and need not when it is given back
+        for mapping, offset, nbytes in mapped:
+            mapping.drop(offset, nbytes)
         return _Weight(slot, origin, homes)
 
     def _values_to_give_back(self, weight: _Weight) -> list[torch.Tensor]:

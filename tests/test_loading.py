@@ -186,10 +186,10 @@ def test_renamed_and_missing_keys_are_listed(techniques, plain, tmp_path):
     assert f"it has {len(tensors)} that the model lacks (model." in text
     save_file({key: it for key, it in tensors.items() if key not in ("steps", "norm.bias")}, path)
     with pytest.raises(
-        CheckpointError, match=r"2 tensors are missing in it \(norm\.bias, steps\), and it has 0"
+        CheckpointError, match=r"2 tensors are missing in it \(steps, norm\.bias\), and it has 0"
     ):
         hookcore.load(Plain, path, techniques, width=12)
-    with pytest.raises(CheckpointError, match=r"2 tensors are missing in it \(norm\.bias, steps\)"):
+    with pytest.raises(CheckpointError, match=r"2 tensors are missing in it \(steps, norm\.bias\)"):
         hookcore.apply(plain, [hookcore_disk(path)])
 
 

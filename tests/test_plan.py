@@ -287,7 +287,7 @@ def test_one_technique_may_hook_different_entries_and_different_resources_of_one
 
 
 def test_a_technique_does_not_conflict_with_itself():
-    """It may claim one tensor for several of its hooks: an offload holds a tied weight at both of its users."""
+    """An offload holds a tied weight at both of its users."""
     on = component(tied())
     claims = [Claim(Resource.PLACEMENT, "one.weight")]
     bindings = [Binding("one", Hook(), claims=claims), Binding("other", Hook(), claims=claims)]
@@ -458,7 +458,7 @@ def test_what_is_added_later_stands_where_its_plan_showed_it(earlier, later):
         hookcore.remove(model)
         return
     now = hookcore.status(model).techniques
-    hooks = [it for it in vars(model)["forward"].hooks] if now else []
+    hooks = vars(model)["forward"].hooks if now else ()
     names = [type(hook).__name__ for hook in hooks]
     hookcore.remove(model)
     assert [name for name in now if name in {wish.name for wish in later}] == [

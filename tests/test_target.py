@@ -82,8 +82,11 @@ def test_slots_of_random_models(case):
     module = case.build()
     check_slots(module)
     on = component(module)
-    in_order = [fqn for prefix, holder in module.named_modules(remove_duplicate=False)
-                for fqn in (f"{prefix}.{name}".lstrip(".") for name, _, _ in own_tensors(holder))]  # fmt: skip
+    in_order = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, holder in module.named_modules(remove_duplicate=False)
+        for name, _, _ in own_tensors(holder)
+    ]
     firsts = [in_order.index(slot.name) for slot in on.slots]
     assert firsts == sorted(firsts)
     for slot in on.slots:
@@ -115,7 +118,7 @@ def build_view(memories, recipe):
 @given(st.lists(st.tuples(views(), st.booleans()), max_size=6))
 @example([((torch.float32, "view", 0, offset, (1, 2), (2, 1)), False) for offset in (0, 2, 4)])  # neighbours
 def test_slots_of_any_views_of_any_memory(recipes):
-    """Neighbours in one storage, as safetensors makes them, are no ties; overlaps are, whatever their dtype."""
+    """Neighbours in one storage, as safetensors makes them, are no ties; overlaps of any dtypes are."""
     memories = [torch.zeros(400, dtype=torch.uint8) for _ in range(2)]
     module = nn.Module()
     for index, (recipe, is_buffer) in enumerate(recipes):

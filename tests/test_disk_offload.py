@@ -413,7 +413,7 @@ def test_the_second_call_finds_everything_read_ahead_also_the_first_of_it(folder
             needed_now.append(group.name)
         return start(mover, group, needed=needed)
 
-    with patch.object(DiskMover, "_start", counting):
+    with patch.object(DiskMover, "_start", counting), reading("read"):
         streamed = hookcore.load(Wide, folder, [DiskOffload(read_ahead="160KB")])  # two layers
         for _ in range(3):
             call(streamed)

@@ -256,13 +256,15 @@ class HookRegistry:
             held: list[CallLock] = []
             try:
                 for lock, item in {item.lock: item for item in attachments}.items():
-                    lock.enter("tried to change", item.component.module)
-                    held.append(lock)
-                    if lock.depth > 1:
-                        raise ConcurrentCallError(
-                            f"cannot apply, remove or reset techniques on {item.component.label('')!r} from "
-                            "inside one of its own calls. Do it after the call has returned"
-                        )
+                    busy = (
+                        f"cannot apply, remove or reset techniques on {item.component.label('')!r} during one "
+                        "of its calls. Do it after the call has returned"
+                    )
+                    entered = lock.enter()
+                    if entered:
+                        held.append(lock)
+                    if not entered or lock.depth > 1:  # a call of another thread, or of this one
+                        raise ConcurrentCallError(busy)
                 yield
             finally:
                 for lock in held:

@@ -295,8 +295,8 @@ def test_a_lossy_removal_is_refused_before_any_change(how):
         {"handle": applied.remove, "remove": lambda: hookcore.remove(model), "with": applied.__enter__}[how]()
     assert str(caught.value) == (
         "removing lossy cannot give back the original weights: at 'Sequential', weights were rounded to "
-        "float8 (and so for 2 more modules). Nothing was removed. Call remove(allow_lossy=True) to go on with "
-        "the weights as they are now"
+        "float8 (and so for 2 more modules). Nothing was removed. hookcore.remove(model, "
+        "allow_lossy=True) goes on with the weights as they are now"
     )
     before.assert_restored(model, same_storage=True)
     assert hooks_on(model) == ("pushing", "lossy")
@@ -445,7 +445,7 @@ def test_changing_what_is_on_a_model_that_another_thread_is_calling_is_refused(v
     }
     with a_call_under_way(model) as results:
         with pytest.raises(
-            ConcurrentCallError, match="^tried to change Meeting while another thread is calling"
+            ConcurrentCallError, match="^cannot apply, remove or reset techniques on 'Meeting' during one of"
         ):
             verbs[verb]()
         assert hooks_on(model) == ("moving",)
@@ -472,8 +472,8 @@ def test_changing_what_is_on_a_model_from_inside_its_call_is_refused(verb):
     with pytest.raises(ConcurrentCallError) as caught:
         model(torch.ones(1, 2))
     assert str(caught.value) == (
-        "cannot apply, remove or reset techniques on 'Sequential' from inside one of its own calls. Do it "
-        "after the call has returned"
+        "cannot apply, remove or reset techniques on 'Sequential' during one of its calls. Do it after the call "
+        "has returned"
     )
     applied.remove()
 
@@ -731,7 +731,7 @@ def test_a_foreign_mechanism_is_refused_with_its_remedy(use_plugins, count):
         hookcore.apply(model, [Pushing()])
     assert str(caught.value) == (
         f"'0' already has an alien hook{others}, which hookcore cannot see through. Nothing was touched. "
-        "call alien.remove(model)"
+        "To take it off: call alien.remove(model)"
     )
     before.assert_restored(model, same_storage=True)
 

@@ -257,8 +257,8 @@ class HookRegistry:
             try:
                 for lock, item in {item.lock: item for item in attachments}.items():
                     busy = (
-                        f"cannot apply, remove or reset techniques on {item.component.label('')!r} during one "
-                        "of its calls. Do it after the call has returned"
+                        f"cannot apply, remove or reset techniques on {item.component.label('')!r} during "
+                        "one of its calls. Do it after the call has returned"
                     )
                     entered = lock.enter()
                     if entered:

@@ -472,8 +472,8 @@ def test_changing_what_is_on_a_model_from_inside_its_call_is_refused(verb):
     with pytest.raises(ConcurrentCallError) as caught:
         model(torch.ones(1, 2))
     assert str(caught.value) == (
-        "cannot apply, remove or reset techniques on 'Sequential' during one of its calls. Do it after the call "
-        "has returned"
+        "cannot apply, remove or reset techniques on 'Sequential' during one of its calls. Do it after the "
+        "call has returned"
     )
     applied.remove()
 

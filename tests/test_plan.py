@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 from attrs import frozen
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ from hookcore import (
     Technique,
 )
 from hookcore.plan import PlanStep, check_conflicts, make_step, ordered
-from hookcore.testing.modules import module_trees
+from hookcore.testing.modules import Reassigned, module_trees
 from hookcore.testing.snapshot import ModelSnapshot
 
 
@@ -292,6 +293,30 @@ def test_a_technique_does_not_conflict_with_itself():
     claims = [Claim(Resource.PLACEMENT, "one.weight")]
     bindings = [Binding("one", Hook(), claims=claims), Binding("other", Hook(), claims=claims)]
     check_conflicts([step(toy("moves", lambda _: bindings), on)], [])
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_siblings_conflict_over_a_weight_that_they_share(existing):
+    """Neither component has a place in common with the other; the tensor is all that they share."""
+    model = tied()
+    steps = [
+        step(claiming(name, [Claim(Resource.PLACEMENT, "weight")]), component(model[fqn], fqn))
+        for name, fqn in (("moves", "one"), ("streams", "other"))
+    ]
+    new, old = (steps[1:], steps[:1]) if existing else (steps, [])
+    with pytest.raises(ConflictError, match=r"^streams cannot claim the placement of 'other\.weight': moves"):
+        check_conflicts(new, old)
+
+
+@pytest.mark.parametrize("replace", [Reassigned.forward, lambda module, x: setattr(module, "steps", x)])
+def test_a_place_stays_claimed_when_another_tensor_is_put_there(replace):
+    """By a forward that replaces its buffer, or a load with `assign=True`."""
+    model = nn.Sequential(Reassigned(2))
+    first = step(claiming("moves", [Claim(Resource.PLACEMENT, "0.steps")]), component(model))
+    replace(model[0], torch.ones(1, 2))
+    second = step(claiming("streams", [Claim(Resource.PLACEMENT, "steps")]), component(model[0]))
+    with pytest.raises(ConflictError, match="^streams cannot claim the placement of 'steps': moves already"):
+        check_conflicts([second], [first])
 
 
 def test_components_of_one_mapping_conflict_where_they_share_a_module():

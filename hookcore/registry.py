@@ -116,11 +116,8 @@ class Attachment:
 
     def losses(self) -> list[tuple[str, str]]:
         """What detaching could not give back exactly: module FQN and phrase."""
-        asked = (
-            (self.component.label(binding.fqn), binding.hook.loss_on_detach(module))
-            for module, binding in self.bound
-        )
-        return [(fqn, loss) for fqn, loss in asked if loss is not None]
+        asked = ((binding.fqn, binding.hook.loss_on_detach(module)) for module, binding in self.bound)
+        return [(self.component.label(fqn), loss) for fqn, loss in asked if loss is not None]
 
 
 _LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()

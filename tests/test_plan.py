@@ -287,6 +287,12 @@ def test_one_technique_may_hook_different_entries_and_different_resources_of_one
     )
 
 
+def test_the_name_of_a_technique_is_no_resource():
+    on = component(nn.Identity())
+    named, claims = claiming("attention"), claiming("other", [Claim(Resource.ATTENTION)])
+    check_conflicts([step(named, on), step(claims, on)], [])
+
+
 def test_a_technique_does_not_conflict_with_itself():
     """An offload holds a tied weight at both of its users."""
     on = component(tied())

@@ -433,7 +433,7 @@ class DiskMover(GroupMover):
             self._release_read(load)
 
     def _converted(self, data: torch.Tensor, dtype: torch.dtype, load: _Load) -> torch.Tensor:
-        if self._device.type != "cpu":
+        if self._device.type != "cpu" or not data.numel():
             return data.to(self._device, dtype, copy=True)
         buffer = self._buffers.take(data.numel() * dtype.itemsize)
         load.converted.append(buffer)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from attrs import frozen
-from hypothesis import assume, event, given
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from techniques import toy
 from torch import nn
@@ -111,6 +111,7 @@ def test_the_order_is_the_first_that_fits_phases_then_names_then_the_users_order
 
 
 @given(wishes())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much])
 def test_a_cycle_is_named_by_exactly_its_members(wishes):
     steps = make_steps(wishes, [nn.Identity()])
     try:
@@ -265,6 +266,19 @@ def test_a_conflict_names_both_sides_the_thing_and_the_remedy():
         "at 'unet.one'. Call applied.remove() on the first, or leave the module out of one of them"
     )
     assert (caught.value.first, caught.value.second) == (first.bindings[0], second.bindings[0])
+
+
+def test_a_conflict_over_an_entry_names_the_entry():
+    on = component(nn.Identity(), "vae")
+    slices, tiles = (
+        step(claiming(name, [Claim(Resource.SPATIAL_SPLIT)]), on) for name in ("slices", "tiles")
+    )
+    with pytest.raises(ConflictError) as caught:
+        check_conflicts([tiles], [slices])
+    assert str(caught.value) == (
+        "tiles cannot claim the spatial split of forward() of 'vae': slices already holds it, through its hook "
+        "at 'vae'. Call applied.remove() on the first, or leave the module out of one of them"
+    )
 
 
 def test_one_technique_twice_on_one_entry_is_refused():
@@ -447,6 +461,7 @@ def test_plan_errors_of_a_technique_go_through():
 
 
 @given(module_trees(), wishes())
+@settings(max_examples=60)
 def test_planning_touches_nothing_and_shows_the_order_in_which_things_will_stand(case, wishes):
     model = case.build()
     snapshot = ModelSnapshot.take(model)
@@ -477,6 +492,7 @@ def test_planning_touches_nothing_and_shows_the_order_in_which_things_will_stand
 
 
 @given(wishes(), wishes())
+@settings(max_examples=60)
 def test_what_is_added_later_stands_where_its_plan_showed_it(earlier, later):
     model = nn.Identity()
     later = [wish for wish in later if wish.name not in {it.name for it in earlier}]

@@ -276,8 +276,8 @@ def test_a_conflict_over_an_entry_names_the_entry():
     with pytest.raises(ConflictError) as caught:
         check_conflicts([tiles], [slices])
     assert str(caught.value) == (
-        "tiles cannot claim the spatial split of forward() of 'vae': slices already holds it, through its hook "
-        "at 'vae'. Call applied.remove() on the first, or leave the module out of one of them"
+        "tiles cannot claim the spatial split of forward() of 'vae': slices already holds it, through its "
+        "hook at 'vae'. Call applied.remove() on the first, or leave the module out of one of them"
     )
 
 

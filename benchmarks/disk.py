@@ -180,7 +180,7 @@ def _show(about: Mapping[str, Any], findings: Findings) -> None:
                     f"{one.step(min):.2f}",
                     f"{one.median(lambda it: it.weights_peak) / _MIB:,.0f}",
                     f"{one.median(lambda it: (it.peak_steps or it.peak) - it.rss_before) / _MIB:,.0f}",
-                    f"{one.median(lambda it: it.written or 0) / _MIB:,.0f}",
+                    f"{one.median(lambda it: it.written) / _MIB:,.0f}",
                     str(findings.differences.get(way, "")),
                 )
             )
@@ -221,7 +221,7 @@ def _ratios(findings: Findings) -> Iterator[Ratio]:
         if ours := of_state.get("hookcore"):
             weights = max(one.weights_peak for one in ours.processes)
             yield Ratio(f"{state}: weights in memory / budget", 1.1, weights / findings.budget)
-            yield Ratio(f"{state}: bytes written", 0, max(one.written or 0 for one in ours.processes))
+            yield Ratio(f"{state}: bytes written", 0, max(one.written for one in ours.processes))
             if peer := of_state.get("accelerate"):
                 theirs = peer.median(lambda it: it.weights_peak)
                 yield Ratio(f"{state}: weights in memory / accelerate", 0.2, weights / theirs)

@@ -60,7 +60,10 @@ class Applied:
         plugins().observe("reset", plan=self.plan)
 
     def __enter__(self) -> Self:
-        """Raises LossyRemovalError here, and not at the end of the block, if the end could not remove."""
+        """Raises LossyRemovalError here, and not at the end of the block, if the end could not remove.
+
+        The techniques are on then; `remove(allow_lossy=True)` takes them off.
+        """
         _refuse_loss(self._attachments)
         return self
 
@@ -92,7 +95,7 @@ class Status:
 
     @property
     def nbytes(self) -> Mapping[str, int]:
-        """Bytes of parameters and buffers by device, ties counted once."""
+        """Bytes of parameters and buffers by device, ties counted once; what is mapped is `"disk"`."""
         return tensor_bytes(self.components)
 
     def __str__(self) -> str:
@@ -121,6 +124,6 @@ def _refuse_loss(attachments: Sequence[Attachment]) -> None:
             more = f" (and so for {len(losses) - 1} more modules)" if len(losses) > 1 else ""
             raise LossyRemovalError(
                 f"removing {item.technique.name} cannot give back the original weights: at {fqn!r}, "
-                f"{loss}{more}. Nothing was removed. Call remove(allow_lossy=True) to go on with the weights "
-                "as they are now"
+                f"{loss}{more}. Nothing was removed. hookcore.remove(model, allow_lossy=True) goes on with "
+                "the weights as they are now"
             )

@@ -163,5 +163,5 @@ def _refuse_foreign(component: Component) -> None:
         others = f" (and {len(more)} more)" if more else ""
         raise ConflictError(
             f"{component.label(first.fqn)!r} already has {first.what}{others}, which hookcore cannot see "
-            f"through. Nothing was touched. {first.remedy}"
+            f"through. Nothing was touched. To take it off: {first.remedy}"
         )

@@ -32,19 +32,12 @@ class CallLock:
         self._lock = threading.RLock()
         self.depth = 0
 
-    def enter(self, what: str, module: nn.Module) -> None:
-        """Takes the lock, or fails at once: waiting would only hide the mistake.
-
-        Raises:
-            ConcurrentCallError: Another thread holds it.
-        """
+    def enter(self) -> bool:
+        """Takes the lock, unless another thread holds it; to wait for that would only hide the mistake."""
         if not self._lock.acquire(blocking=False):
-            raise ConcurrentCallError(
-                f"{what} {type(module).__name__} while another thread is calling the same model. Its weights "
-                "are moved or cast during a call, so one call at a time is possible: put a lock round "
-                "the calls, or give each thread a model of its own (copy.deepcopy)"
-            )
+            return False
         self.depth += 1
+        return True
 
     def leave(self) -> None:
         """Gives the lock back."""
@@ -65,7 +58,12 @@ class WeightGuard(Hook):
 
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Takes the lock."""
-        self._lock.enter("called", module)
+        if not self._lock.enter():
+            raise ConcurrentCallError(
+                f"called {type(module).__name__} while another thread is calling the same model. Its weights "
+                "are moved or cast during a call, so one call at a time is possible: put a lock round "
+                "the calls, or give each thread a model of its own (copy.deepcopy)"
+            )
         try:
             self._saving.append(_save_apart() if torch.is_grad_enabled() else None)
         except BaseException:  # torch.func forbids hooks for saved tensors; without, gradients would be wrong

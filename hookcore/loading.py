@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -72,16 +73,18 @@ def load(
             f"no plugin can make a {model_class.__qualname__} from the config in '{checkpoint.root}' "
             "(`hookcore plugins` lists them). Make the model yourself and use hookcore.apply"
         )
-    _bind(model, checkpoint, dtype, streamed=any(technique.materializes for technique in chosen))
+    with torch.inference_mode(False):  # parameters outlive the mode
+        _bind(model, checkpoint, dtype, streamed=any(technique.materializes for technique in chosen))
     model.eval()
-    apply(model, [_with_checkpoint(technique, checkpoint) for technique in chosen])
+    given = Path(path, subfolder or "")
+    apply(model, [_with_checkpoint(technique, given) for technique in chosen])
     return model
 
 
-def _with_checkpoint(technique: Technique, checkpoint: Checkpoint) -> Technique:
+def _with_checkpoint(technique: Technique, path: Path) -> Technique:
     """The same technique, told where the weights are if it reads them and nobody told it."""
     if technique.materializes and getattr(technique, "checkpoint", None) is None:
-        return attrs.evolve(technique, checkpoint=checkpoint.root)  # type: ignore[call-arg]
+        return attrs.evolve(technique, checkpoint=path)  # type: ignore[call-arg]
     return technique
 
 
@@ -108,7 +111,6 @@ def _parameters_without_memory() -> Iterator[None]:
         handle.remove()
 
 
-@torch.inference_mode(False)  # what is made here outlives the mode
 def _bind(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, *, streamed: bool) -> None:
     """Gives a model made without memory the checkpoint's tensors."""
     entries = find_entries(Component("", model, plugins().describe), checkpoint)

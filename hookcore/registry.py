@@ -116,11 +116,8 @@ class Attachment:
 
     def losses(self) -> list[tuple[str, str]]:
         """What detaching could not give back exactly: module FQN and phrase."""
-        asked = (
-            (self.component.label(binding.fqn), binding.hook.loss_on_detach(module))
-            for module, binding in self.bound
-        )
-        return [(fqn, loss) for fqn, loss in asked if loss is not None]
+        asked = ((binding.fqn, binding.hook.loss_on_detach(module)) for module, binding in self.bound)
+        return [(self.component.label(fqn), loss) for fqn, loss in asked if loss is not None]
 
 
 _LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()
@@ -256,13 +253,15 @@ class HookRegistry:
             held: list[CallLock] = []
             try:
                 for lock, item in {item.lock: item for item in attachments}.items():
-                    lock.enter("tried to change", item.component.module)
-                    held.append(lock)
-                    if lock.depth > 1:
-                        raise ConcurrentCallError(
-                            f"cannot apply, remove or reset techniques on {item.component.label('')!r} from "
-                            "inside one of its own calls. Do it after the call has returned"
-                        )
+                    busy = (
+                        f"cannot apply, remove or reset techniques on {item.component.label('')!r} during "
+                        "one of its calls. Do it after the call has returned"
+                    )
+                    entered = lock.enter()
+                    if entered:
+                        held.append(lock)
+                    if not entered or lock.depth > 1:  # a call of another thread, or of this one
+                        raise ConcurrentCallError(busy)
                 yield
             finally:
                 for lock in held:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from hookcore.memory.mapping import find_mapping
 from hookcore.units import format_bytes, shortened
 
 if TYPE_CHECKING:
@@ -50,14 +51,15 @@ def attachment_table(attachments: Sequence[Attachment]) -> str:
 
 
 def tensor_bytes(components: Iterable[Component]) -> dict[str, int]:
-    """Bytes of parameters and buffers by device, ties counted once."""
+    """Bytes of parameters and buffers by device, ties counted once; what is mapped from files is `"disk"`."""
     total: Counter[str] = Counter()
     seen: set[int] = set()
     for component in components:
         for slot in component.afresh().slots:
             if id(slot.tensors[0]) not in seen:
                 seen.update(map(id, slot.tensors))
-                total[str(slot.tensors[0].device)] += slot.nbytes
+                tensor = slot.tensors[0]
+                total["disk" if find_mapping(tensor) else str(tensor.device)] += slot.nbytes
     return dict(total)
 
 

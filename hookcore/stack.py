@@ -163,8 +163,6 @@ class HookStack(_Chain):
 
     def __getattr__(self, name: str) -> Any:
         # Whatever else people ask of a method, such as __func__ and __self__.
-        if name == "__wrapped__":  # not yet set: do not look for it in itself
-            raise AttributeError(name)
         return getattr(self.__wrapped__, name)
 
     def __reduce__(self) -> Any:

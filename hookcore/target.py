@@ -10,7 +10,7 @@ import torch
 from attrs import field, frozen
 from torch import nn
 
-from hookcore.errors import UnsupportedModelError
+from hookcore.errors import PlanError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -200,8 +200,7 @@ def open_components(
 
     Raises:
         UnsupportedModelError: The target is none of these, or holds something that is no module.
-        KeyError: Never; an unknown name is a `ValueError`.
-        ValueError: `names` has one that the target lacks, or the target has no component.
+        PlanError: `names` has one that the target lacks, or the target has no component.
     """
     modules: Mapping[str, Any] | None
     if isinstance(target, nn.Module):
@@ -223,10 +222,8 @@ def open_components(
             )
     chosen = list(modules) if names is None else list(names)
     if unknown := [name for name in chosen if name not in modules]:
-        raise ValueError(
-            f"no component named {', '.join(map(repr, unknown))}; "
-            f"this target has {', '.join(map(repr, modules)) or 'none'}"
-        )
+        there = "is one module" if list(modules) == [""] else f"has {', '.join(map(repr, modules)) or 'none'}"
+        raise PlanError(f"no component named {', '.join(map(repr, unknown))}; this target {there}")
     if not chosen:
-        raise ValueError("there is no component to put techniques on")
+        raise PlanError("there is no component to put techniques on")
     return {name: Component(name, modules[name], describe) for name in chosen}

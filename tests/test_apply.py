@@ -1,9 +1,7 @@
 """apply and remove as transactions, and what holds around a call: locks, gradients, losses."""
 
 import contextlib
-import gc
 import threading
-import weakref
 from collections import Counter
 
 import pytest
@@ -22,7 +20,6 @@ from hookcore import (
     ConflictError,
     ForeignMechanism,
     Hook,
-    HookRegistry,
     LossyRemovalError,
     Phase,
     PlanError,
@@ -297,9 +294,9 @@ def test_a_lossy_removal_is_refused_before_any_change(how):
     with pytest.raises(LossyRemovalError) as caught:
         {"handle": applied.remove, "remove": lambda: hookcore.remove(model), "with": applied.__enter__}[how]()
     assert str(caught.value) == (
-        "removing lossy cannot give back the original weights: at 'Sequential', weights were rounded to float8 "
-        "(and so for 2 more modules). Nothing was removed. Call remove(allow_lossy=True) to go on with the "
-        "weights as they are now"
+        "removing lossy cannot give back the original weights: at 'Sequential', weights were rounded to "
+        "float8 (and so for 2 more modules). Nothing was removed. hookcore.remove(model, "
+        "allow_lossy=True) goes on with the weights as they are now"
     )
     before.assert_restored(model, same_storage=True)
     assert hooks_on(model) == ("pushing", "lossy")
@@ -409,9 +406,9 @@ def test_two_threads_in_a_model_whose_weights_move_get_an_error(swapping, target
     with a_call_under_way(model) as results, pytest.raises(ConcurrentCallError) as caught:
         called(x, wait=False) if called is model else called(x)
     assert str(caught.value) == (
-        f"called {type(called).__name__} while another thread is calling the same model. Its weights are moved "
-        "or cast during a call, so one call at a time is possible: put a lock round the calls, or give each "
-        "thread a model of its own (copy.deepcopy)"
+        f"called {type(called).__name__} while another thread is calling the same model. Its weights are "
+        "moved or cast during a call, so one call at a time is possible: put a lock round the calls, or give "
+        "each thread a model of its own (copy.deepcopy)"
     )
     assert torch.equal(results[0], expected)
     assert torch.equal(model(x, wait=False), expected)
@@ -448,7 +445,7 @@ def test_changing_what_is_on_a_model_that_another_thread_is_calling_is_refused(v
     }
     with a_call_under_way(model) as results:
         with pytest.raises(
-            ConcurrentCallError, match="^tried to change Meeting while another thread is calling"
+            ConcurrentCallError, match="^cannot apply, remove or reset techniques on 'Meeting' during one of"
         ):
             verbs[verb]()
         assert hooks_on(model) == ("moving",)
@@ -475,8 +472,8 @@ def test_changing_what_is_on_a_model_from_inside_its_call_is_refused(verb):
     with pytest.raises(ConcurrentCallError) as caught:
         model(torch.ones(1, 2))
     assert str(caught.value) == (
-        "cannot apply, remove or reset techniques on 'Sequential' from inside one of its own calls. Do it "
-        "after the call has returned"
+        "cannot apply, remove or reset techniques on 'Sequential' during one of its calls. Do it after the "
+        "call has returned"
     )
     applied.remove()
 
@@ -734,7 +731,7 @@ def test_a_foreign_mechanism_is_refused_with_its_remedy(use_plugins, count):
         hookcore.apply(model, [Pushing()])
     assert str(caught.value) == (
         f"'0' already has an alien hook{others}, which hookcore cannot see through. Nothing was touched. "
-        "call alien.remove(model)"
+        "To take it off: call alien.remove(model)"
     )
     before.assert_restored(model, same_storage=True)
 
@@ -776,7 +773,9 @@ def test_the_tables():
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
     technique = toy("weighing", bind, phase=Phase.CAST)
-    skipped = "skipped by weighing: block.0, block.1, block.2 and 2 more: a norm\nskipped by weighing: head: tied"
+    skipped = (
+        "skipped by weighing: block.0, block.1, block.2 and 2 more: a norm\nskipped by weighing: head: tied"
+    )
     assert str(hookcore.plan({"vae": model}, [technique])) == (
         "component  technique  phase  hooks on\n"
         "---------  ---------  -----  -------------\n"
@@ -829,15 +828,6 @@ def test_reset_reaches_every_hook_and_only_those_of_its_handle():
     hookcore.remove(model)
 
 
-def test_a_dropped_model_takes_its_techniques_with_it():
-    model = model_of_five()
-    hookcore.apply(model, [Pushing(), Moving()])
-    gone = weakref.ref(model)
-    del model
-    gc.collect()
-    assert gone() is None
-
-
 def test_entries_beyond_forward_are_hooked_and_given_back():
     class Coder(nn.Module):
         def encode(self, x):
@@ -858,17 +848,3 @@ def test_entries_beyond_forward_are_hooked_and_given_back():
         ("post", "forward"), ("pre", "encode"), ("post", "encode"),
     ]  # fmt: skip
     assert not set(ENTRIES) & vars(model).keys()
-
-
-def test_the_registry_finds_what_is_connected_through_others():
-    """a-b and b-c share a module each: a change at a has to see what is on c."""
-    parts = [nn.Identity() for _ in range(4)]
-    targets = [nn.ModuleList(parts[index : index + 2]) for index in range(3)]
-    far = nn.ModuleList([nn.Identity()])
-    for target in (*targets, far):
-        target.forward = len  # an entry to hook
-        hookcore.apply(target, [toy(f"t{id(target)}", lambda _: [Binding("", Hook())])])
-    found = HookRegistry(hookcore.status(targets[0]).components).attachments
-    assert [item.component.module for item in found] == targets
-    for target in (*targets, far):
-        hookcore.remove(target)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from techniques import Moving, PushingHook, Recording, toy
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -18,7 +19,6 @@ from hookcore import Binding
 from hookcore.stack import HookStack
 from hookcore.testing.modules import module_trees
 from hookcore.testing.snapshot import same_bits
-from techniques import Moving, PushingHook, Recording, toy
 
 
 def through_pickle(value):

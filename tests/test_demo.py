@@ -89,9 +89,12 @@ def test_the_model_has_about_the_size_asked_for_and_no_layer_is_a_large_part_of_
     assert max(sizes) < sum(sizes) / 5
 
 
-@given(demo_models, demo_models)
-def test_models_share_a_folder_only_if_they_are_the_same(one, other):
-    assert (one.key == other.key) == (one == other)
+@given(demo_models, demo_models, st.integers(-2, 2))
+def test_models_share_a_folder_exactly_if_their_weights_are_the_same(one, other, apart):
+    for second in (other, evolve(one, nbytes=one.nbytes + apart * MIB // 2)):
+        if second.nbytes >= 8 * MIB:
+            same = (one.family, one.dtype, one.config) == (second.family, second.dtype, second.config)
+            assert (one.key == second.key) == same
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
@@ -258,7 +261,7 @@ def test_a_wrong_output_ends_the_demo_with_status_1(shown, monkeypatch, capsys, 
 @given(
     st.lists(st.integers(1, 10**12), min_size=4, max_size=4),
     st.lists(st.floats(1e-3, 1e4), min_size=4, max_size=4),
-    st.integers(60, 200),
+    st.integers(80, 200),
 )
 def test_bars_fit_the_terminal_and_have_the_order_of_their_values(peaks, times, width):
     values = zip(DEMO_WAYS, peaks, times, strict=True)

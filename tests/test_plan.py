@@ -3,8 +3,9 @@
 import itertools
 
 import pytest
+import torch
 from attrs import frozen
-from hypothesis import assume, event, given
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from techniques import toy
 from torch import nn
@@ -26,7 +27,7 @@ from hookcore import (
     Technique,
 )
 from hookcore.plan import PlanStep, check_conflicts, make_step, ordered
-from hookcore.testing.modules import module_trees
+from hookcore.testing.modules import Reassigned, module_trees
 from hookcore.testing.snapshot import ModelSnapshot
 
 
@@ -110,6 +111,7 @@ def test_the_order_is_the_first_that_fits_phases_then_names_then_the_users_order
 
 
 @given(wishes())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much])
 def test_a_cycle_is_named_by_exactly_its_members(wishes):
     steps = make_steps(wishes, [nn.Identity()])
     try:
@@ -266,6 +268,19 @@ def test_a_conflict_names_both_sides_the_thing_and_the_remedy():
     assert (caught.value.first, caught.value.second) == (first.bindings[0], second.bindings[0])
 
 
+def test_a_conflict_over_an_entry_names_the_entry():
+    on = component(nn.Identity(), "vae")
+    slices, tiles = (
+        step(claiming(name, [Claim(Resource.SPATIAL_SPLIT)]), on) for name in ("slices", "tiles")
+    )
+    with pytest.raises(ConflictError) as caught:
+        check_conflicts([tiles], [slices])
+    assert str(caught.value) == (
+        "tiles cannot claim the spatial split of forward() of 'vae': slices already holds it, through its "
+        "hook at 'vae'. Call applied.remove() on the first, or leave the module out of one of them"
+    )
+
+
 def test_one_technique_twice_on_one_entry_is_refused():
     on = component(nn.Identity(), "vae")
     steps = [step(claiming("slicing"), on) for _ in range(2)]
@@ -286,12 +301,42 @@ def test_one_technique_may_hook_different_entries_and_different_resources_of_one
     )
 
 
+def test_the_name_of_a_technique_is_no_resource():
+    on = component(nn.Identity())
+    named, claims = claiming("attention"), claiming("other", [Claim(Resource.ATTENTION)])
+    check_conflicts([step(named, on), step(claims, on)], [])
+
+
 def test_a_technique_does_not_conflict_with_itself():
-    """It may claim one tensor for several of its hooks: an offload holds a tied weight at both of its users."""
+    """An offload holds a tied weight at both of its users."""
     on = component(tied())
     claims = [Claim(Resource.PLACEMENT, "one.weight")]
     bindings = [Binding("one", Hook(), claims=claims), Binding("other", Hook(), claims=claims)]
     check_conflicts([step(toy("moves", lambda _: bindings), on)], [])
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_siblings_conflict_over_a_weight_that_they_share(existing):
+    """Neither component has a place in common with the other; the tensor is all that they share."""
+    model = tied()
+    steps = [
+        step(claiming(name, [Claim(Resource.PLACEMENT, "weight")]), component(model[fqn], fqn))
+        for name, fqn in (("moves", "one"), ("streams", "other"))
+    ]
+    new, old = (steps[1:], steps[:1]) if existing else (steps, [])
+    with pytest.raises(ConflictError, match=r"^streams cannot claim the placement of 'other\.weight': moves"):
+        check_conflicts(new, old)
+
+
+@pytest.mark.parametrize("replace", [Reassigned.forward, lambda module, x: setattr(module, "steps", x)])
+def test_a_place_stays_claimed_when_another_tensor_is_put_there(replace):
+    """By a forward that replaces its buffer, or a load with `assign=True`."""
+    model = nn.Sequential(Reassigned(2))
+    first = step(claiming("moves", [Claim(Resource.PLACEMENT, "0.steps")]), component(model))
+    replace(model[0], torch.ones(1, 2))
+    second = step(claiming("streams", [Claim(Resource.PLACEMENT, "steps")]), component(model[0]))
+    with pytest.raises(ConflictError, match="^streams cannot claim the placement of 'steps': moves already"):
+        check_conflicts([second], [first])
 
 
 def test_components_of_one_mapping_conflict_where_they_share_a_module():
@@ -416,6 +461,7 @@ def test_plan_errors_of_a_technique_go_through():
 
 
 @given(module_trees(), wishes())
+@settings(max_examples=60)
 def test_planning_touches_nothing_and_shows_the_order_in_which_things_will_stand(case, wishes):
     model = case.build()
     snapshot = ModelSnapshot.take(model)
@@ -446,6 +492,7 @@ def test_planning_touches_nothing_and_shows_the_order_in_which_things_will_stand
 
 
 @given(wishes(), wishes())
+@settings(max_examples=60)
 def test_what_is_added_later_stands_where_its_plan_showed_it(earlier, later):
     model = nn.Identity()
     later = [wish for wish in later if wish.name not in {it.name for it in earlier}]
@@ -458,7 +505,7 @@ def test_what_is_added_later_stands_where_its_plan_showed_it(earlier, later):
         hookcore.remove(model)
         return
     now = hookcore.status(model).techniques
-    hooks = [it for it in vars(model)["forward"].hooks] if now else []
+    hooks = vars(model)["forward"].hooks if now else ()
     names = [type(hook).__name__ for hook in hooks]
     hookcore.remove(model)
     assert [name for name in now if name in {wish.name for wish in later}] == [

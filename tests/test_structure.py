@@ -9,11 +9,11 @@ import torch
 from attrs import field, frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from techniques import Moving, PushingHook, Recording
 from torch import nn
 
 import hookcore
 from hookcore import Binding, Phase, PlanError, Technique, structure
-from techniques import Moving, PushingHook, Recording
 
 
 @frozen
@@ -249,7 +249,7 @@ class Growing(nn.Module):
 
 
 def test_a_change_during_a_call_waits_for_the_next_one():
-    """Also where the inner model has techniques of its own that would see it: weights are out at that time."""
+    """Also where the inner model has techniques of its own that would see it: weights are out then."""
     model, technique = Growing(), Following()
     hookcore.apply(model.inner, [technique])
     hookcore.apply(model, [Moving()])

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from hookcore import Component, ModelConventions, UnsupportedModelError
+from hookcore import Component, ModelConventions, PlanError, UnsupportedModelError
 from hookcore.target import byte_span, has_memory, open_components, own_tensors
 from hookcore.testing.modules import module_trees
 
@@ -82,8 +82,11 @@ def test_slots_of_random_models(case):
     module = case.build()
     check_slots(module)
     on = component(module)
-    in_order = [fqn for prefix, holder in module.named_modules(remove_duplicate=False)
-                for fqn in (f"{prefix}.{name}".lstrip(".") for name, _, _ in own_tensors(holder))]  # fmt: skip
+    in_order = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, holder in module.named_modules(remove_duplicate=False)
+        for name, _, _ in own_tensors(holder)
+    ]
     firsts = [in_order.index(slot.name) for slot in on.slots]
     assert firsts == sorted(firsts)
     for slot in on.slots:
@@ -114,8 +117,14 @@ def build_view(memories, recipe):
 
 @given(st.lists(st.tuples(views(), st.booleans()), max_size=6))
 @example([((torch.float32, "view", 0, offset, (1, 2), (2, 1)), False) for offset in (0, 2, 4)])  # neighbours
+@example(  # two that do not touch, inside a long one
+    [
+        ((torch.float32, "view", 0, offset, (1, columns), (0, 1)), False)
+        for offset, columns in ((0, 3), (1, 1), (2, 1))
+    ]
+)
 def test_slots_of_any_views_of_any_memory(recipes):
-    """Neighbours in one storage, as safetensors makes them, are no ties; overlaps are, whatever their dtype."""
+    """Neighbours in one storage, as safetensors makes them, are no ties; overlaps of any dtypes are."""
     memories = [torch.zeros(400, dtype=torch.uint8) for _ in range(2)]
     module = nn.Module()
     for index, (recipe, is_buffer) in enumerate(recipes):
@@ -239,13 +248,13 @@ def test_modules_mappings_and_what_plugins_open_are_targets():
         (
             {"a": nn.Identity()},
             ["b", "c"],
-            ValueError,
+            PlanError,
             "^no component named 'b', 'c'; this target has 'a'$",
         ),
-        (nn.Identity(), ["b"], ValueError, "^no component named 'b'; this target has ''$"),
-        ({}, ["b"], ValueError, "^no component named 'b'; this target has none$"),
-        ({}, None, ValueError, "^there is no component to put techniques on$"),
-        ({"a": nn.Identity()}, [], ValueError, "^there is no component to put techniques on$"),
+        (nn.Identity(), ["b"], PlanError, "^no component named 'b'; this target is one module$"),
+        ({}, ["b"], PlanError, "^no component named 'b'; this target has none$"),
+        ({}, None, PlanError, "^there is no component to put techniques on$"),
+        ({"a": nn.Identity()}, [], PlanError, "^there is no component to put techniques on$"),
     ],
 )
 def test_what_cannot_be_opened_is_refused(target, names, error, message):

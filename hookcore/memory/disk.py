@@ -23,6 +23,7 @@ from attrs import define, field, frozen
 from hookcore.errors import CheckpointError
 from hookcore.memory.copies import copy_as, copy_as_is, is_copied_as_is
 from hookcore.memory.direct import AlignedBuffer, DirectReader, aligned_span
+from hookcore.memory.mapping import find_mapping
 from hookcore.memory.order import LearnedOrder
 from hookcore.memory.origins import Origin, origin_of, set_origin
 from hookcore.memory.placement import GroupMover
@@ -41,6 +42,9 @@ _CACHED = 0.9
 
 _NEIGHBOURS = 64 * 1024
 """Bytes between two tensors in a file that are read along rather than read around."""
+
+_SLACK = 1.05
+"""How much more memory than it needs a group may be lent, so that the memory is used again."""
 
 _WORKERS = 2  # one reads the next group while the other lets go of the last
 
@@ -152,7 +156,7 @@ class _Buffers:
     def take(self, nbytes: int) -> AlignedBuffer:
         """Gives memory of at least this size."""
         with self._lock:
-            fitting = [it for it in self._free if nbytes <= it.nbytes <= 2 * nbytes]
+            fitting = [it for it in self._free if nbytes <= it.nbytes <= nbytes * _SLACK]
             if fitting:
                 chosen = min(fitting, key=lambda it: it.nbytes)
                 self._free.remove(chosen)
@@ -211,6 +215,7 @@ class DiskMover(GroupMover):
         self._read_ahead_limit = read_ahead
         self._order: LearnedOrder[Group] = LearnedOrder(groups)
         self._streamed: dict[Group, _Streamed] = {}
+        self._to_stay: list[Group] = []  # residents that the next call brings
         self._resident: dict[Group, _Load] = {}
         self._in_use: dict[Group, _Load] = {}
         self._ahead: dict[Group, _Load] = {}
@@ -222,7 +227,7 @@ class DiskMover(GroupMover):
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="hookcore-disk")
 
     def attach(self, group: Group, *, resident: bool) -> None:
-        """Has the group's parameters show the checkpoint's tensors; a resident group is read for good.
+        """Has the group's parameters show the checkpoint's tensors; a resident one is read by the next call.
 
         Raises:
             CheckpointError: A parameter in memory differs from the checkpoint.
@@ -239,11 +244,7 @@ class DiskMover(GroupMover):
             weight.show(weight.homes)
         self._streamed[group] = streamed
         if resident:
-            try:
-                self._resident[group] = self._bring(group, self._start(group, needed=False))
-            except BaseException:
-                self.detach(group)
-                raise
+            self._to_stay.append(group)
 
     @torch.inference_mode(False)  # what is made here outlives the mode
     def detach(self, group: Group) -> None:
@@ -271,6 +272,8 @@ class DiskMover(GroupMover):
                 copy_as_is(tensor)
             weight.origin.paused = weight.origin.strides is not None
         del self._streamed[group]
+        if group in self._to_stay:
+            self._to_stay.remove(group)
         if not self._streamed:
             self._close()
 
@@ -301,6 +304,12 @@ class DiskMover(GroupMover):
         """
         self._calls += 1
         self._verify()
+        for group in self._to_stay:
+            self._ahead[group] = self._start(group, needed=False)
+        while self._to_stay:
+            group = self._to_stay[-1]
+            self._resident[group] = self._bring(group, self._ahead.pop(group))
+            self._to_stay.pop()
         self._read_ahead()
 
     def end(self) -> None:
@@ -381,6 +390,11 @@ class DiskMover(GroupMover):
             )
         if origin.paused or not found_before:
             origin.dtype, origin.strides, origin.paused = tensor.dtype, tensor.stride(), False
+        mapped = [found for it in slot.tensors if (found := find_mapping(it))]
+        if mapped and tensor.dtype == raw.dtype:
+            origin.strides = None  # it took no memory, and need not when it is given back
+        for mapping, offset, nbytes in mapped:
+            mapping.drop(offset, nbytes)
         return _Weight(slot, origin, homes)
 
     def _values_to_give_back(self, weight: _Weight) -> list[torch.Tensor]:
@@ -419,7 +433,7 @@ class DiskMover(GroupMover):
             self._release_read(load)
 
     def _converted(self, data: torch.Tensor, dtype: torch.dtype, load: _Load) -> torch.Tensor:
-        if self._device.type != "cpu":
+        if self._device.type != "cpu" or not data.numel():
             return data.to(self._device, dtype, copy=True)
         buffer = self._buffers.take(data.numel() * dtype.itemsize)
         load.converted.append(buffer)

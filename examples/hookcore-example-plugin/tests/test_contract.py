@@ -15,8 +15,3 @@ torch.set_num_threads(1)
 class TestActivationStatistics(TechniqueContract):
     def make(self):
         return ActivationStatistics()
-
-
-class TestActivationStatisticsOfAllModules(TechniqueContract):
-    def make(self):
-        return ActivationStatistics("")

@@ -83,7 +83,7 @@ class Measurement:
         peak: Most bytes of the process in memory.
         peak_steps: Likewise, during the steps only; None where the system cannot tell.
         device_peak: Most bytes on the accelerator; None without one.
-        written: Bytes written to disk by the process; None where the system cannot tell.
+        written: Bytes that the process wrote to disk meanwhile; 0 where the system does not count them.
         left: Bytes of files in the scratch folder at the end.
         digest: SHA-256 of the output.
     """
@@ -94,7 +94,7 @@ class Measurement:
     peak: int
     peak_steps: int | None
     device_peak: int | None
-    written: int | None
+    written: int
     left: int
     digest: str
 
@@ -137,13 +137,13 @@ def measure(request: Request, tell: Callable[[str, Any], None]) -> tuple[Measure
     model = way.start(setting)
     _finish(device)
     setup = time.perf_counter() - begin
+    written = _written() - written_before
     tell("ready", setup)
 
     peak_setup = peak_rss()
     reset = _reset_peak()
-    output, seconds = _denoise(model, scheduler, request, checkpoint, tell)
+    output, seconds, written_by_steps = _denoise(model, scheduler, request, checkpoint, tell)
     peak_steps = peak_rss()
-    written = _written()
     measurement = Measurement(
         setup=setup,
         steps=seconds,
@@ -151,7 +151,7 @@ def measure(request: Request, tell: Callable[[str, Any], None]) -> tuple[Measure
         peak=max(peak_setup, peak_steps),
         peak_steps=peak_steps if reset else None,
         device_peak=_device_peak(device),
-        written=None if written is None or written_before is None else written - written_before,
+        written=written + written_by_steps,
         left=sum(file.stat().st_size for file in setting.scratch.rglob("*") if file.is_file()),
         digest=hashlib.sha256(output).hexdigest(),
     )
@@ -196,22 +196,29 @@ def _velocity(
 
 def _denoise(
     model: Any, scheduler: Any, request: Request, checkpoint: Path, tell: Callable[[str, Any], None]
-) -> tuple[bytes, tuple[float, ...]]:
-    """The loop of a diffusers pipeline, without text encoders and VAE."""
+) -> tuple[bytes, tuple[float, ...], int]:
+    """The loop of a diffusers pipeline, without text encoders and VAE.
+
+    Returns:
+        The final latents, the seconds of each step, and the bytes that the steps wrote.
+    """
     demo, device = request.setting.model, request.setting.device
     latents = demo.start(device)
     conditions = demo.conditions(device)
     seconds = []
+    written = 0
     for time_step in scheduler.timesteps:
         if request.cold:
-            drop_from_cache([checkpoint, request.setting.scratch])
+            drop_from_cache([checkpoint, request.setting.scratch])  # which has file systems write a page
+        written -= _written()
         begin = time.perf_counter()
         velocity = _velocity(model, demo, latents, conditions, time_step.item())
         latents = scheduler.step(velocity, time_step, latents, return_dict=False)[0]
         _finish(device)
         seconds.append(time.perf_counter() - begin)
+        written += _written()
         tell("step", seconds[-1])
-    return latents.cpu().numpy().tobytes(), tuple(seconds)
+    return latents.cpu().numpy().tobytes(), tuple(seconds), written
 
 
 def _finish(device: torch.device) -> None:
@@ -266,10 +273,10 @@ def _reset_peak() -> bool:
     return True
 
 
-def _written() -> int | None:
-    """Bytes that this process has had written to disk."""
+def _written() -> int:
+    """Bytes that this process has had written to disk so far; 0 where the system does not count them."""
     process = psutil.Process()
-    return process.io_counters().write_bytes if hasattr(process, "io_counters") else None
+    return int(process.io_counters().write_bytes) if hasattr(process, "io_counters") else 0
 
 
 def _main() -> None:

@@ -41,16 +41,12 @@ def table(measured: Mapping[str, Measurement], differences: Mapping[str, Differe
                 f"{min(one.steps):.2f}",
                 f"{one.peak / _MIB:,.0f}",
                 f"{one.weights_peak / _MIB:,.0f}",
-                _mib(one.device_peak),
-                _mib(one.written),
+                "-" if one.device_peak is None else f"{one.device_peak / _MIB:,.0f}",
+                f"{one.written / _MIB:,.0f}",
                 str(differences[name]),
             )
         )
     return "\n".join(columns(rows))
-
-
-def _mib(nbytes: int | None) -> str:
-    return "-" if nbytes is None else f"{nbytes / _MIB:,.0f}"
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import asdict, evolve, frozen
+from attrs import evolve, frozen
 
 from hookcore import format_bytes, parse_dtype
 from hookcore_plugins.demo.errors import DemoError
@@ -108,7 +108,7 @@ class DemoModel:
     @property
     def key(self) -> str:
         """Name of the folder: differs whenever a byte of the weights would."""
-        described = json.dumps([_LAYOUT, _SEED, _SHARDS, asdict(self), self.config], sort_keys=True)
+        described = json.dumps([_LAYOUT, _SEED, _SHARDS, self.config], sort_keys=True)
         return f"demo-{self.family}-{self.dtype}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
     def start(self, device: torch.device) -> torch.Tensor:

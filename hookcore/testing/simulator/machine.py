@@ -129,9 +129,7 @@ class Machine:
     def mark(self, stream: StreamState) -> tuple[Clock, float]:
         """What is done, and when, once all that the stream was given so far is done."""
         self.settle()
-        clock = dict(stream.clock)
-        join(clock, self.host_clock)
-        return clock, max(stream.free_at, self.host_time)
+        return dict(stream.clock), max(stream.free_at, self.host_time)
 
     def host_waits(self, clock: Clock, time: float) -> None:
         """Has the host wait for all that a clock knows, which is done at a time."""

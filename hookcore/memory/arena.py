@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import mmap
+from contextlib import suppress
 
 import torch
 
@@ -111,9 +112,14 @@ def piece_beside(nbytes: int) -> Piece:
 
 def _memory(size: int) -> mmap.mmap:
     # Private: shared memory, which is what Python makes without being asked, cannot be forgotten.
-    if hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return mmap.mmap(-1, size)
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # In small pages a direct read takes half as long again, and a pass over the weights a third.
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def rounded(nbytes: int) -> int:

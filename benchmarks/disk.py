@@ -218,12 +218,16 @@ def _ratios(findings: Findings) -> Iterator[Ratio]:
     if "hookcore" in cold and (peers := [cold[way] for way in _PEERS if way in cold]):
         yield compared("cold: a step / the fastest peer", 0.7, cold["hookcore"], peers)
     for state, of_state in findings.samples.items():
+        # What the resident model takes beyond its weights is activations, which all ways have alike.
+        resident = of_state.get("resident")
+        whole = resident.median(lambda it: it.weights_peak) if resident else findings.model.nbytes
+        activations = whole - findings.model.nbytes
         if ours := of_state.get("hookcore"):
-            weights = max(one.weights_peak for one in ours.processes)
+            weights = max(one.weights_peak for one in ours.processes) - activations
             yield Ratio(f"{state}: weights in memory / budget", 1.1, weights / findings.budget)
             yield Ratio(f"{state}: bytes written", 0, max(one.written for one in ours.processes))
             if peer := of_state.get("accelerate"):
-                theirs = peer.median(lambda it: it.weights_peak)
+                theirs = peer.median(lambda it: it.weights_peak) - activations
                 yield Ratio(f"{state}: weights in memory / accelerate", 0.2, weights / theirs)
                 setup = ours.median(lambda it: it.setup) / peer.median(lambda it: it.setup)
                 yield Ratio(f"{state}: set-up / accelerate", 0.05, setup)

@@ -15,15 +15,18 @@ import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook as AccelerateHook
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from attrs import frozen
 from diffusers.hooks import HookRegistry as DiffusersRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
+from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 import hookcore
 from hookcore.report import table
+from hookcore_plugins import GroupOffload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -162,9 +165,30 @@ def call_rows(rounds: int, times: int) -> Iterator[tuple[str, ...]]:
         yield str(hooks), name, f"{median:.3f}", f"{least:.3f}", f"{ratio:.2f}"
 
 
-def leaves() -> nn.Module:
+def leaves(make: Callable[[], nn.Module] = NoOp) -> nn.Module:
     """A model of many leaves, in 40 blocks."""
-    return nn.Sequential(*(nn.Sequential(*(NoOp() for _ in range(LEAVES // 40))) for _ in range(40)))
+    return nn.Sequential(*(nn.Sequential(*(make() for _ in range(LEAVES // 40))) for _ in range(40)))
+
+
+def offload_and_back() -> dict[str, Callable[[], object]]:
+    """What each library does to offload every leaf by itself, and to take that off again."""
+    ours, diffusers_model, accelerate_model = (leaves(lambda: nn.Linear(4, 4)) for _ in range(3))
+    device = torch.device("cpu")
+
+    def with_diffusers_offload() -> None:
+        apply_group_offloading(diffusers_model, onload_device=device, offload_type="leaf_level")
+        DiffusersRegistry.check_if_exists_or_initialize(diffusers_model).remove_hook("group_offloading")
+
+    def with_accelerate_offload() -> None:
+        cpu_offload(accelerate_model, execution_device=device)
+        remove_hook_from_module(accelerate_model, recurse=True)
+
+    technique = GroupOffload(device, offload_type="leaf_level")
+    return {
+        "hookcore": lambda: hookcore.apply(ours, [technique]).remove(),
+        "diffusers": with_diffusers_offload,
+        "accelerate": with_accelerate_offload,
+    }
 
 
 def put_on_and_off() -> dict[str, Callable[[], object]]:
@@ -193,10 +217,9 @@ def put_on_and_off() -> dict[str, Callable[[], object]]:
     }
 
 
-def put_on_rows(rounds: int) -> Iterator[tuple[str, ...]]:
+def put_on_rows(contestants: dict[str, Callable[[], object]], rounds: int) -> Iterator[tuple[str, ...]]:
     """One row for each contestant."""
     yield "library", f"median ms, {LEAVES:,} leaves", "minimum", "median / diffusers'"
-    contestants = put_on_and_off()
     for run in contestants.values():
         run()  # the first run pays for imports and caches
     seconds = in_turns(contestants, rounds)
@@ -216,7 +239,9 @@ def main() -> None:
         print("A call of a module that does nothing\n")
         print(table(list(call_rows(options.rounds, options.calls))))
         print("\nA hook on every leaf, put on and taken off\n")
-        print(table(list(put_on_rows(options.put_on_rounds))))
+        print(table(list(put_on_rows(put_on_and_off(), options.put_on_rounds))))
+        print("\nGroup offload of every leaf, put on and taken off\n")
+        print(table(list(put_on_rows(offload_and_back(), options.put_on_rounds))))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import hookcore
 from hookcore import CheckpointError, Hook, Phase, Technique
 from hookcore.memory import DiskMover, disk, find_mapping, origin_of
-from hookcore.memory.direct import AlignedBuffer
+from hookcore.memory.arena import rounded
 from hookcore.testing.modules import module_trees, tensors_in
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.disk_offload import DiskOffload
@@ -112,14 +112,12 @@ def watching_memory():
     """Fails as soon as a mover takes more memory than it may."""
 
     def check(mover):
-        needed = sum(load.nbytes for load in (*mover._in_use.values(), *mover._resident.values()))
-        # What a call needs at once beyond the budget (weights read outside of their layer) cannot be denied.
-        allowed = max(mover._budget, needed)
-        largest = max(streamed.nbytes for streamed in mover._streamed.values())
-        assert mover._taken() <= allowed + largest
-        with mover._buffers._lock:
-            alive = mover._buffers._lent + sum(it.nbytes for it in mover._buffers._free)
-        assert alive <= allowed + largest
+        arena = mover._arena
+        taken = arena.lent()  # first, as it takes back what nobody looks at any more
+        loads = (*mover._in_use.values(), *mover._resident.values(), *mover._ahead.values())
+        pieces = [piece for load in loads for piece in (load.read, load.converted) if piece is not None]
+        pieces += [*(piece for _, piece in mover._leaving), *arena._looked_at]
+        assert taken == sum(piece.nbytes for piece in pieces if piece._memory is arena._memory)
         assert sum(load.nbytes for load in mover._ahead.values()) <= mover._read_ahead_limit
 
     def checked(name):
@@ -129,8 +127,8 @@ def watching_memory():
             original(mover, *args, **kwargs)
             check(mover)
             if name == "end":
-                ahead = sum(load.nbytes for load in mover._ahead.values())
-                assert mover._taken() == ahead + sum(load.nbytes for load in mover._resident.values())
+                assert not mover._in_use
+                assert not mover._leaving
 
         return patch.object(DiskMover, name, method)
 
@@ -401,28 +399,23 @@ def test_an_output_that_is_a_view_of_a_weight_stays_right(way, stored, tmp_path)
 
 
 def test_memory_for_direct_reads_is_used_again(folder):
-    made = []
-
-    class Counted(AlignedBuffer):
-        def __init__(self, nbytes):
-            made.append(nbytes)
-            super().__init__(nbytes)
-
-    with patch.object(disk, "AlignedBuffer", Counted), reading("read"):
+    """Not a page more than the largest layer has been written to, however often all are read."""
+    with reading("read"):
         streamed = hookcore.load(Wide, folder, [DiskOffload(read_ahead=0)])
-        for _ in range(5):
-            call(streamed)
-    assert len(made) <= 2  # one a file range: weights and biases may be dealt to different shards
+        with patch.object(disk, "piece_beside", side_effect=AssertionError):
+            for _ in range(5):
+                call(streamed)
+    largest = max(it.nbytes for it in mover_of(streamed)._streamed.values())
+    assert len(mover_of(streamed)._arena._memory) <= rounded(largest)
 
 
 def test_the_second_call_finds_everything_read_ahead_also_the_first_of_it(folder):
     needed = []
     start = DiskMover._start
 
-    def counting(mover, group, *, needed_now=needed, needed):
-        if needed:
-            needed_now.append(group.name)
-        return start(mover, group, needed=needed)
+    def counting(mover, group):
+        needed.append(group.name)
+        return start(mover, group)
 
     with patch.object(DiskMover, "_start", counting), reading("read"):
         streamed = hookcore.load(Wide, folder, [DiskOffload(read_ahead="160KB")])  # two layers
@@ -605,7 +598,7 @@ def test_an_edit_of_what_is_read_ahead_is_seen(how, way, folder):
         model = hookcore.load(Wide, folder, [DiskOffload(read_ahead="1MiB")])
         call(model)
         assert read_ahead_done(model) == 4
-        assert all(bool(load.buffers) == (way == "read") for load in mover_of(model)._ahead.values())
+        assert all(bool(load.positions) == (way == "read") for load in mover_of(model)._ahead.values())
         for one in (bare, model):
             edit(one, how, 2, 1.5)
         for _ in range(2):
@@ -953,6 +946,64 @@ def test_a_file_changed_during_a_call_is_an_error_of_this_call(how, way, layer, 
         assert torch.equal(call(model), expected)
 
 
+def layers_run(model):
+    """A list to which each layer adds its number when it has computed."""
+    run = []
+    for number, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda *_, number=number: run.append(number))
+    return run
+
+
+@every_damage
+@pytest.mark.parametrize("budget", [None, "1MiB"])
+def test_no_layer_computes_once_a_file_has_changed(how, budget, folder):
+    model = hookcore.load(Wide, folder, [DiskOffload(memory_budget=budget)])
+    call(model)
+    run = layers_run(model)
+    damage(sorted(folder.glob("*.safetensors"))[1], how)
+    with pytest.raises(CheckpointError):
+        call(model)
+    assert run == []
+
+
+@pytest.mark.parametrize("how", ["append", "overwrite", "replace", "delete"])
+@each_way
+def test_no_later_layer_computes_once_a_file_has_changed_during_a_call(how, way, folder):
+    with reading(way):
+        model = hookcore.load(Wide, folder, [DiskOffload(read_ahead="1MiB")])
+        call(model)
+        run = layers_run(model)
+        file = min(folder.glob("*.safetensors"))
+        model.layers[1].register_forward_hook(lambda *_: damage(file, how) and None)
+        with pytest.raises(CheckpointError):
+            call(model)
+    assert run == [0, 1]
+
+
+@each_way
+@pytest.mark.parametrize("step", ["_place_of", "_is_cached"])
+def test_a_group_that_cannot_be_brought_is_let_go_and_brought_the_next_time(way, step, folder):
+    expected = call(hookcore.load(Wide, folder))
+
+    def failing_at_second(*args):
+        asked.append(args)
+        if len(asked) == 2:  # of a layer's two weights, or at its second layer
+            raise BoomError
+        return original(*args)
+
+    with reading(way):
+        original = getattr(disk, step)
+        model = hookcore.load(Wide, folder, [DiskOffload(read_ahead=0)])
+        shown = [it.data_ptr() for it in model.parameters()]
+        for _ in range(3):
+            asked = []
+            with patch.object(disk, step, failing_at_second), pytest.raises(BoomError):
+                call(model)
+            assert not mover_of(model)._in_use
+            assert [it.data_ptr() for it in model.parameters()] == shown
+            assert torch.equal(call(model), expected)
+
+
 @every_damage
 def test_what_was_read_ahead_of_a_changed_file_is_never_used(how, folder):
     """Also when the file is put back before the call that would have used it, but after one that failed."""
@@ -963,8 +1014,7 @@ def test_what_was_read_ahead_of_a_changed_file_is_never_used(how, folder):
         call(model)
         read_ahead_done(model)
         for load in mover_of(model)._ahead.values():  # as if it had been read while the file was damaged
-            for _, buffer, _ in load.buffers:
-                buffer.tensor.fill_(7)
+            load.read.tensor.fill_(7)
         put_back = damage(file, how)
         with pytest.raises(CheckpointError):
             call(model)

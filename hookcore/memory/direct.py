@@ -8,13 +8,11 @@ out. Prefer a mapping where the file is cached already, and on Windows, which ha
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from typing import TYPE_CHECKING, Self
 
-import torch
-
 from hookcore.errors import CheckpointError
+from hookcore.memory.arena import Piece, piece_beside
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,30 +22,6 @@ ALIGNMENT = 4096
 """Bytes: direct reads want offset, length and address to be multiples of the disk's block, at most this."""
 
 _CHUNK_BYTES = 8 * 2**20
-
-
-class AlignedBuffer:
-    """Page-aligned memory of its own, zero at first.
-
-    Args:
-        nbytes: Least length in bytes; rounded up to whole pages.
-
-    Attributes:
-        nbytes: Length in bytes.
-        tensor: All of it, uint8, `(nbytes,)`.
-        memoryview: The same bytes.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.memoryview = memoryview(mmap.mmap(-1, self.nbytes))
-        self.tensor = torch.frombuffer(self.memoryview, dtype=torch.uint8)
-
-    def close(self) -> None:
-        """Let go of the memory: the system has it back at once, or when the last tensor viewing it dies."""
-        self.nbytes = 0
-        self.memoryview = memoryview(b"")
-        self.tensor = torch.empty(0, dtype=torch.uint8)
 
 
 def aligned_span(start: int, stop: int) -> int:
@@ -99,7 +73,7 @@ class DirectReader:
             os.close(self._fd)
             self._fd = -1
 
-    def read_range(self, buffer: AlignedBuffer, start: int, stop: int, *, at: int = 0) -> int:
+    def read_range(self, buffer: Piece, start: int, stop: int, *, at: int = 0) -> int:
         """Read the file's bytes [start, stop) into a buffer. Blocks, without the GIL.
 
         Whole blocks are read, so the buffer's bytes from `at` to `at + aligned_span(start, stop)` are
@@ -164,7 +138,7 @@ def _reads_direct(path: Path) -> bool:
         if error.errno == errno.EINVAL:
             return False
         raise
-    block = AlignedBuffer(ALIGNMENT)
+    block = piece_beside(ALIGNMENT)
     try:
         os.preadv(fd, [block.memoryview], 0)
     except OSError as error:

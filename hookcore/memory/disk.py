@@ -12,7 +12,6 @@ idea of taking weights from a mapping is safetensors'; that of learning the orde
 
 from __future__ import annotations
 
-import itertools
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -21,8 +20,9 @@ import torch
 from attrs import define, field, frozen
 
 from hookcore.errors import CheckpointError
+from hookcore.memory.arena import Arena, Piece, piece_beside, rounded
 from hookcore.memory.copies import copy_as, copy_as_is, is_copied_as_is
-from hookcore.memory.direct import AlignedBuffer, DirectReader, aligned_span
+from hookcore.memory.direct import DirectReader, aligned_span
 from hookcore.memory.mapping import find_mapping
 from hookcore.memory.order import LearnedOrder
 from hookcore.memory.origins import Origin, origin_of, set_origin
@@ -43,12 +43,7 @@ _CACHED = 0.9
 _NEIGHBOURS = 64 * 1024
 """Bytes between two tensors in a file that are read along rather than read around."""
 
-_SLACK = 1.05
-"""How much more memory than it needs a group may be lent, so that the memory is used again."""
-
 _WORKERS = 2  # one reads the next group while the other lets go of the last
-
-_use_count = torch._C._storage_Use_Count
 
 
 @frozen
@@ -114,7 +109,13 @@ class _Streamed:
         self.ranges = _merged(origins)
         # Files of old writers do not align tensors, which views of a buffer must be.
         self.aligned = all(it.entry.offset % it.entry.dtype.itemsize == 0 for it in origins)
-        self.nbytes = cost(origins)
+        self.read_bytes = sum(aligned_span(it.start, it.stop) for it in self.ranges)
+        self.converted_bytes = cost(origins) - self.read_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory in all."""
+        return self.read_bytes + self.converted_bytes
 
 
 @define(eq=False)
@@ -128,9 +129,13 @@ class _Load:
     """Bytes of memory that it takes."""
     during_call: int
     """In which call of the component it was begun."""
-    buffers: list[tuple[FileRange, AlignedBuffer, int]] = field(factory=list)
-    """What was read past the cache: where to, and the position of its first byte there."""
-    converted: list[AlignedBuffer] = field(factory=list)
+    read: Piece | None
+    """Memory to read it into; nothing lies there if it is used where it is mapped."""
+    converted: Piece | None
+    """Memory for what is converted."""
+    positions: list[int] = field(factory=list)
+    """Where each range begins in `read`; none if it is mapped."""
+    converted_used: int = 0
     shown: list[tuple[_Weight, list[torch.Tensor], list[int]]] = field(factory=list)
     """What the parameters of which weight hold now, and how often torch had counted a change of each."""
     done: Future[None] = field(factory=Future)
@@ -138,53 +143,6 @@ class _Load:
     def wait(self) -> None:
         """Waits until it is in memory; raises what reading it raised."""
         self.done.result()
-
-
-class _Buffers:
-    """Aligned memory that is used again, but never while anybody still looks at it.
-
-    Args:
-        limit: Bytes to which memory that is free is given back before there is more.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._free: list[AlignedBuffer] = []
-        self._lent = 0
-        self._lock = threading.Lock()
-
-    def take(self, nbytes: int) -> AlignedBuffer:
-        """Gives memory of at least this size."""
-        with self._lock:
-            fitting = [it for it in self._free if nbytes <= it.nbytes <= nbytes * _SLACK]
-            if fitting:
-                chosen = min(fitting, key=lambda it: it.nbytes)
-                self._free.remove(chosen)
-            else:
-                free = sum(it.nbytes for it in self._free)
-                while self._free and self._lent + free + nbytes > self._limit:
-                    free -= self._free[0].nbytes
-                    self._free.pop(0).close()
-                with torch.inference_mode(False):  # it is used again outside of the mode
-                    chosen = AlignedBuffer(nbytes)
-            self._lent += chosen.nbytes
-            return chosen
-
-    def give_back(self, buffer: AlignedBuffer) -> None:
-        """Takes memory back; if autograd or an output still uses it, it is theirs from now on."""
-        with self._lock:
-            self._lent -= buffer.nbytes
-            if _use_count(buffer.tensor.untyped_storage()._cdata) == _UNUSED:
-                self._free.append(buffer)
-            else:
-                buffer.close()
-
-    def clear(self) -> None:
-        """Gives all free memory back to the system."""
-        with self._lock:
-            for buffer in self._free:
-                buffer.close()
-            self._free.clear()
 
 
 class DiskMover(GroupMover):
@@ -219,9 +177,9 @@ class DiskMover(GroupMover):
         self._resident: dict[Group, _Load] = {}
         self._in_use: dict[Group, _Load] = {}
         self._ahead: dict[Group, _Load] = {}
-        self._leaving: list[tuple[Future[None], int]] = []
+        self._leaving: list[tuple[Future[None], Piece]] = []  # mapped pages that are being let go
         self._calls = 0
-        self._buffers = _Buffers(budget)
+        self._arena = Arena(budget)
         self._readers: dict[Path, DirectReader] = {}
         self._reader_lock = threading.Lock()
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="hookcore-disk")
@@ -236,9 +194,8 @@ class DiskMover(GroupMover):
         for weight in streamed.weights:
             for tensor in weight.tensors:
                 set_origin(tensor, weight.origin)
-                if weight.converts and is_copied_as_is(
-                    tensor
-                ):  # else a technique inside of this one sees to it
+                # Otherwise a technique inside of this one sees to its copies.
+                if weight.converts and is_copied_as_is(tensor):
                     copy_as(tensor, _as_calls_find_it)
                     weight.copied.append(tensor)
             weight.show(weight.homes)
@@ -305,10 +262,10 @@ class DiskMover(GroupMover):
         self._calls += 1
         self._verify()
         for group in self._to_stay:
-            self._ahead[group] = self._start(group, needed=False)
+            self._start_ahead(group)
         while self._to_stay:
             group = self._to_stay[-1]
-            self._resident[group] = self._bring(group, self._ahead.pop(group))
+            self._resident[group] = self._bring(group, self._load_of(group))
             self._to_stay.pop()
         self._read_ahead()
 
@@ -329,8 +286,7 @@ class DiskMover(GroupMover):
         Raises:
             CheckpointError: A file has changed, or cannot be read.
         """
-        load = self._ahead.pop(group, None) or self._start(group, needed=True)
-        self._in_use[group] = self._bring(group, load)
+        self._in_use[group] = self._bring(group, self._load_of(group))
         self._order.note(group)
         self._read_ahead()
 
@@ -357,9 +313,9 @@ class DiskMover(GroupMover):
         """Waits for a load and shows it."""
         try:
             load.wait()
-            if load.buffers and load.during_call != self._calls and _was_written(load.ranges):
+            if load.positions and load.during_call != self._calls and _was_written(load.ranges):
                 self._let_go(load)  # edited since it was read
-                load = self._start(group, needed=True)
+                load = self._start(group)
                 load.wait()
             for path in {it.mapping.path for it in load.ranges}:
                 self._checkpoint.verify_file(path)
@@ -435,9 +391,11 @@ class DiskMover(GroupMover):
     def _converted(self, data: torch.Tensor, dtype: torch.dtype, load: _Load) -> torch.Tensor:
         if self._device.type != "cpu" or not data.numel():
             return data.to(self._device, dtype, copy=True)
-        buffer = self._buffers.take(data.numel() * dtype.itemsize)
-        load.converted.append(buffer)
-        target = buffer.tensor[: data.numel() * dtype.itemsize].view(dtype).view(data.shape)
+        nbytes = data.numel() * dtype.itemsize
+        begin, load.converted_used = load.converted_used, load.converted_used + rounded(nbytes)
+        if load.converted is None or load.converted_used > load.converted.nbytes:
+            return data.to(dtype)  # it was given to the parameter since the group was measured
+        target = load.converted.tensor[begin : begin + nbytes].view(dtype).view(data.shape)
         return target.copy_(data)
 
     @torch.inference_mode(False)
@@ -447,32 +405,66 @@ class DiskMover(GroupMover):
             self._wait_for_leaving()  # what is written must not be let go at that moment
         _unbind(load)
         self._release_read(load)
-        for buffer in load.converted:
-            self._buffers.give_back(buffer)
-        load.converted.clear()
+        if load.converted is not None:
+            self._arena.give_back(load.converted)
+            load.converted = None
 
     def _release_read(self, load: _Load) -> None:
         """Gives back the memory of what was read, once it is not needed any more."""
-        for _, buffer, _ in load.buffers:
-            self._buffers.give_back(buffer)
-        if load.ranges and not load.buffers:
-            nbytes = sum(aligned_span(it.start, it.stop) for it in load.ranges)
-            self._leaving.append((self._workers.submit(_drop, load.ranges), nbytes))
-        load.buffers.clear()
+        if load.read is not None:
+            if load.positions or load.done.cancelled():
+                self._arena.give_back(load.read)
+            else:
+                self._leaving.append((self._workers.submit(_drop, load.ranges), load.read))
+            load.nbytes -= load.read.nbytes
+        load.read = None
+        load.positions.clear()
         load.ranges = ()
-        load.nbytes = sum(buffer.nbytes for buffer in load.converted)
 
-    def _start(self, group: Group, *, needed: bool) -> _Load:
-        """Has a worker bring a group, after making room for it if it is needed now."""
+    def _load_of(self, group: Group) -> _Load:
+        """The load that was begun ahead, or one that begins now."""
+        return self._ahead.pop(group) if group in self._ahead else self._start(group)
+
+    def _start(self, group: Group) -> _Load:
+        """Has a worker bring a group that is needed now, after making room for it."""
         streamed = self._streamed[group]
-        while needed and self._taken() + streamed.nbytes > self._budget:
+        while (room := self._room(streamed)) is None:
             if self._ahead:
                 self._discard()
             elif self._leaving:
                 self._wait_for_leaving()
-            else:
+            else:  # what calls need at once, or what outputs still show, is more than the budget
+                sizes = (streamed.read_bytes, streamed.converted_bytes)
+                room = [piece_beside(nbytes) if nbytes else None for nbytes in sizes]
                 break
-        load = _Load(streamed.ranges, streamed.aligned, streamed.nbytes, self._calls)
+        return self._submit(streamed, room)
+
+    def _start_ahead(self, group: Group) -> bool:
+        """Has a worker bring a group that is needed later, if there is room."""
+        if group not in self._ahead:
+            room = self._room(self._streamed[group])
+            if room is None:
+                return False
+            self._ahead[group] = self._submit(self._streamed[group], room)
+        return True
+
+    def _room(self, streamed: _Streamed) -> list[Piece | None] | None:
+        """Memory for reading a group and for converting it; None if there is not enough."""
+        self._give_back_what_left()
+        pieces: list[Piece | None] = []
+        for nbytes in (streamed.read_bytes, streamed.converted_bytes):
+            piece = self._arena.take(nbytes) if nbytes else None
+            if nbytes and piece is None:
+                for taken in pieces:
+                    if taken is not None:
+                        self._arena.give_back(taken)
+                return None
+            pieces.append(piece)
+        return pieces
+
+    def _submit(self, streamed: _Streamed, room: list[Piece | None]) -> _Load:
+        read, converted = room
+        load = _Load(streamed.ranges, streamed.aligned, streamed.nbytes, self._calls, read, converted)
         load.done = self._workers.submit(self._fetch, load)
         return load
 
@@ -481,7 +473,7 @@ class DiskMover(GroupMover):
         _, load = self._ahead.popitem()
         if not load.done.cancel():
             load.done.exception()  # waits for it
-            self._let_go(load)
+        self._let_go(load)
 
     def _verify(self) -> None:
         """Checks all files; what was read ahead may be of one that changed, even if it is put back later."""
@@ -496,12 +488,16 @@ class DiskMover(GroupMover):
         """Waits for pages to be let go: until then nobody may write to them."""
         for future, _ in self._leaving:
             future.result()
-        self._leaving.clear()
+        self._give_back_what_left()
 
-    def _taken(self) -> int:
-        self._leaving = [(future, nbytes) for future, nbytes in self._leaving if not future.done()]
-        here = itertools.chain(self._resident.values(), self._in_use.values(), self._ahead.values())
-        return sum(load.nbytes for load in here) + sum(nbytes for _, nbytes in self._leaving)
+    def _give_back_what_left(self) -> None:
+        still = []
+        for future, piece in self._leaving:
+            if future.done():
+                self._arena.give_back(piece)
+            else:
+                still.append((future, piece))
+        self._leaving = still
 
     def _read_ahead(self) -> None:
         """Starts reading what is used next, as far as there is room."""
@@ -509,24 +505,26 @@ class DiskMover(GroupMover):
         for group in self._order.upcoming():
             if group in self._ahead or group in self._in_use:
                 continue
-            nbytes = self._streamed[group].nbytes
-            if ahead + nbytes > self._read_ahead_limit or self._taken() + nbytes > self._budget:
+            ahead += self._streamed[group].nbytes
+            if ahead > self._read_ahead_limit or not self._start_ahead(group):
                 break
-            self._ahead[group] = self._start(group, needed=False)
-            ahead += nbytes
 
     def _fetch(self, load: _Load) -> None:
         """Brings a group's bytes into memory, the faster way. Runs in a worker."""
+        if load.read is None:
+            return
         if not load.aligned or _is_cached(load.ranges) or _was_written(load.ranges):
+            load.read.forget()  # these bytes of the budget are in the mapping now
             for it in load.ranges:
                 it.mapping.populate(it.start, it.nbytes)
             return
-        buffers = []
+        at = 0
+        positions = []
         for it in load.ranges:
-            buffer = self._buffers.take(aligned_span(it.start, it.stop))
-            position = self._reader(it.mapping.path).read_range(buffer, it.start, it.stop)
-            buffers.append((it, buffer, position))
-        load.buffers = buffers
+            reader = self._reader(it.mapping.path)
+            positions.append(reader.read_range(load.read, it.start, it.stop, at=at))
+            at += aligned_span(it.start, it.stop)
+        load.positions = positions
 
     def _reader(self, path: Path) -> DirectReader:
         with self._reader_lock:
@@ -538,7 +536,6 @@ class DiskMover(GroupMover):
         while self._ahead:
             self._discard()
         self._wait_for_leaving()
-        self._buffers.clear()
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
@@ -568,10 +565,10 @@ def _place_of(weight: _Weight, load: _Load) -> torch.Tensor:
     """The tensor that holds a weight's bytes: in a buffer it was read into, or in the mapping."""
     origin = weight.origin
     start, nbytes = origin.entry.offset, origin.entry.nbytes
-    for it, buffer, position in load.buffers:
-        if it.mapping is origin.mapping and it.start <= start < it.stop:
+    for it, position in zip(load.ranges, load.positions, strict=False):  # no positions if it is mapped
+        if load.read is not None and it.mapping is origin.mapping and it.start <= start < it.stop:
             begin = position + start - it.start
-            return buffer.tensor[begin : begin + nbytes].view(origin.entry.dtype).view(origin.entry.shape)
+            return load.read.tensor[begin : begin + nbytes].view(origin.entry.dtype).view(origin.entry.shape)
     return origin.raw
 
 
@@ -651,8 +648,3 @@ def _as_calls_find_it(tensor: torch.Tensor) -> torch.Tensor:
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     flat = (first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
     return torch.equal(*flat)
-
-
-_probe = torch.empty(1)
-_UNUSED = _use_count(_probe.untyped_storage()._cdata)
-"""What the count says of memory that only one tensor uses."""

@@ -16,7 +16,7 @@ ROOMS = ROOT / "plugins" / "hookcore_plugins"
 
 OPTIONAL = {"diffusers", "transformers", "accelerate", "peft", "matplotlib", "psutil", "hookcore_plugins"}
 TESTING = {"pytest", "hypothesis", "_pytest"}
-PUBLIC = {"hookcore", "hookcore.memory", "hookcore.testing"}
+PUBLIC = {"hookcore", "hookcore.memory", "hookcore.testing", "hookcore.testing.simulator"}
 SHOWS_TECHNIQUES = {"demo", "__init__"}  # no technique: a command that runs others, and the names of all
 
 

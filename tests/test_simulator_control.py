@@ -293,7 +293,6 @@ def test_a_slot_that_is_taken_is_left_alone():
 
 
 pytest_plugins = ["pytester"]
-PLUGIN = ("-p", "hookcore.testing.pytest_plugin", "-p", "no:cacheprovider")
 
 
 def test_the_fixture_fails_a_test_for_what_is_found_late(pytester):
@@ -315,6 +314,6 @@ def test_the_fixture_fails_a_test_for_what_is_found_late(pytester):
             assert torch.get_device_module("sim").memory_allocated() == 0
         """
     )
-    result = pytester.runpytest_subprocess(*PLUGIN)
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
     result.assert_outcomes(passed=2, errors=1)
     result.stdout.fnmatch_lines(["*RaceError: freed while in use*"])

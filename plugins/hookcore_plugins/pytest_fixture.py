@@ -1,4 +1,8 @@
-"""The `sim` fixture: a test on the simulated accelerator. pytest finds it by the entry point `pytest11`."""
+"""The `sim` fixture: a test on the simulated accelerator. pytest finds it by the entry point `pytest11`.
+
+It lies here, and not in `hookcore.testing`, because every pytest in an environment with hookcore imports it:
+this package imports neither torch nor hookcore before a test asks for the fixture.
+"""
 
 from __future__ import annotations
 

@@ -476,7 +476,7 @@ class DiskMover(GroupMover):
         self._let_go(load)
 
     def _verify(self, path: Path | None = None) -> None:
-        """Checks one file, or all; what was read ahead may be of a changed one, even if it is put back later."""
+        """Checks a file, or all; what was read ahead may be of one changed, even if it is put back later."""
         try:
             if path is None:
                 self._checkpoint.verify()

@@ -418,7 +418,7 @@ def test_after_an_error_nothing_is_there_and_the_next_call_is_right(case, techni
     model, bare = case.build().eval(), case.build().eval()
     before = {fqn: storage(tensor) for fqn, tensor in model.state_dict().items()}
     applied = hookcore.apply(model, [technique])
-    copy_memory = placement._copy_memory
+    copy_memory = device.copy_memory
     count = 0
 
     def fail(*args):
@@ -434,7 +434,7 @@ def test_after_an_error_nothing_is_there_and_the_next_call_is_right(case, techni
         )
     )
     failing = (
-        patch.object(placement, "_copy_memory", fail)
+        patch.object(device, "copy_memory", fail)
         if in_copying
         else closing(nn.modules.module.register_module_forward_hook(fail))
     )

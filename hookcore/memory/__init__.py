@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hookcore.memory.budget import choose_residents, largest_held
 from hookcore.memory.checkpoint import Checkpoint, TensorEntry
+from hookcore.memory.device import DeviceMover
 from hookcore.memory.disk import DiskMover, cost
 from hookcore.memory.grouping import (
     Group,
@@ -17,16 +18,11 @@ from hookcore.memory.grouping import (
 from hookcore.memory.keys import find_entries
 from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
+from hookcore.memory.mover import GroupMover
 from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
-from hookcore.memory.placement import (
-    DeviceMover,
-    GroupMover,
-    Placement,
-    check_movable,
-    current_tensors,
-    is_on,
-)
+from hookcore.memory.placement import Placement
 from hookcore.memory.reads import WatchedTensors
+from hookcore.memory.tensors import check_movable, current_tensors, is_on
 
 __all__ = [
     "Checkpoint",

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import hookcore
 from hookcore import Component, Hook, ModelConventions, Phase, PlanError, Technique, UnsupportedModelError
-from hookcore.memory import DeviceMover, Group, Placement, WatchedTensors, find_blocks, placement
+from hookcore.memory import DeviceMover, Group, Placement, WatchedTensors, device, find_blocks
 from hookcore.testing.modules import Counter, Recipe, Scaled, TreeModel, WeightReader, module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.group_offload import GroupOffload
@@ -60,7 +60,8 @@ class OnlyCopies(TorchDispatchMode):
 
     def __init__(self, model):
         super().__init__()
-        self.offloaded = {storage(tensor) for tensor in own_tensors(model) if tensor.numel()}
+        self._kept = [tensor.data for tensor in own_tensors(model)]  # or addresses would be used again
+        self.offloaded = {storage(tensor) for tensor in self._kept if tensor.numel()}
         self.order = []
         self.copies = {}
         self.peak = 0

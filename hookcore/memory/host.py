@@ -1,0 +1,96 @@
+"""Host memory from which a device can copy by itself: page-locked, in exactly the size that is wanted.
+
+A runtime that lets memory be locked where it is (`cudaHostRegister`) is given memory of our own: torch's
+allocator for pinned memory rounds each size up to a power of two, which can double it. For other devices that
+is what there is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+_MEMINFO = Path("/proc/meminfo")
+_SHARE = 0.8
+"""Of what is free; memory that is locked cannot be swapped out, and others need some, too."""
+
+
+class HostMemory:
+    """Makes host memory to copy weights from, and locks it as far as that is wise.
+
+    Args:
+        device: The device that copies from it.
+        lock_limit: Bytes that may be locked; None for a share of what is free now.
+
+    Attributes:
+        locked: Bytes that are locked.
+    """
+
+    def __init__(self, device: torch.device, lock_limit: int | None = None) -> None:
+        self.locked = 0
+        self._limit = free_host_bytes(_SHARE) if lock_limit is None else lock_limit
+        self._register, self._unregister = _registration(device)
+
+    def make(self, nbytes: int) -> torch.Tensor:
+        """Makes memory to be filled and then given to `lock`.
+
+        Returns:
+            A uint8 tensor, `(nbytes,)`.
+        """
+        with torch.inference_mode(False):
+            lock_now = self._register is None and self._may_lock(nbytes)
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=lock_now)
+
+    def lock(self, memory: torch.Tensor) -> None:
+        """Locks memory that `make` made, if there is no reason not to."""
+        if self._register is not None and memory.nbytes and self._may_lock(memory.nbytes):
+            self._register(memory.data_ptr(), memory.nbytes)
+        if memory.is_pinned():
+            self.locked += memory.nbytes
+
+    def release(self, memory: torch.Tensor) -> None:
+        """Unlocks memory. Nothing may be copying from it any more."""
+        if memory.nbytes and memory.is_pinned():
+            self.locked -= memory.nbytes
+            self._unregister(memory.data_ptr())
+
+    def _may_lock(self, nbytes: int) -> bool:
+        return self.locked + nbytes <= self._limit
+
+
+def free_host_bytes(share: float = 1.0) -> int:
+    """A share of the host memory that is free, for this process's control group as for the machine."""
+    free = [1 << 62]
+    with contextlib.suppress(OSError):
+        fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
+        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+        free.append(int(_CGROUP_LIMIT.read_text()) - int(_CGROUP_USED.read_text()))
+    return int(max(0, min(free)) * share)
+
+
+def _registration(
+    device: torch.device,
+) -> tuple[Callable[[int, int], None] | None, Callable[[int], None]]:
+    """How the device's runtime locks memory in place and unlocks it; None and nothing if it cannot."""
+    runtime: Any = getattr(torch.get_device_module(device), "cudart", None)
+    if runtime is None:
+        return None, lambda _address: None
+    cudart = runtime()
+
+    def register(address: int, nbytes: int) -> None:
+        # What cannot be locked is copied all the same, only slower and with the host waiting.
+        cudart.cudaHostRegister(address, nbytes, 0)
+
+    def unregister(address: int) -> None:
+        cudart.cudaHostUnregister(address)
+
+    return register, unregister

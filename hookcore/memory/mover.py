@@ -36,6 +36,10 @@ class GroupMover(Protocol):
         """Is told that an outermost call has ended, and that nothing is held any more."""
         return
 
+    def expose(self, group: Group) -> None:
+        """Is told that somebody gets at the group's tensors between calls, and may change them."""
+        return
+
     def settle(self, group: Group) -> None:
         """Is told that the group was detached for good."""
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -74,6 +74,18 @@ class LearnedOrder(Generic[T]):
         if distance >= length or self._misses_in_a_row >= _MISSES_TO_STOP:
             return None
         return self._order[(self._position + distance) % length]
+
+    @property
+    def is_guess(self) -> bool:
+        """Whether no pass has been seen yet."""
+        return not self._known
+
+    def leave_out(self, things: Container[T]) -> None:
+        """Expects these no more. To be called between two passes."""
+        self._guess, self._order, *self._known = (
+            tuple(it for it in order if it not in things)
+            for order in (self._guess, self._order, *self._known)
+        )
 
     def _find_place(self, used: T) -> None:
         """Goes on, after a surprise, where the pass can be in an order that is known."""

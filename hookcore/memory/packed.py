@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from attrs import define, frozen
+from attrs import frozen
 
-from hookcore.memory.placement import by_memory, current_tensors, extent
+from hookcore.memory.tensors import by_memory, current_tensors, extent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -37,12 +37,8 @@ class _Part:
     def view(self, memory: torch.Tensor) -> torch.Tensor:
         """What the tensor is in this memory (uint8), with its own size, stride and dtype."""
         flat = memory[self.start : self.start + self.span].view(self.tensor.dtype)
-        return flat.as_strided(self.tensor.shape, self.tensor.stride(), self.offset)
-
-
-def measure(slots: Iterable[TensorSlot]) -> int:
-    """Bytes that the slots' tensors take when they are packed."""
-    return _lay_out(slots)[1]
+        offset = self.offset + int(flat.storage_offset())
+        return flat.as_strided(self.tensor.shape, self.tensor.stride(), offset)
 
 
 def _lay_out(slots: Iterable[TensorSlot]) -> tuple[list[_Part], int]:
@@ -54,7 +50,7 @@ def _lay_out(slots: Iterable[TensorSlot]) -> tuple[list[_Part], int]:
             itemsize = tied[0].element_size()
             span = itemsize * max(it.storage_offset() + extent(it) - first for it in tied)
             parts += [_Part(it, position, span, it.storage_offset() - first) for it in tied]
-            position += rounded(span)
+            position += rounded(max(span, 1))  # also what is empty has a place
     return parts, position
 
 
@@ -120,6 +116,17 @@ class Packed:
         for tensor, home, _ in self._homes:
             tensor.data = home
 
+    def shows(self, views: Sequence[torch.Tensor]) -> bool:
+        """Whether all tensors hold these, and none was given other data."""
+        return all(
+            tensor.data_ptr() == view.data_ptr() for tensor, view in zip(self.tensors, views, strict=True)
+        )
+
+    @property
+    def is_home(self) -> bool:
+        """Whether all tensors hold the host memory, and none was given other data."""
+        return all(tensor.data_ptr() == address for tensor, _, address in self._homes)
+
     def note_versions(self) -> None:
         """Takes down how often torch has counted a change of each tensor."""
         self._versions = [tensor._version for tensor in self.tensors]
@@ -129,7 +136,15 @@ class Packed:
         """Whether torch has counted a change in place since then."""
         return [tensor._version for tensor in self.tensors] != self._versions
 
-    @property
-    def is_home(self) -> bool:
-        """Whether all tensors hold the host memory, and none was given other data."""
-        return all(tensor.data_ptr() == address for tensor, _, address in self._homes)
+    def replaced(self, views: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The tensors that were given other data than these, with that data."""
+        return [
+            (tensor, tensor.data)
+            for tensor, view in zip(self.tensors, views, strict=True)
+            if tensor.data_ptr() != view.data_ptr()
+        ]
+
+    def keep(self, views: Sequence[torch.Tensor]) -> None:
+        """Copies these to host memory, and waits for it."""
+        for (_, home, _), view in zip(self._homes, views, strict=True):
+            home.copy_(view)

@@ -167,7 +167,9 @@ class Placement:
             self._mover.offload(group)
 
     def _before_read(self, group: Group) -> None:
-        if not self._uses.get(group):
+        if not self._calls:
+            self._mover.expose(group)
+        elif not self._uses.get(group):
             self._hold(group)
 
     def _all_groups(self) -> Iterator[Group]:

@@ -140,24 +140,26 @@ class _Run:
         return True
 
 
-def choose_layout(uses: Sequence[Use], budget: int) -> Layout | None:
+def choose_layout(uses: Sequence[Use], budget: int, least_ring: int = 0) -> Layout | None:
     """Chooses what stays in memory; None if the budget is too small for the largest group.
 
-    The largest groups stay first, down to a size, as room for what comes and goes is a multiple of
-    its largest group. The rest of what stays is spread over the pass in two ways: evenly by bytes, and so that
-    the bytes that are copied are spread evenly over the time of computing. All of these are tried.
+    The smallest stay, as each would be a copy that takes longer to begin than to make. Of the others the largest
+    stay, down to a size, as room for what comes and goes is a multiple of its largest group. The rest of what
+    stays is spread over the pass in two ways: evenly by bytes, and so that what is copied is spread evenly over
+    the time of computing. All of these are tried.
 
     Args:
         uses: The uses of one pass, in order.
         budget: Bytes for all groups.
+        least_ring: Bytes that the ring has at least, for groups that this pass didn't use.
     """
     sizes = {use.group: use.nbytes for use in uses}
-    if sum(sizes.values()) <= budget:
-        return Layout(tuple(sizes), 0, sum(use.compute for use in uses))
+    if sum(sizes.values()) + least_ring <= budget:
+        return Layout(tuple(sizes), least_ring, sum(use.compute for use in uses))
     best: Layout | None = None
     for resident in _candidates(uses, sizes, budget):
         ring = budget - sum(sizes[group] for group in resident)
-        seconds = pass_seconds(uses, resident, ring)
+        seconds = pass_seconds(uses, resident, ring) if ring >= least_ring else None
         if seconds is not None and (best is None or seconds < best.seconds):
             best = Layout(tuple(group for group in sizes if group in resident), ring, seconds)
     return best
@@ -167,14 +169,26 @@ def _candidates(
     uses: Sequence[Use], sizes: dict[Hashable, int], budget: int
 ) -> Iterator[frozenset[Hashable]]:
     tried = set()
+    small = _smallest(sizes, budget // 100)
     for largest in _some(sorted(set(sizes.values()), reverse=True)):
-        large = frozenset(group for group, nbytes in sizes.items() if nbytes > largest)
-        spare = budget - sum(sizes[group] for group in large)
+        staying = small.union(group for group, nbytes in sizes.items() if nbytes > largest)
+        spare = budget - sum(sizes[group] for group in staying)
         for times, spread in itertools.product(_ROOM, (_evenly_by_bytes, _evenly_in_time)):
             quota = spare - int(times * largest)
-            if quota >= 0 and (chosen := large | spread(uses, large, quota)) not in tried:
+            if quota >= 0 and (chosen := staying | spread(uses, staying, quota)) not in tried:
                 tried.add(chosen)
                 yield chosen
+
+
+def _smallest(sizes: dict[Hashable, int], quota: int) -> frozenset[Hashable]:
+    """The smallest groups, as many as a quota of bytes has room for."""
+    chosen = set()
+    for group in sorted(sizes, key=sizes.__getitem__):
+        quota -= sizes[group]
+        if quota < 0:
+            break
+        chosen.add(group)
+    return frozenset(chosen)
 
 
 def _some(sizes: list[int]) -> list[int]:
@@ -182,9 +196,9 @@ def _some(sizes: list[int]) -> list[int]:
     return sizes[:: -(-len(sizes) // _SIZES)]
 
 
-def _evenly_by_bytes(uses: Sequence[Use], large: Collection[Hashable], quota: int) -> set[Hashable]:
+def _evenly_by_bytes(uses: Sequence[Use], staying: Collection[Hashable], quota: int) -> set[Hashable]:
     """Takes a group whenever its share of the quota has been saved up."""
-    rest = {use.group: use.nbytes for use in uses if use.group not in large}
+    rest = {use.group: use.nbytes for use in uses if use.group not in staying}
     total = sum(rest.values())
     chosen = set()
     saved = 0  # in units of 1 / total bytes, so that nothing is lost to rounding
@@ -196,7 +210,7 @@ def _evenly_by_bytes(uses: Sequence[Use], large: Collection[Hashable], quota: in
     return chosen
 
 
-def _evenly_in_time(uses: Sequence[Use], large: Collection[Hashable], quota: int) -> set[Hashable]:
+def _evenly_in_time(uses: Sequence[Use], staying: Collection[Hashable], quota: int) -> set[Hashable]:
     """Leaves out whatever can be copied, at a steady pace, in the time that computing takes."""
 
     def chosen_at(pace: float) -> dict[Hashable, int]:
@@ -204,7 +218,7 @@ def _evenly_in_time(uses: Sequence[Use], large: Collection[Hashable], quota: int
         chosen = {}
         for use in uses:
             allowed += use.compute * pace
-            if use.group not in large and use.group not in chosen:
+            if use.group not in staying and use.group not in chosen:
                 if allowed >= use.copy:
                     allowed -= use.copy
                 else:

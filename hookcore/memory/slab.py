@@ -1,0 +1,81 @@
+"""Device memory allocated once, in which groups of weights come and go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import define, field, frozen
+
+from hookcore.memory.ranges import Ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from hookcore.memory.packed import Packed
+
+_PLACES_KEPT = 16
+"""Of one group; in a pass like the last one it comes to a place that it knows."""
+
+
+@frozen(eq=False)
+class Place:
+    """Where a group can lie in the slab.
+
+    Attributes:
+        start: Its first byte.
+        memory: Its bytes, uint8.
+        views: What the group's tensors are there.
+    """
+
+    start: int
+    memory: torch.Tensor
+    views: Sequence[torch.Tensor]
+
+
+@define(eq=False)
+class Slab:
+    """One stretch of device memory: at its end what stays, before it a ring for what comes and goes.
+
+    Attributes:
+        memory: uint8, `(nbytes,)`.
+        ring: The ranges of the ring.
+    """
+
+    memory: torch.Tensor
+    ring: Ranges = field(init=False)
+    _places: dict[Packed, dict[int, Place]] = field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.ring = Ranges(self.memory.nbytes)
+
+    def divide(self, residents: Iterable[Packed]) -> dict[Packed, int]:
+        """Gives groups places that they keep; the ring is what is left, and empty.
+
+        Returns:
+            Where each of them begins.
+        """
+        places = {}
+        stop = self.memory.nbytes
+        for packed in residents:
+            stop -= packed.nbytes
+            places[packed] = stop
+        self.ring = Ranges(stop)
+        self._places.clear()
+        return places
+
+    @torch.inference_mode(False)  # what is made here outlives the mode
+    def place(self, packed: Packed, start: int) -> Place:
+        """Where a group lies that begins at a byte."""
+        known = self._places.setdefault(packed, {})
+        found = known.get(start)
+        if found is None:
+            if len(known) == _PLACES_KEPT:
+                known.clear()
+            memory = self.memory[start : start + packed.nbytes]
+            found = known[start] = Place(start, memory, packed.views(memory))
+        return found
+
+    def forget(self, packed: Packed) -> None:
+        """Forgets the places of a group that is packed anew."""
+        self._places.pop(packed, None)

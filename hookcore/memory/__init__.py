@@ -14,6 +14,7 @@ from hookcore.memory.grouping import (
     make_groups,
     merge_neighbours,
     slots_below,
+    spanning_groups,
 )
 from hookcore.memory.keys import find_entries
 from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
@@ -22,6 +23,8 @@ from hookcore.memory.mover import GroupMover
 from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
 from hookcore.memory.placement import Placement
 from hookcore.memory.reads import WatchedTensors
+from hookcore.memory.schedule import Layout, Use, choose_layout, pass_seconds
+from hookcore.memory.stream import StreamMover, has_streams
 from hookcore.memory.tensors import check_movable, current_tensors, is_on
 
 __all__ = [
@@ -30,13 +33,17 @@ __all__ = [
     "DiskMover",
     "Group",
     "GroupMover",
+    "Layout",
     "MappedFile",
     "ModelDtypeHook",
     "Origin",
     "Placement",
+    "StreamMover",
     "TensorEntry",
+    "Use",
     "WatchedTensors",
     "check_movable",
+    "choose_layout",
     "choose_residents",
     "cost",
     "current_tensors",
@@ -44,6 +51,7 @@ __all__ = [
     "find_blocks",
     "find_entries",
     "find_mapping",
+    "has_streams",
     "is_on",
     "largest_held",
     "leaf_units",
@@ -52,7 +60,9 @@ __all__ = [
     "merge_neighbours",
     "models_with_dtype",
     "origin_of",
+    "pass_seconds",
     "set_origin",
     "slots_below",
+    "spanning_groups",
     "wanted_dtype",
 ]

@@ -132,6 +132,13 @@ def make_groups(
     return tuple(groups)
 
 
+def spanning_groups(groups: Iterable[Group]) -> list[Group]:
+    """The groups that a call holds while calls below it hold others."""
+    groups = list(groups)
+    above = {it for group in groups for fqn, _ in group.holders if fqn for it in list(_prefixes(fqn))[1:]}
+    return [group for group in groups if any(fqn in above for fqn, _ in group.holders)]
+
+
 def slots_below(component: Component, names: Collection[str]) -> tuple[TensorSlot, ...]:
     """Finds the tensors that the named modules, or modules below them, use.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
@@ -46,10 +46,10 @@ def _lay_out(slots: Iterable[TensorSlot]) -> tuple[list[_Part], int]:
     position = 0
     for slot in slots:
         for tied in by_memory(current_tensors(slot)):
-            first = min(it.storage_offset() for it in tied)
+            first = min(int(it.storage_offset()) for it in tied)
             itemsize = tied[0].element_size()
-            span = itemsize * max(it.storage_offset() + extent(it) - first for it in tied)
-            parts += [_Part(it, position, span, it.storage_offset() - first) for it in tied]
+            span = itemsize * max(int(it.storage_offset()) + extent(it) - first for it in tied)
+            parts += [_Part(it, position, span, int(it.storage_offset()) - first) for it in tied]
             position += rounded(max(span, 1))  # also what is empty has a place
     return parts, position
 
@@ -68,15 +68,17 @@ class Packed:
     Attributes:
         tensors: The distinct objects that modules hold.
         nbytes: Bytes in all.
-        host: The memory, uint8, `(nbytes,)`, once `take` was called.
+        host: The memory, uint8, `(nbytes,)`, from `take` on, until `let_go`.
+        copied: An event after the last copy of it; None before the first.
     """
 
-    __slots__ = ("_homes", "_parts", "_versions", "host", "nbytes", "tensors")
+    __slots__ = ("_homes", "_parts", "_versions", "copied", "host", "nbytes", "tensors")
 
     def __init__(self, slots: Iterable[TensorSlot]) -> None:
         self._parts, self.nbytes = _lay_out(slots)
         self.tensors = [part.tensor for part in self._parts]
-        self.host: torch.Tensor | None = None
+        self.host = torch.empty(0, dtype=torch.uint8)
+        self.copied: Any = None
         self._homes: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         self._versions: list[int] = []
 
@@ -100,6 +102,12 @@ class Packed:
             (tensor, home, home.data_ptr()) for tensor, home in zip(self.tensors, homes, strict=True)
         ]
         self.note_versions()
+
+    def let_go(self) -> torch.Tensor:
+        """Gives the host memory away; the tensors must be shown elsewhere."""
+        host, self.host = self.host, torch.empty(0, dtype=torch.uint8)
+        self._homes = []
+        return host
 
     @torch.inference_mode(False)
     def views(self, memory: torch.Tensor) -> list[torch.Tensor]:

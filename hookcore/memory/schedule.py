@@ -13,14 +13,17 @@ been used. So with groups of b bytes, which take c seconds to compute with, over
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from attrs import frozen
 
 from hookcore.memory.ranges import Ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+T = TypeVar("T", bound=Hashable)
 
 _PASSES = 5  # the first ones fill memory, the others show how it goes on
 _WARM_UP = 2
@@ -29,7 +32,7 @@ _SIZES = 12  # different sizes from which everything stays that are tried
 
 
 @frozen
-class Use:
+class Use(Generic[T]):
     """One use of a group in a pass.
 
     Attributes:
@@ -39,14 +42,14 @@ class Use:
         copy: Seconds that its copy takes.
     """
 
-    group: Hashable
+    group: T
     nbytes: int
     compute: float
     copy: float
 
 
 @frozen
-class Layout:
+class Layout(Generic[T]):
     """How memory is divided.
 
     Attributes:
@@ -55,12 +58,12 @@ class Layout:
         seconds: How long a pass is expected to take.
     """
 
-    resident: tuple[Hashable, ...]
+    resident: tuple[T, ...]
     ring: int
     seconds: float
 
 
-def pass_seconds(uses: Sequence[Use], resident: Collection[Hashable], ring: int) -> float | None:
+def pass_seconds(uses: Sequence[Use[T]], resident: Collection[T], ring: int) -> float | None:
     """Seconds that a pass takes once memory has filled; None if the ring is too small for a group.
 
     Args:
@@ -76,24 +79,24 @@ def pass_seconds(uses: Sequence[Use], resident: Collection[Hashable], ring: int)
     return _Run(uses, resident, streamed, ring).seconds()
 
 
-class _Run:
+class _Run(Generic[T]):
     """Some passes, followed step by step."""
 
     def __init__(
-        self, uses: Sequence[Use], resident: Collection[Hashable], streamed: Sequence[Use], ring: int
+        self, uses: Sequence[Use[T]], resident: Collection[T], streamed: Sequence[Use[T]], ring: int
     ) -> None:
         self._uses = uses
         self._resident = resident
         self._streamed = streamed
         self._ranges = Ranges(ring)
-        self._ahead: dict[Hashable, tuple[Use, int, float]] = {}  # where it lies, and when it is there
+        self._ahead: dict[T, tuple[Use[T], int, float]] = {}  # where it lies, and when it is there
         self._position = 0  # of the next streamed use, in all passes
         self._copied = 0.0  # when the last copy ends
 
     def seconds(self) -> float:
         now = 0.0
         ends = []
-        held: tuple[int, Use] | None = None
+        held: tuple[int, Use[T]] | None = None
         self._issue(None, now)
         for _ in range(_PASSES):
             for use in self._uses:
@@ -112,7 +115,7 @@ class _Run:
             ends.append(now)
         return (ends[-1] - ends[_WARM_UP - 1]) / (_PASSES - _WARM_UP)
 
-    def _bring(self, use: Use, now: float) -> tuple[int, float]:
+    def _bring(self, use: Use[T], now: float) -> tuple[int, float]:
         """Where a group lies that is used now, and when it is there."""
         if use.group not in self._ahead:
             for other, start, _ in self._ahead.values():  # brought before its time, it is in the way
@@ -122,7 +125,7 @@ class _Run:
         _, start, there = self._ahead.pop(use.group)
         return start, there
 
-    def _issue(self, in_use: Hashable, now: float) -> None:
+    def _issue(self, in_use: T | None, now: float) -> None:
         """Begins the copies of what is used next, as far as there is room."""
         count = len(self._streamed)
         while len(self._ahead) < count:
@@ -130,7 +133,7 @@ class _Run:
             if use.group in self._ahead or use.group == in_use or not self._copy(use, now):
                 return
 
-    def _copy(self, use: Use, now: float) -> bool:
+    def _copy(self, use: Use[T], now: float) -> bool:
         """Begins a copy, if there is room for it."""
         start = self._ranges.take(use.nbytes)
         if start is None:
@@ -140,13 +143,13 @@ class _Run:
         return True
 
 
-def choose_layout(uses: Sequence[Use], budget: int, least_ring: int = 0) -> Layout | None:
+def choose_layout(uses: Sequence[Use[T]], budget: int, least_ring: int = 0) -> Layout[T] | None:
     """Chooses what stays in memory; None if the budget is too small for the largest group.
 
-    The smallest stay, as each would be a copy that takes longer to begin than to make. Of the others the largest
-    stay, down to a size, as room for what comes and goes is a multiple of its largest group. The rest of what
-    stays is spread over the pass in two ways: evenly by bytes, and so that what is copied is spread evenly over
-    the time of computing. All of these are tried.
+    The smallest stay, as each would be a copy that takes longer to begin than to make. Of the others the
+    largest stay, down to a size, as room for what comes and goes is a multiple of its largest group. The rest
+    of what stays is spread over the pass in two ways: evenly by bytes, and so that what is copied is spread
+    evenly over the time of computing. All of these are tried.
 
     Args:
         uses: The uses of one pass, in order.
@@ -156,7 +159,7 @@ def choose_layout(uses: Sequence[Use], budget: int, least_ring: int = 0) -> Layo
     sizes = {use.group: use.nbytes for use in uses}
     if sum(sizes.values()) + least_ring <= budget:
         return Layout(tuple(sizes), least_ring, sum(use.compute for use in uses))
-    best: Layout | None = None
+    best: Layout[T] | None = None
     for resident in _candidates(uses, sizes, budget):
         ring = budget - sum(sizes[group] for group in resident)
         seconds = pass_seconds(uses, resident, ring) if ring >= least_ring else None
@@ -165,9 +168,7 @@ def choose_layout(uses: Sequence[Use], budget: int, least_ring: int = 0) -> Layo
     return best
 
 
-def _candidates(
-    uses: Sequence[Use], sizes: dict[Hashable, int], budget: int
-) -> Iterator[frozenset[Hashable]]:
+def _candidates(uses: Sequence[Use[T]], sizes: dict[T, int], budget: int) -> Iterator[frozenset[T]]:
     tried = set()
     small = _smallest(sizes, budget // 100)
     for largest in _some(sorted(set(sizes.values()), reverse=True)):
@@ -180,7 +181,7 @@ def _candidates(
                 yield chosen
 
 
-def _smallest(sizes: dict[Hashable, int], quota: int) -> frozenset[Hashable]:
+def _smallest(sizes: dict[T, int], quota: int) -> frozenset[T]:
     """The smallest groups, as many as a quota of bytes has room for."""
     chosen = set()
     for group in sorted(sizes, key=sizes.__getitem__):
@@ -196,7 +197,7 @@ def _some(sizes: list[int]) -> list[int]:
     return sizes[:: -(-len(sizes) // _SIZES)]
 
 
-def _evenly_by_bytes(uses: Sequence[Use], staying: Collection[Hashable], quota: int) -> set[Hashable]:
+def _evenly_by_bytes(uses: Sequence[Use[T]], staying: Collection[T], quota: int) -> set[T]:
     """Takes a group whenever its share of the quota has been saved up."""
     rest = {use.group: use.nbytes for use in uses if use.group not in staying}
     total = sum(rest.values())
@@ -210,10 +211,10 @@ def _evenly_by_bytes(uses: Sequence[Use], staying: Collection[Hashable], quota: 
     return chosen
 
 
-def _evenly_in_time(uses: Sequence[Use], staying: Collection[Hashable], quota: int) -> set[Hashable]:
+def _evenly_in_time(uses: Sequence[Use[T]], staying: Collection[T], quota: int) -> set[T]:
     """Leaves out whatever can be copied, at a steady pace, in the time that computing takes."""
 
-    def chosen_at(pace: float) -> dict[Hashable, int]:
+    def chosen_at(pace: float) -> dict[T, int]:
         allowed = 0.0
         chosen = {}
         for use in uses:
@@ -229,11 +230,11 @@ def _evenly_in_time(uses: Sequence[Use], staying: Collection[Hashable], quota: i
 
 
 def _largest_within(
-    quota: int, chosen_at: Callable[[float], dict[Hashable, int]], *, steps: int = 30
-) -> dict[Hashable, int]:
+    quota: int, chosen_at: Callable[[float], dict[T, int]], *, steps: int = 30
+) -> dict[T, int]:
     """Bisects for the slowest pace at which what is chosen keeps to a quota of bytes."""
     low, high = 0.0, 1024.0
-    best: dict[Hashable, int] = {}
+    best: dict[T, int] = {}
     for _ in range(steps):
         middle = (low + high) / 2
         chosen = chosen_at(middle)

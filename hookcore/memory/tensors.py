@@ -10,7 +10,7 @@ from hookcore.errors import PlanError, UnsupportedModelError
 from hookcore.target import has_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from torch import nn
 
@@ -104,3 +104,13 @@ def is_on(tensor: torch.Tensor, device: torch.device) -> bool:
 def version_of(tensor: torch.Tensor) -> int | None:
     """How often torch counted a change in place; it counts none of inference tensors."""
     return None if tensor.is_inference() else tensor._version
+
+
+def move_apart(homes: Mapping[TensorSlot, torch.device]) -> None:
+    """Gives each slot memory of its own on a device; all of them or, if it raises, none."""
+    moved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for slot, device in homes.items():
+        for tensors in by_memory(current_tensors(slot)):
+            moved += zip(tensors, copy_memory(tensors, device)[2], strict=True)
+    for tensor, data in moved:
+        tensor.data = data

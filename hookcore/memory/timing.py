@@ -9,7 +9,9 @@ from attrs import define, field
 from hookcore.memory.schedule import Use
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable
+
+    from hookcore.memory.packed import Packed
 
 _MILLI = 1e-3
 
@@ -25,8 +27,8 @@ class PassTimes:
 
     make_event: Callable[[], Any]
     passes: int = 0
-    _uses: list[tuple[Hashable, int, Any, Any]] = field(factory=list)
-    _copies: dict[Hashable, tuple[Any, Any]] = field(factory=dict)
+    _uses: list[tuple[Packed, int, Any, Any]] = field(factory=list)
+    _copies: dict[Packed, tuple[Any, Any]] = field(factory=dict)
 
     def mark(self, stream: Any) -> Any:
         """Records an event on a stream."""
@@ -34,11 +36,11 @@ class PassTimes:
         event.record(stream)
         return event
 
-    def copy(self, group: Hashable, begun: Any, ended: Any) -> None:
+    def copy(self, group: Packed, begun: Any, ended: Any) -> None:
         """Takes down the events before and after a group's copy; the first one counts."""
         self._copies.setdefault(group, (begun, ended))
 
-    def use(self, group: Hashable, nbytes: int, begun: Any, ended: Any) -> None:
+    def use(self, group: Packed, nbytes: int, begun: Any, ended: Any) -> None:
         """Takes down the events before and after a use."""
         if not self.passes:
             self._uses.append((group, nbytes, begun, ended))
@@ -57,7 +59,7 @@ class PassTimes:
             self._uses[-1][3].synchronize()
         return self.passes > 0 and bool(self._uses[-1][3].query())
 
-    def uses(self) -> list[Use]:
+    def uses(self) -> list[Use[Packed]]:
         """What was measured; seconds."""
         copies = {group: begun.elapsed_time(ended) * _MILLI for group, (begun, ended) in self._copies.items()}
         return [

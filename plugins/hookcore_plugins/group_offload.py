@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 import torch
 from attrs import field, frozen
 
-from hookcore import Phase, Skipped, Technique, hookimpl, parse_device
+from hookcore import Phase, Skipped, Technique, hookimpl, parse_bytes, parse_device
 from hookcore.memory import (
     DeviceMover,
     Group,
     Placement,
+    StreamMover,
     check_movable,
     find_blocks,
+    has_streams,
     is_on,
     leaf_units,
     make_groups,
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 
     from hookcore import Binding, Component
 
-OffloadType = Literal["block_level", "leaf_level"]
+OffloadType = Literal["auto", "block_level", "leaf_level"]
+
+
+_LAYERS_AHEAD = 3  # one is seldom enough: neighbours differ in how long they compute and copy
 
 
 def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -50,20 +55,43 @@ def _device(value: torch.device | str | int) -> torch.device:
     return device
 
 
+def _budget(value: str | float | None) -> int | float | None:
+    if not isinstance(value, float):
+        return None if value is None else parse_bytes(value)
+    if not 0 < value <= 1:
+        raise ValueError(
+            f"memory_budget is {value!r}; give bytes, text such as '6GiB', or a share of the free memory "
+            "between 0 and 1"
+        )
+    return value
+
+
 @frozen
 class GroupOffload(Technique):
-    """Keeps weights on the offload device, and copies each group to the onload device for its calls.
+    """Keeps weights in host memory, and copies each group to the onload device for its calls.
 
-    The options are those of diffusers' `apply_group_offloading`.
+    On a device with streams, groups are copied ahead of their use while others compute, and those that a
+    memory budget has room for stay on the device: which ones is chosen after the first call has shown in what
+    order groups are used and how long computing and copying take. The host never waits for a copy.
+
+    The options of diffusers' `apply_group_offloading` have the same names and meanings here.
 
     Attributes:
         onload_device: Where the model computes; inputs are moved there, and outputs stay there.
         offload_device: Where the weights lie between their calls.
-        offload_type: "block_level": a group is one or more of the model's repeated blocks, and what is
-            outside of blocks stays for the whole call. "leaf_level": a group is one layer, which takes the
-            least memory and the most copies.
+        offload_type: "leaf_level": a group is one layer, which takes the least memory and the most copies.
+            "block_level": a group is one or more of the model's repeated blocks, and what is outside of
+            blocks stays for the whole call. "auto": by layers where copies run ahead of use, else by blocks.
         num_blocks_per_group: How many neighbouring blocks make a group, at block level.
         exclude_modules: FQNs of modules that stay on the onload device with all that is in them.
+        use_stream: Whether groups are copied ahead of use on a stream of their own; None: where that can be.
+        prefetch: How many groups are copied ahead where there is no budget to fill; None for one, or a few
+            where it is "auto".
+        memory_budget: Bytes of the device that all weights together may take, as a number, as text such as
+            "6GiB", or as a share of what is free (0.5). None for as little as the prefetch needs.
+        non_blocking: Taken for diffusers' sake: a stream is never waited for, and without one always.
+        record_stream: Taken for diffusers' sake: memory is never freed while it is used, so nothing need be
+            recorded.
     """
 
     name: ClassVar[str] = "group_offload"
@@ -72,9 +100,14 @@ class GroupOffload(Technique):
 
     onload_device: torch.device = field(converter=_device)
     offload_device: torch.device = field(default=torch.device("cpu"), converter=_device, kw_only=True)
-    offload_type: OffloadType = field(default="block_level", kw_only=True)
+    offload_type: OffloadType = field(default="auto", kw_only=True)
     num_blocks_per_group: int = field(default=1, kw_only=True)
     exclude_modules: tuple[str, ...] = field(default=(), converter=_names, kw_only=True)
+    use_stream: bool | None = field(default=None, kw_only=True)
+    prefetch: int | None = field(default=None, kw_only=True)
+    memory_budget: int | float | None = field(default=None, converter=_budget, kw_only=True)
+    non_blocking: bool = field(default=False, kw_only=True)
+    record_stream: bool = field(default=False, kw_only=True)
 
     @offload_type.validator
     def _check_type(self, _attribute: Attribute[str], value: str) -> None:
@@ -87,6 +120,31 @@ class GroupOffload(Technique):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(
                 f"num_blocks_per_group is {value!r}, expected an int of 1 or more; 1 needs least memory"
+            )
+
+    @prefetch.validator
+    def _check_prefetch(self, _attribute: Attribute[int | None], value: int | None) -> None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(
+                f"prefetch is {value!r}, expected an int of 0 or more, or None to have it chosen"
+            )
+
+    @use_stream.validator
+    def _check_stream(self, _attribute: Attribute[bool | None], value: bool | None) -> None:
+        if value and not self._can_stream:
+            raise ValueError(
+                f"use_stream=True needs an onload device with streams and offload_device='cpu', found "
+                f"{str(self.onload_device)!r} and {str(self.offload_device)!r}. Leave use_stream out to have "
+                "it chosen"
+            )
+
+    @memory_budget.validator
+    def _check_budget(self, _attribute: Attribute[int | None], value: float | None) -> None:
+        if value is not None and not self._streams:
+            raise ValueError(
+                f"memory_budget needs groups that are copied on a stream, which "
+                f"{str(self.onload_device)!r} {'is told not to do' if self._can_stream else 'cannot do'}. "
+                "Leave memory_budget out, or set exclude_modules= for what is to stay"
             )
 
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
@@ -107,14 +165,32 @@ class GroupOffload(Technique):
         check_movable(
             component, [it for it in staying if not all(is_on(tensor, here) for tensor in it.tensors)]
         )
-        if self.offload_type == "block_level":
+        by_blocks = self.offload_type == "block_level" or (self.offload_type == "auto" and not self._streams)
+        if by_blocks:
             units = merge_neighbours(find_blocks(component), self.num_blocks_per_group)
         else:
             units = leaf_units(component)
         resident = [Group("excluded", staying, ())] if staying else []
-        mover = DeviceMover(self.onload_device, self.offload_device)
         groups = make_groups(component, units, moving)
+        mover = self._mover(1 if self.offload_type != "auto" else _LAYERS_AHEAD)
         yield from Placement(component, groups, resident, mover, self.onload_device).bindings()
+
+    def _mover(self, prefetch: int) -> DeviceMover | StreamMover:
+        if not self._streams:
+            return DeviceMover(self.onload_device, self.offload_device)
+        budget = self.memory_budget
+        if isinstance(budget, float):
+            free, _ = torch.get_device_module(self.onload_device).mem_get_info(self.onload_device)
+            budget = int(budget * free)
+        return StreamMover(self.onload_device, budget, prefetch if self.prefetch is None else self.prefetch)
+
+    @property
+    def _can_stream(self) -> bool:
+        return has_streams(self.onload_device) and self.offload_device.type == "cpu"
+
+    @property
+    def _streams(self) -> bool:
+        return self._can_stream if self.use_stream is None else self.use_stream
 
 
 @hookimpl

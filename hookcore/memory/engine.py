@@ -1,0 +1,127 @@
+"""Copies to a device on a stream of their own, and the events that keep them right. The host waits for none.
+
+There are two rules. A copy waits for the end of all use of the memory that it fills: whoever has used a
+group leaves an event on the computing stream, and copies that are begun later wait for the last of these. A
+use waits for its copy: each copy is followed by an event. No tensor needs `record_stream`, as no memory is
+ever freed while the engine lives.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define
+
+from hookcore.memory.packed import ALIGNMENT
+from hookcore.memory.slab import Slab
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hookcore.memory.packed import Packed
+    from hookcore.memory.slab import Place
+    from hookcore.memory.timing import PassTimes
+
+
+@define(eq=False)
+class Load:
+    """A copy of a group on its way to the device, or there.
+
+    Attributes:
+        packed: What is copied.
+        place: Where it goes.
+        ready: Recorded after the copy.
+        used: Recorded at the beginning of its use, where times are measured.
+    """
+
+    packed: Packed
+    place: Place
+    ready: Any
+    used: Any = None
+
+
+class CopyEngine:
+    """Device memory for weights, and the streams that fill and use it.
+
+    Args:
+        device: The device.
+        nbytes: Bytes of memory to allocate, now and once.
+
+    Attributes:
+        slab: The memory.
+        times: Where uses and copies are timed; None for nowhere.
+
+    Raises:
+        torch.OutOfMemoryError: The device has less memory.
+    """
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        self._device = device
+        self._module: Any = torch.get_device_module(device)
+        with torch.inference_mode(False):
+            memory = torch.empty(nbytes // ALIGNMENT * ALIGNMENT, dtype=torch.uint8, device=device)
+        self.slab = Slab(memory)
+        self.times: PassTimes | None = None
+        self._computing = self._module.current_stream(device)
+        self._copying = self._module.Stream(device)
+        self._left = self._module.Event()
+
+    def make_timed_event(self) -> Any:
+        """Makes an event that can measure time."""
+        return self._module.Event(enable_timing=True)
+
+    def begin(self) -> None:
+        """Has the caller's stream compute from now on."""
+        stream = self._module.current_stream(self._device)
+        if stream != self._computing:
+            stream.wait_stream(self._computing)
+            self._computing = stream
+        self._left.record(stream)
+
+    def take(self, packed: Packed) -> Load | None:
+        """Finds room in the ring for a group; None if there is none."""
+        start = self.slab.ring.take(packed.nbytes)
+        return None if start is None else self.load_at(packed, start)
+
+    def load_at(self, packed: Packed, start: int) -> Load:
+        """A copy of a group that goes to a place in the slab, not begun yet."""
+        if packed.copied is None or self.times is not None:
+            packed.copied = self._module.Event(enable_timing=self.times is not None)
+        return Load(packed, self.slab.place(packed, start), packed.copied)
+
+    def give_back(self, load: Load) -> None:
+        """Gives back a load's room in the ring. What was begun may go on: copies run one after another."""
+        self.slab.ring.give_back(load.place.start, load.packed.nbytes)
+
+    def copy(self, loads: Iterable[Load]) -> None:
+        """Begins copies, after all use so far of the memory that they fill."""
+        copying, times = self._copying, self.times
+        copying.wait_event(self._left)
+        with self._module.stream(copying):
+            for load in loads:
+                packed = load.packed
+                begun = times and times.mark(copying)
+                load.place.memory.copy_(packed.host, non_blocking=True)
+                load.ready.record(copying)
+                packed.note_versions()
+                if times is not None:
+                    times.copy(packed, begun, load.ready)
+
+    def wait_for(self, load: Load) -> None:
+        """Has what is computed from now on come after a copy."""
+        self._computing.wait_event(load.ready)
+        if self.times is not None:
+            load.used = self.times.mark(self._computing)
+
+    def leave(self, load: Load) -> None:
+        """Has all later copies come after what was computed so far, with this load among others."""
+        self._left.record(self._computing)
+        if self.times is not None:
+            self.times.use(load.packed, load.packed.nbytes, load.used, self.times.mark(self._computing))
+        self.give_back(load)
+
+    def synchronize(self) -> None:
+        """Has the host wait for all copies, and the caller's stream for all that was computed."""
+        self._copying.synchronize()
+        self._module.current_stream(self._device).wait_stream(self._computing)

@@ -12,12 +12,12 @@ from attrs import field, frozen
 from hypothesis import Phase as HypothesisPhase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import bert, cnn
 from techniques import Held, Moving, MovingHook, Recording, Scaling
 
 from hookcore import Binding, Hook, Phase, PlanError, Technique, UnsupportedModelError
 from hookcore.stack import HookStack
 from hookcore.testing import ModelCase, TechniqueContract, module_trees
+from hookcore.testing.models import bert, cnn
 from hookcore.testing.modules import Recipe, TreeModel, linear, sequential
 
 PROMISES = [name for name in vars(TechniqueContract) if name.startswith("test_")]

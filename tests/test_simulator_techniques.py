@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 
-import models
 import pytest
 import torch
 from safetensors.torch import save_model
@@ -13,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hookcore
-from hookcore.testing.modules import tensors_in
+from hookcore.testing import models
+from hookcore.testing.cases import tensors_in
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.disk_offload import DiskOffload
 from hookcore_plugins.group_offload import GroupOffload

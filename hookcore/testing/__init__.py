@@ -12,14 +12,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hookcore.testing.cases import ModelCase
     from hookcore.testing.contract import TechniqueContract
-    from hookcore.testing.modules import ModelCase, module_trees
+    from hookcore.testing.modules import module_trees
     from hookcore.testing.snapshot import ModelSnapshot, same_bits
 
 __all__ = ["ModelCase", "ModelSnapshot", "TechniqueContract", "module_trees", "same_bits"]
 
 _HOMES = {
-    "ModelCase": "modules",
+    "ModelCase": "cases",
     "ModelSnapshot": "snapshot",
     "TechniqueContract": "contract",
     "module_trees": "modules",

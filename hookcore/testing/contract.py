@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from hookcore.applied import Applied
     from hookcore.target import Component
-    from hookcore.testing.modules import ModelCase
+    from hookcore.testing.cases import ModelCase
 
 _TestT = TypeVar("_TestT", bound="Callable[..., Any]")
 _EXAMPLES = 20

@@ -233,6 +233,11 @@ def test_one_changed_bit_is_reported_at_every_tensor_that_holds_it(case, data):
     assert all(difference.endswith(": values differ") for difference in found)
 
 
+@torch.inference_mode()
+def make_inference_data(model):
+    model[0].bias.data = model[0].bias.data.clone()
+
+
 def set_data(model, index, name, change):
     tensor = getattr(model[index], name)
     tensor.data = change(tensor.data)
@@ -259,6 +264,7 @@ CHANGES = {
         lambda m: setattr(m[0], "bias", nn.Parameter(m[0].bias.detach())),
         "0._parameters: 'bias' is another object",
     ),
+    "inference data": (make_inference_data, "0.bias: being an inference tensor is True, was False"),
     "parameter gone": (lambda m: setattr(m[0], "bias", None), "0._parameters: 'bias' is another object"),
     "buffer replaced": (
         lambda m: setattr(m[1], "running_mean", m[1].running_mean.clone()),

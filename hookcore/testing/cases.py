@@ -69,7 +69,7 @@ class ModelCase:
         Returns:
             All tensors in the result, whatever it is wrapped in (see `tensors_in`).
         """
-        args, kwargs = _on(self.inputs(entry, seed), torch.device(device))
+        args, kwargs = arguments_on(self.inputs(entry, seed), torch.device(device))
         method = model if entry == "forward" else getattr(model, entry)
         return tuple(tensors_in(method(*args, **kwargs)))
 
@@ -88,6 +88,7 @@ def tensors_in(value: object) -> Iterator[Tensor]:
         yield from tensors_in(vars(value))
 
 
-def _on(arguments: Arguments, device: torch.device) -> Arguments:
+def arguments_on(arguments: Arguments, device: torch.device) -> Arguments:
+    """Arguments with all tensors in them on a device."""
     moved: Arguments = tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
     return moved

@@ -23,6 +23,7 @@ from hookcore.testing.modules import (
     Backwards,
     Listed,
     Lookup,
+    Reassigned,
     Recipe,
     TreeModel,
     WeightReader,
@@ -109,7 +110,9 @@ class TestCastingToBfloat16(TestCastingToFloat8):
 # Offloading
 
 
-class TestGroupOffloadOfBlocks(OnBoth):
+class TestGroupOffloadOfBlocks(TechniqueContract):
+    devices = ("sim",)
+
     def make(self):
         return GroupOffload(self.device)
 
@@ -122,7 +125,8 @@ class TestGroupOffloadOfLeaves(OnBoth):
         """One layer at a time, and what the modules around it hold themselves."""
         owners = Counter(id(it) for module in model.modules() for it in own_tensors(module))
         tied = any(count > 1 for count in owners.values())
-        if tied or any(isinstance(module, READS_OTHERS) for module in model.modules()):
+        twice = (*READS_OTHERS, Reassigned)  # what a call replaces is there as long as what replaces it
+        if tied or any(isinstance(module, twice) for module in model.modules()):
             return None
         held = {fqn: sum(it.nbytes for it in own_tensors(module)) for fqn, module in model.named_modules()}
         paths = (["", *(fqn[:end] for end, char in enumerate(fqn) if char == "."), fqn] for fqn in held)
@@ -180,6 +184,7 @@ class TestDiskOffload(FromCheckpoints, OnBoth):
 
 
 class TestDiskOffloadWithABudget(TestDiskOffload):
+    devices = ("sim",)
     options: ClassVar[dict] = {"memory_budget": "64KiB", "read_ahead": "16KiB"}
 
 
@@ -232,4 +237,4 @@ class Disk(FromCheckpoints, HookMachine):
 @pytest.mark.parametrize("machine", [Offloads, OffloadsFromTheDevice, OffloadsAndCasting, Disk])
 def test_any_sequence_of_steps(machine, device):
     there = type(machine.__name__, (machine,), {"device": device})
-    run_state_machine_as_test(there, settings=settings(there.TestCase.settings, max_examples=10))
+    run_state_machine_as_test(there, settings=settings(there.TestCase.settings, max_examples=6))

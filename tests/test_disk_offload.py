@@ -1024,6 +1024,23 @@ def test_what_was_read_ahead_of_a_changed_file_is_never_used(how, folder):
 
 
 @every_damage
+def test_what_was_read_ahead_is_not_used_after_a_removal_that_found_a_changed_file(how, folder):
+    file = sorted(folder.glob("*.safetensors"))[1]
+    model = wide()
+    with reading("read"):
+        applied = hookcore.apply(model, [DiskOffload(folder, read_ahead="1MiB")])
+        expected = call(model)
+        read_ahead_done(model)
+        for load in mover_of(model)._ahead.values():  # as if it had been read while the file was damaged
+            load.read.tensor.fill_(7)
+        put_back = damage(file, how)
+        with pytest.raises(CheckpointError):
+            applied.remove()
+        put_back()
+        assert torch.equal(call(model), expected)
+
+
+@every_damage
 @pytest.mark.parametrize("budget", [None, "300KB", "1MiB"])
 def test_removal_never_gives_a_model_the_values_of_a_changed_file(how, budget, folder):
     file = sorted(folder.glob("*.safetensors"))[1]

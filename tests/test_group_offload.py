@@ -9,7 +9,6 @@ import pickle
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import models
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -31,6 +30,7 @@ from hookcore.memory import (
     device,
     find_blocks,
 )
+from hookcore.testing import models
 from hookcore.testing.modules import Counter, Recipe, Scaled, TreeModel, WeightReader, module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.group_offload import GroupOffload

@@ -645,7 +645,11 @@ def test_inputs_of_the_outermost_call_are_moved_and_containers_kept_where_nothin
     [
         ({"num_blocks_per_group": 0}, ValueError, "num_blocks_per_group is 0, expected an int of 1 or more"),
         ({"num_blocks_per_group": 1.5}, ValueError, "num_blocks_per_group is 1.5"),
-        ({"offload_type": "layer_level"}, ValueError, "'layer_level'; choose 'auto' or 'block_level' or 'leaf_level'"),
+        (
+            {"offload_type": "layer_level"},
+            ValueError,
+            "'layer_level'; choose 'auto' or 'block_level'",
+        ),
         ({"offload_device": "meta"}, ValueError, "'meta', which holds no data"),
         ({"offload_device": "no such"}, ValueError, "torch cannot use 'no such'"),
         ({"exclude_modules": [nn.Linear(1, 1)]}, TypeError, "expected FQNs of modules"),

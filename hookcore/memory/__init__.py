@@ -24,7 +24,7 @@ from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
 from hookcore.memory.placement import Placement
 from hookcore.memory.reads import WatchedTensors
 from hookcore.memory.schedule import Layout, Use, choose_layout, pass_seconds
-from hookcore.memory.stream import StreamMover, has_streams
+from hookcore.memory.stream import StreamMover, check_budget, has_streams
 from hookcore.memory.tensors import check_movable, current_tensors, is_on
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "TensorEntry",
     "Use",
     "WatchedTensors",
+    "check_budget",
     "check_movable",
     "choose_layout",
     "choose_residents",

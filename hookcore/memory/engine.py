@@ -66,6 +66,7 @@ class CopyEngine:
         self._computing = self._module.current_stream(device)
         self._copying = self._module.Stream(device)
         self._left = self._module.Event()
+        self._left.record(self._computing)  # which the memory was allocated for
 
     def make_timed_event(self) -> Any:
         """Makes an event that can measure time."""

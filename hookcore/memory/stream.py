@@ -31,7 +31,7 @@ from hookcore.memory.timing import PassTimes
 from hookcore.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from hookcore.target import TensorSlot
 
@@ -253,14 +253,8 @@ class StreamMover(GroupMover):
             room = always + max(windows, default=0)
         else:
             fixed = sum(self._fixed.values())
+            _check_budget(self._budget, fixed + always + max(passing, default=0), self._device)
             room = self._budget - fixed
-            least = always + max(passing, default=0)
-            if room < least:
-                raise BudgetError(
-                    f"memory_budget is {format_bytes(self._budget)}, but the weights that have to be on "
-                    f"{self._device} at once take {format_bytes(fixed + least)}. The smallest budget that "
-                    f"works is {fixed + least} bytes"
-                )
         engine = self._set_up = CopyEngine(self._device, min(room, sum(sizes.values())))
         self._order = LearnedOrder(tuple(sizes))
         if sum(sizes.values()) <= room:
@@ -373,6 +367,37 @@ class StreamMover(GroupMover):
                 tensor.data.copy_(data)
             else:
                 tensor.data = data.to(self._device)
+
+
+def check_budget(
+    budget: int, groups: Sequence[Group], resident: Iterable[Group], onload_device: torch.device
+) -> None:
+    """Refuses a budget in which not even one group after the other can be used.
+
+    Args:
+        budget: Bytes of the device that all weights may take.
+        groups: The groups that come and go.
+        resident: Those that stay.
+        onload_device: Where they are used; for the message.
+
+    Raises:
+        BudgetError: It is too small; names the smallest one that works.
+    """
+    sizes = {group: Packed(_split(group)[0].slots).nbytes for group in groups}
+    spanning = spanning_groups(groups)
+    least = sum(group.nbytes for group in resident)
+    least += sum(_split(group)[1].nbytes for group in groups)
+    least += sum(sizes.pop(group) for group in spanning) + max(sizes.values(), default=0)
+    _check_budget(budget, least, onload_device)
+
+
+def _check_budget(budget: int, least: int, device: torch.device) -> None:
+    if budget < least:
+        raise BudgetError(
+            f"memory_budget is {format_bytes(budget)} ({budget} B), but the weights that have to be on "
+            f"{str(device)!r} at once take {format_bytes(least)}. The smallest budget that works is "
+            f"{least} bytes"
+        )
 
 
 def _split(group: Group) -> tuple[Group, Group]:

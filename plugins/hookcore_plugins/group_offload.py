@@ -13,6 +13,7 @@ from hookcore.memory import (
     Group,
     Placement,
     StreamMover,
+    check_budget,
     check_movable,
     find_blocks,
     has_streams,
@@ -152,6 +153,7 @@ class GroupOffload(Technique):
 
         Raises:
             PlanError: A tensor has no data, or an excluded module doesn't exist.
+            BudgetError: The budget is less than one group and all that stays need.
             UnsupportedModelError: A tensor is of a kind that cannot be moved.
         """
         if not component.slots:
@@ -172,17 +174,23 @@ class GroupOffload(Technique):
             units = leaf_units(component)
         resident = [Group("excluded", staying, ())] if staying else []
         groups = make_groups(component, units, moving)
-        mover = self._mover(1 if self.offload_type != "auto" else _LAYERS_AHEAD)
-        yield from Placement(component, groups, resident, mover, self.onload_device).bindings()
+        mover: DeviceMover | StreamMover
+        if self._streams:
+            budget = self._budget
+            if budget is not None:
+                check_budget(budget, groups, resident, here)
+            ahead = _LAYERS_AHEAD if self.offload_type == "auto" else 1
+            mover = StreamMover(here, budget, ahead if self.prefetch is None else self.prefetch)
+        else:
+            mover = DeviceMover(here, self.offload_device)
+        yield from Placement(component, groups, resident, mover, here).bindings()
 
-    def _mover(self, prefetch: int) -> DeviceMover | StreamMover:
-        if not self._streams:
-            return DeviceMover(self.onload_device, self.offload_device)
-        budget = self.memory_budget
-        if isinstance(budget, float):
+    @property
+    def _budget(self) -> int | None:
+        if isinstance(self.memory_budget, float):
             free, _ = torch.get_device_module(self.onload_device).mem_get_info(self.onload_device)
-            budget = int(budget * free)
-        return StreamMover(self.onload_device, budget, prefetch if self.prefetch is None else self.prefetch)
+            return int(self.memory_budget * free)
+        return self.memory_budget
 
     @property
     def _can_stream(self) -> bool:

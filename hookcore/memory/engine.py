@@ -8,6 +8,7 @@ ever freed while the engine lives.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +16,13 @@ from attrs import define
 
 from hookcore.memory.packed import ALIGNMENT
 from hookcore.memory.slab import Slab
+from hookcore.memory.timing import PassTimes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hookcore.memory.packed import Packed
     from hookcore.memory.slab import Place
-    from hookcore.memory.timing import PassTimes
 
 
 @define(eq=False)
@@ -68,9 +69,10 @@ class CopyEngine:
         self._left = self._module.Event()
         self._left.record(self._computing)  # which the memory was allocated for
 
-    def make_timed_event(self) -> Any:
-        """Makes an event that can measure time."""
-        return self._module.Event(enable_timing=True)
+    def measure(self) -> None:
+        """Times uses and copies from now on."""
+        # What makes the events must not refer to the engine: in a cycle its memory would outlive it.
+        self.times = PassTimes(partial(self._module.Event, enable_timing=True))
 
     def begin(self) -> None:
         """Has the caller's stream compute from now on."""

@@ -27,12 +27,12 @@ from hookcore.memory.order import LearnedOrder
 from hookcore.memory.packed import Packed
 from hookcore.memory.schedule import choose_layout
 from hookcore.memory.tensors import current_tensors, move_apart
-from hookcore.memory.timing import PassTimes
 from hookcore.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from hookcore.memory.timing import PassTimes
     from hookcore.target import TensorSlot
 
 _CPU = torch.device("cpu")
@@ -57,8 +57,7 @@ class _Member:
         homes: The device that each parameter came from.
         packed: Its parameters.
         in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
-        stays: Where it stays, or will once its copy is there.
-        is_there: Whether it stays and has been shown there.
+        stays: Where it stays, if it does.
     """
 
     parameters: Group
@@ -67,7 +66,6 @@ class _Member:
     packed: Packed
     in_use: Load | None = None
     stays: Load | None = None
-    is_there: bool = False
 
 
 class StreamMover(GroupMover):
@@ -155,7 +153,7 @@ class StreamMover(GroupMover):
     def expose(self, group: Group) -> None:
         """Sees to it that a group's tensors can be changed: no copy reads them, and none has read them."""
         member = self._members.get(group)
-        if member is not None and member.packed.copied is not None and not member.is_there:
+        if member is not None and member.packed.copied is not None and member.stays is None:
             member.packed.copied.synchronize()
             if group in self._ahead:
                 self._engine.give_back(self._ahead.pop(group))
@@ -193,7 +191,7 @@ class StreamMover(GroupMover):
             self._plain.onload(group)
             return
         if member.stays is not None:
-            self._show_where_it_stays(member, member.stays)
+            self._take_given(member.packed, member.stays)
             return
         if not self._order.note(group):
             self._drop_unexpected(group)
@@ -262,12 +260,15 @@ class StreamMover(GroupMover):
         else:
             self._lay_out(spanning)
             if self._budget is not None:
-                engine.times = PassTimes(engine.make_timed_event)
+                engine.measure()
         return engine
 
     def _learn_layout(self, times: PassTimes) -> None:
         """Divides memory by what the first pass has shown."""
         self._engine.times = None
+        for member in self._members.values():
+            if member.stays is None and not member.packed.is_home:
+                self._pack_again(member)
         uses = times.uses()
         seen = {use.group for use in uses}
         groups = {member.packed: group for group, member in self._members.items()}
@@ -284,13 +285,18 @@ class StreamMover(GroupMover):
         self._drop_ahead()
         members = [self._members[group] for group in staying]
         places = self._engine.slab.divide([member.packed for member in members])
-        loads = []
-        for member in members:
-            if member.stays is None:
-                member.stays = self._engine.load_at(member.packed, places[member.packed])
-                loads.append(member.stays)
+        new = {
+            member: self._engine.load_at(member.packed, places[member.packed])
+            for member in members
+            if member.stays is None
+        }
         self._order.leave_out(set(staying))
-        self._engine.copy(loads)
+        self._engine.copy(new.values())
+        for member, load in new.items():
+            self._engine.wait_for(load)
+            member.packed.show(load.place.views)
+            member.stays = load
+        self._settled += new
 
     def _load_of(self, group: Group, member: _Member) -> Load | None:
         """The copy of a group's values as they are now; None if the plain mover has to bring it."""
@@ -349,18 +355,12 @@ class StreamMover(GroupMover):
         for group in self._ahead.keys() - expected:
             self._engine.give_back(self._ahead.pop(group))
 
-    def _show_where_it_stays(self, member: _Member, load: Load) -> None:
-        """Has parameters hold their values where they stay, whatever they were given since."""
-        packed, views = member.packed, load.place.views
-        if member.is_there:
-            if packed.shows(views):
-                return
-            given = packed.replaced(views)
-        else:
-            self._engine.wait_for(load)
-            given = packed.replaced(views) if packed.is_changed or not packed.is_home else []
-            member.is_there = True
-            self._settled.append(member)
+    def _take_given(self, packed: Packed, stays: Load) -> None:
+        """Takes data that tensors which stay were given since, as by `weight.data = ...`, to the device."""
+        views = stays.place.views
+        if packed.shows(views):
+            return
+        given = packed.replaced(views)
         packed.show(views)
         for tensor, data in given:
             if data.shape == tensor.shape and data.dtype == tensor.dtype:

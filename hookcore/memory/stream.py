@@ -57,7 +57,7 @@ class _Member:
         homes: The device that each parameter came from.
         packed: Its parameters.
         in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
-        stays: Where it stays, if it does.
+        stays: Whether it stays on the device, in memory of its own.
     """
 
     parameters: Group
@@ -65,7 +65,7 @@ class _Member:
     homes: dict[TensorSlot, torch.device]
     packed: Packed
     in_use: Load | None = None
-    stays: Load | None = None
+    stays: bool = False
 
 
 class StreamMover(GroupMover):
@@ -89,17 +89,19 @@ class StreamMover(GroupMover):
         prefetch: int = 1,
         lock_limit: int | None = None,
     ) -> None:
-        self._device = onload_device
+        index = onload_device.index
+        if index is None:
+            index = torch.get_device_module(onload_device).current_device()
+        self._device = torch.device(onload_device.type, index)
         self._budget = budget
         self._prefetched = prefetch
-        self._host = HostMemory(onload_device, lock_limit)
-        self._plain = DeviceMover(onload_device, _CPU)
+        self._host = HostMemory(self._device, lock_limit)
+        self._plain = DeviceMover(self._device, _CPU)
         self._members: dict[Group, _Member] = {}
         self._fixed: dict[Group, int] = {}  # bytes on the device that the engine does not manage
         self._order: LearnedOrder[Group] = LearnedOrder(())
         self._ahead: dict[Group, Load] = {}
         self._set_up: CopyEngine | None = None  # by the first call
-        self._settled: list[_Member] = []  # whose host memory can go once its last copy has ended
 
     # Between calls
 
@@ -136,7 +138,6 @@ class StreamMover(GroupMover):
         del self._fixed[group]
         if not self._members:
             self._set_up = None
-            self._settled.clear()
 
     def reset(self) -> None:
         """Forgets the order of use."""
@@ -147,13 +148,13 @@ class StreamMover(GroupMover):
         here, there = f"resident on {self._device}", f"offloaded on {_CPU}"
         if (member := self._members.get(group)) is None:
             return {here if resident else there: group.nbytes}
-        staying = member.parameters.nbytes if member.stays is not None else 0
+        staying = member.parameters.nbytes if member.stays else 0
         return {here: member.buffers.nbytes + staying, there: member.parameters.nbytes - staying}
 
     def expose(self, group: Group) -> None:
         """Sees to it that a group's tensors can be changed: no copy reads them, and none has read them."""
         member = self._members.get(group)
-        if member is not None and member.packed.copied is not None and member.stays is None:
+        if member is not None and member.packed.copied is not None and not member.stays:
             member.packed.copied.synchronize()
             if group in self._ahead:
                 self._engine.give_back(self._ahead.pop(group))
@@ -180,9 +181,6 @@ class StreamMover(GroupMover):
         self._order.end_pass()
         if self._engine.times is not None:
             self._engine.times.end_pass()
-        for member in [it for it in self._settled if it.packed.copied.query()]:
-            self._settled.remove(member)
-            self._host.release(member.packed.let_go())
 
     def onload(self, group: Group) -> None:
         """Has the group's parameters hold their values on the device, once its stream gets there."""
@@ -190,8 +188,8 @@ class StreamMover(GroupMover):
         if member is None:
             self._plain.onload(group)
             return
-        if member.stays is not None:
-            self._take_given(member.packed, member.stays)
+        if member.stays:
+            member.packed.bring_given(self._device)
             return
         if not self._order.note(group):
             self._drop_unexpected(group)
@@ -211,7 +209,7 @@ class StreamMover(GroupMover):
             return
         load, member.in_use = member.in_use, None
         if load is None:
-            if member.stays is None:
+            if not member.stays:
                 self._plain.offload(member.parameters)
             return
         packed, views = member.packed, load.place.views
@@ -253,50 +251,40 @@ class StreamMover(GroupMover):
             fixed = sum(self._fixed.values())
             _check_budget(self._budget, fixed + always + max(passing, default=0), self._device)
             room = self._budget - fixed
-        engine = self._set_up = CopyEngine(self._device, min(room, sum(sizes.values())))
-        self._order = LearnedOrder(tuple(sizes))
-        if sum(sizes.values()) <= room:
-            self._lay_out(sizes)
-        else:
-            self._lay_out(spanning)
-            if self._budget is not None:
-                engine.measure()
+        everything = sum(sizes.values())
+        staying = list(sizes) if everything <= room else spanning
+        self._keep_on_device(staying)
+        engine = CopyEngine(self._device, min(room, everything) - sum(sizes[group] for group in staying))
+        self._order = LearnedOrder([group for group in sizes if group not in staying])
+        if self._budget is not None and staying is spanning:
+            engine.measure()
         return engine
 
     def _learn_layout(self, times: PassTimes) -> None:
         """Divides memory by what the first pass has shown."""
         self._engine.times = None
-        for member in self._members.values():
-            if member.stays is None and not member.packed.is_home:
-                self._pack_again(member)
-        uses = times.uses()
-        seen = {use.group for use in uses}
-        groups = {member.packed: group for group, member in self._members.items()}
-        staying = [group for group, member in self._members.items() if member.stays is not None]
-        unseen = (it.nbytes for it, group in groups.items() if it not in seen and group not in staying)
-        taken = sum(self._members[group].packed.nbytes for group in staying)
-        room = self._engine.slab.memory.nbytes - taken
-        layout = choose_layout([use for use in uses if use.group in groups], room, max(unseen, default=0))
-        if layout is not None:
-            self._lay_out([*staying, *(groups[it] for it in layout.resident)])
-
-    def _lay_out(self, staying: Iterable[Group]) -> None:
-        """Has groups stay, each at its place; what is left of the memory is the ring."""
         self._drop_ahead()
-        members = [self._members[group] for group in staying]
-        places = self._engine.slab.divide([member.packed for member in members])
-        new = {
-            member: self._engine.load_at(member.packed, places[member.packed])
-            for member in members
-            if member.stays is None
-        }
-        self._order.leave_out(set(staying))
-        self._engine.copy(new.values())
-        for member, load in new.items():
-            self._engine.wait_for(load)
-            member.packed.show(load.place.views)
-            member.stays = load
-        self._settled += new
+        for member in self._members.values():
+            if not member.stays and not member.packed.is_home:
+                self._pack_again(member)
+        passing = {member.packed: group for group, member in self._members.items() if not member.stays}
+        uses = [use for use in times.uses() if use.group in passing]
+        unseen = passing.keys() - {use.group for use in uses}
+        room = self._engine.slab.memory.nbytes
+        layout = choose_layout(uses, room, max((it.nbytes for it in unseen), default=0))
+        if layout is not None and layout.resident:
+            self._engine.replace_slab(0)
+            self._keep_on_device([passing[packed] for packed in layout.resident])
+            self._engine.replace_slab(room - sum(packed.nbytes for packed in layout.resident))
+            self._order.leave_out({passing[packed] for packed in layout.resident})
+
+    def _keep_on_device(self, groups: Iterable[Group]) -> None:
+        """Has groups stay on the device, in memory of their own: a view of shared memory is copied whole."""
+        for group in groups:
+            member = self._members[group]
+            move_apart(dict.fromkeys(member.homes, self._device))
+            self._host.release(member.packed.let_go())
+            member.stays = True
 
     def _load_of(self, group: Group, member: _Member) -> Load | None:
         """The copy of a group's values as they are now; None if the plain mover has to bring it."""
@@ -354,19 +342,6 @@ class StreamMover(GroupMover):
             expected.add(group)
         for group in self._ahead.keys() - expected:
             self._engine.give_back(self._ahead.pop(group))
-
-    def _take_given(self, packed: Packed, stays: Load) -> None:
-        """Takes data that tensors which stay were given since, as by `weight.data = ...`, to the device."""
-        views = stays.place.views
-        if packed.shows(views):
-            return
-        given = packed.replaced(views)
-        packed.show(views)
-        for tensor, data in given:
-            if data.shape == tensor.shape and data.dtype == tensor.dtype:
-                tensor.data.copy_(data)
-            else:
-                tensor.data = data.to(self._device)
 
 
 def check_budget(

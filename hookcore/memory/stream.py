@@ -26,7 +26,7 @@ from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
 from hookcore.memory.packed import Packed
 from hookcore.memory.schedule import choose_layout
-from hookcore.memory.tensors import current_tensors, move_apart
+from hookcore.memory.tensors import current_tensors, go_back, memory_seen_elsewhere, move_apart
 from hookcore.units import format_bytes
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class _Member:
         buffers: Its buffers, which always stay on the device.
         homes: The device that each parameter came from.
         packed: Its parameters.
+        left: Memory that parameters came from and that others see, too.
         in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
         stays: Whether it stays on the device, in memory of its own.
     """
@@ -64,6 +65,7 @@ class _Member:
     buffers: Group
     homes: dict[TensorSlot, torch.device]
     packed: Packed
+    left: list[tuple[torch.Tensor, torch.Tensor]]
     in_use: Load | None = None
     stays: bool = False
 
@@ -115,12 +117,13 @@ class StreamMover(GroupMover):
         self._plain.attach(buffers, resident=True)
         try:
             homes = {slot: it[0].device for slot in parameters.slots if (it := current_tensors(slot))}
+            left = memory_seen_elsewhere(parameters.slots)
             packed = self._pack(parameters)
         except BaseException:
             self._plain.detach(buffers)
             raise
         self._fixed[group] = buffers.nbytes
-        self._members[group] = _Member(parameters, buffers, homes, packed)
+        self._members[group] = _Member(parameters, buffers, homes, packed, left)
 
     def detach(self, group: Group) -> None:
         """Moves a group back to the device that it came from, into memory of its own."""
@@ -132,6 +135,7 @@ class StreamMover(GroupMover):
             self._plain.detach(group)
         else:
             move_apart(member.homes)
+            go_back(member.left)
             self._plain.detach(member.buffers)
             self._host.release(member.packed.let_go())
             del self._members[group]

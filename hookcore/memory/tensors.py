@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from hookcore.target import Component, TensorSlot
 
+_use_count = torch._C._storage_Use_Count
+
 
 def check_movable(component: Component, slots: Iterable[TensorSlot]) -> None:
     """Refuses tensors whose data cannot be exchanged by `tensor.data = other`.
@@ -114,3 +116,25 @@ def move_apart(homes: Mapping[TensorSlot, torch.device]) -> None:
             moved += zip(tensors, copy_memory(tensors, device)[2], strict=True)
     for tensor, data in moved:
         tensor.data = data
+
+
+def memory_seen_elsewhere(slots: Iterable[TensorSlot]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The tensors whose storage is used by others than the slot's own tensors, with their data.
+
+    Such memory lives on when these tensors leave it, and whoever else looks at it is tied to them.
+    """
+    return [
+        (tensor, tensor.data)
+        for slot in slots
+        for tensors in by_memory(current_tensors(slot))
+        if _use_count(tensors[0].untyped_storage()._cdata) > len(tensors) + 1  # and the object just made
+        for tensor in tensors
+    ]
+
+
+def go_back(left: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Has tensors hold the data again that they left, with the values that they have now."""
+    for tensor, data in left:
+        if (tensor.shape, tensor.dtype, tensor.device) == (data.shape, data.dtype, data.device):
+            data.copy_(tensor.data)
+            tensor.data = data

@@ -66,7 +66,7 @@ def test_a_layout_keeps_to_the_budget_and_is_none_only_where_nothing_fits(uses, 
     groups = {use.group: use.nbytes for use in uses}
     layout = choose_layout(uses, budget, least_ring)
     if layout is None:
-        assert budget < max(max(groups.values()), least_ring)
+        assert budget < max(*groups.values(), least_ring)
         return
     resident = set(layout.resident)
     assert list(layout.resident) == [group for group in groups if group in resident]  # in order of use
@@ -79,17 +79,15 @@ def test_a_layout_keeps_to_the_budget_and_is_none_only_where_nothing_fits(uses, 
         assert not streamed
 
 
-@given(st.integers(8, 30), st.sampled_from([0.5, 1, 2, 4]), st.sampled_from([0.25, 0.5, 0.75]))
+@given(st.integers(20, 30), st.sampled_from([0.5, 1, 2, 4]), st.sampled_from([0.13, 0.25, 0.5, 0.75]))
 def test_equal_blocks_come_near_to_the_bound(blocks, ratio, share):
     """Blocks of a transformer, layers of 3, 4, 1, 1, 1 and 5 parts, copied in `ratio` times computing."""
     parts = [3, 4, 1, 1, 1, 5] * blocks
     uses = [Use(number, part * 1000, float(part), part * ratio) for number, part in enumerate(parts)]
-    total = sum(use.nbytes for use in uses)
-    layout = choose_layout(uses, int(share * total))
+    layout = choose_layout(uses, int(share * sum(use.nbytes for use in uses)))
     bound = max(sum(parts), (1 - share) * ratio * sum(parts))
-    # What streams needs room for one layer at least, which then is not there for layers that stay.
-    room = 5 * 1000 / total * ratio * sum(parts)
-    assert layout.seconds <= 1.02 * bound + 2 * room
+    # Where copying is the longer, room for a layer that comes is room that no layer which stays can have.
+    assert layout.seconds <= (1.03 if ratio <= 1 else 1.08) * bound
 
 
 def test_what_is_copied_is_spread_over_the_time_of_computing():

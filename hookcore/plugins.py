@@ -28,6 +28,7 @@ from torch import nn
 from hookcore import hookspecs
 from hookcore.errors import HookcoreError, HookcoreWarning, PluginError
 from hookcore.hookspecs import PROJECT, ForeignMechanism, ModelConventions
+from hookcore.target import modules_in
 from hookcore.technique import Phase, Technique
 
 if TYPE_CHECKING:
@@ -144,7 +145,10 @@ class PluginHost:
             PluginError: A plugin failed, or returned something else than `ModelConventions`.
             HookcoreError: A plugin refuses the model.
         """
-        answers = list(self._answers("hookcore_describe_model", _one(ModelConventions), model=model))
+        asked = self._answers(
+            "hookcore_describe_model", _one(ModelConventions), model=model, modules=modules_in(model)
+        )
+        answers = list(asked)
         return functools.reduce(ModelConventions.merged, answers) if answers else ModelConventions()
 
     def find_foreign(self, model: nn.Module) -> list[ForeignMechanism]:
@@ -154,7 +158,9 @@ class PluginHost:
             PluginError: A plugin failed, or returned something else than `ForeignMechanism`s.
             HookcoreError: A plugin refuses the model.
         """
-        answers = self._answers("hookcore_find_foreign", _several(ForeignMechanism), model=model)
+        answers = self._answers(
+            "hookcore_find_foreign", _several(ForeignMechanism), model=model, modules=modules_in(model)
+        )
         return [mechanism for answer in answers for mechanism in answer]
 
     def review(self, plan: Plan) -> list[str]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hookcore.hookspecs import ModelConventions
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)  # with a dict, making thousands of them takes half the time
 class TensorSlot:
     """Parameters and buffers that share memory, or one that shares with none: the unit that moves.
 
@@ -63,22 +63,26 @@ class Component:
     _describe: Callable[[nn.Module], ModelConventions] = field(repr=False)
 
     @cached_property
+    def _places(self) -> list[tuple[str, nn.Module]]:
+        return places(self.module)
+
+    @cached_property
     def modules(self) -> Mapping[str, nn.Module]:
         """FQN to module, each module once, parents before children; `""` is the component itself."""
-        return dict(self.module.named_modules())
+        return _each_once(self._places)
 
     @cached_property
     def fqns(self) -> Mapping[nn.Module, tuple[str, ...]]:
         """Module to all of its FQNs (a shared module has several), in the order of `modules`."""
-        found: dict[nn.Module, list[str]] = {}
-        for fqn, module in self.module.named_modules(remove_duplicate=False):
-            found.setdefault(module, []).append(fqn)
-        return {module: tuple(fqns) for module, fqns in found.items()}
+        found: dict[nn.Module, tuple[str, ...]] = {}
+        for fqn, module in self._places:
+            found[module] = (*found.get(module, ()), fqn)
+        return found
 
     @cached_property
     def slots(self) -> tuple[TensorSlot, ...]:
         """Every parameter and buffer, ties merged, in order of registration."""
-        return tuple(_slots(self.module))
+        return tuple(_slots(self._places))
 
     @cached_property
     def slot_of(self) -> Mapping[str, TensorSlot]:
@@ -105,6 +109,37 @@ class Component:
         return ".".join(part for part in (self.name, fqn) if part) or type(self.module).__name__
 
 
+def places(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """FQN and module of every place in a tree, parents before children; a shared module has several.
+
+    It lists what `named_modules(remove_duplicate=False)` does, in a fourth of the time.
+    """
+    found = [("", root)]
+
+    def add_below(prefix: str, module: nn.Module) -> None:
+        for name, child in module._modules.items():
+            if child is not None:
+                fqn = prefix + name
+                found.append((fqn, child))
+                if child._modules:
+                    add_below(f"{fqn}.", child)
+
+    add_below("", root)
+    return found
+
+
+def modules_in(root: nn.Module) -> dict[str, nn.Module]:
+    """Every module of a tree by its first FQN, parents before children; `""` is the root."""
+    return _each_once(places(root))
+
+
+def _each_once(found_at: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    first: dict[nn.Module, str] = {}
+    for fqn, module in found_at:
+        first.setdefault(module, fqn)
+    return {fqn: module for module, fqn in first.items()}
+
+
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """The tensors registered on the module itself: name, tensor, whether it is a buffer."""
     for registered, is_buffer in ((module._parameters, False), (module._buffers, True)):
@@ -119,8 +154,8 @@ def byte_span(tensor: torch.Tensor) -> tuple[int, int]:
     Tensors without an address (on the meta device, or subclasses that wrap others) count from 0.
     """
     start = tensor.data_ptr() if has_memory(tensor) else 0
-    if tensor.numel() == 0:
-        return start, start
+    if tensor.is_contiguous():  # nearly all are
+        return start, start + tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
 
@@ -130,57 +165,71 @@ def has_memory(tensor: torch.Tensor) -> bool:
     return (
         type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
         and tensor.layout is torch.strided
-        and tensor.device.type != "meta"
+        and not tensor.is_meta
     )
 
 
-def _slots(root: nn.Module) -> Iterator[TensorSlot]:
-    """Groups all tensors below a module by the memory they use.
+def _slots(found_at: list[tuple[str, nn.Module]]) -> Iterator[TensorSlot]:
+    """Groups all tensors in a tree, given as its `places`, by the memory they use.
 
     Two tensors are tied when they are one object, or when their spans of bytes overlap, whatever storages
     these belong to. Sharing a storage alone is no tie: loaders cut many weights out of one file's storage.
     """
-    fqns: dict[torch.Tensor, list[str]] = {}
-    owners: dict[torch.Tensor, list[tuple[nn.Module, str]]] = {}
-    parameters: set[torch.Tensor] = set()
+    tensors: dict[int, torch.Tensor] = {}  # and all else by its identity: hashing a tensor is slow
+    fqns: dict[int, tuple[str, ...]] = {}
+    owners: dict[int, tuple[tuple[nn.Module, str], ...]] = {}
+    parameters: set[int] = set()
     seen: set[nn.Module] = set()
-    for prefix, module in root.named_modules(remove_duplicate=False):
-        for name, tensor, is_buffer in own_tensors(module):
-            fqns.setdefault(tensor, []).append(f"{prefix}.{name}" if prefix else name)
-            if module not in seen:
-                owners.setdefault(tensor, []).append((module, name))
-            if not is_buffer:
-                parameters.add(tensor)
+    for prefix, module in found_at:
+        for registered, is_buffer in ((module._parameters, False), (module._buffers, True)):
+            for name, tensor in registered.items():
+                if tensor is None:
+                    continue
+                key = id(tensor)
+                tensors[key] = tensor
+                fqns[key] = (*fqns.get(key, ()), f"{prefix}.{name}" if prefix else name)
+                if module not in seen:
+                    owners[key] = (*owners.get(key, ()), (module, name))
+                if not is_buffer:
+                    parameters.add(key)
         seen.add(module)
-    for tied in _tied(list(fqns)):
-        yield TensorSlot(
-            fqns=tuple(fqn for tensor in tied for fqn in fqns[tensor]),
-            tensors=tuple(tied),
-            owners=tuple(owner for tensor in tied for owner in owners[tensor]),
-            is_buffer=not any(tensor in parameters for tensor in tied),
-        )
+    for tied in _tied(tensors):
+        if len(tied) == 1:
+            key = tied[0]
+            yield TensorSlot(fqns[key], (tensors[key],), owners[key], key not in parameters)
+        else:
+            yield TensorSlot(
+                fqns=tuple(fqn for key in tied for fqn in fqns[key]),
+                tensors=tuple(tensors[key] for key in tied),
+                owners=tuple(owner for key in tied for owner in owners[key]),
+                is_buffer=parameters.isdisjoint(tied),
+            )
 
 
-def _tied(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Splits distinct tensors into groups that overlap in memory, in order of first appearance."""
-    order = {tensor: index for index, tensor in enumerate(tensors)}
-    by_device: dict[object, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        shares = has_memory(tensor) and tensor.numel() > 0
-        by_device.setdefault(tensor.device if shares else order[tensor], []).append(tensor)
-    groups: list[list[torch.Tensor]] = []
-    for near in by_device.values():
-        reached = -1
-        for tensor in sorted(near, key=byte_span):
-            start, stop = byte_span(tensor)
+def _tied(tensors: Mapping[int, torch.Tensor]) -> Iterator[list[int]]:
+    """Splits distinct tensors, given by identity, into groups that overlap in memory, in the order given."""
+    by_device: dict[torch.device, list[tuple[int, int, int]]] = {}
+    for key, tensor in tensors.items():
+        if has_memory(tensor) and tensor.numel():
+            by_device.setdefault(tensor.device, []).append((*byte_span(tensor), key))
+    tied: dict[int, list[int]] = {}  # only what overlaps with something
+    for spans in by_device.values():
+        spans.sort()
+        reached, group = -1, list[int]()
+        for start, stop, key in spans:
             if start < reached:
-                groups[-1].append(tensor)
+                group.append(key)
+                tied[group[0]] = tied[key] = group
+                reached = max(reached, stop)
             else:
-                groups.append([tensor])
-            reached = max(reached, stop)
-    for group in groups:
+                group, reached = [key], stop
+    order = {key: index for index, key in enumerate(tensors)} if tied else {}
+    for group in tied.values():
         group.sort(key=order.__getitem__)
-    return sorted(groups, key=lambda group: order[group[0]])
+    for key in tensors:
+        group = tied.get(key, [key])
+        if group[0] == key:
+            yield group
 
 
 def open_components(

@@ -50,7 +50,7 @@ def hookcore_find_foreign(modules: Mapping[str, nn.Module]) -> Iterator[ForeignM
 
     A registry without hooks is none: every pipeline leaves one on its denoiser (`cache_context`).
     """
-    registries = {
+    registries: dict[str, Any] = {
         fqn: module._diffusers_hook
         for fqn, module in modules.items()
         if module.__dict__.get("_diffusers_hook") is not None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hookcore.hook import Hook, overrides
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -24,42 +24,32 @@ class _Chain:
     change, never at a call, and take effect all at once: a call under way ends with the hooks it began with.
     """
 
-    __slots__ = ("_module", "_parts")
+    __slots__ = ("_parts",)
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def _build(self, hooks: Sequence[Hook], innermost: Callable[..., Any]) -> None:
+    def _build(self, module: nn.Module, hooks: Sequence[Hook], innermost: Callable[..., Any]) -> None:
         """Sets the hooks, outermost first, around a call."""
-        own: list[Hook] = []
-        call = innermost
-        for index, hook in enumerate(hooks):
-            own.append(hook)
-            if overrides(hook, "around_forward"):
-                inner = innermost
-                if rest := hooks[index + 1 :]:
-                    inner = _Chain(self._module)
-                    inner._build(rest, innermost)
-                call = partial(hook.around_forward, self._module, inner)
-                break
         pre: list[Callable[..., Any]] = []
         post: list[Callable[..., Any]] = []
-        outside = {id(None): 0}  # how many hooks stand outside a step; outside what is not in it, all do
-        for index, hook in enumerate(own):
-            for method, steps in (("pre_forward", pre), ("post_forward", post)):
-                if overrides(hook, method):
-                    steps.append(getattr(hook, method))
-                    outside[id(steps[-1])] = index
-        self._parts = (
-            self._module,
-            tuple(pre),
-            call,
-            tuple(reversed(post)),
-            partial(_tell, self._module, tuple(own), outside),
-        )
+        call = innermost
+        for index, hook in enumerate(hooks):
+            kind = type(hook)
+            # Written out, not by `overrides`: this runs for each of thousands of modules.
+            if kind.pre_forward is not Hook.pre_forward:
+                pre.append(hook.pre_forward)
+            if kind.post_forward is not Hook.post_forward:
+                post.append(hook.post_forward)
+            if kind.around_forward is not Hook.around_forward:
+                inner = innermost
+                if rest := hooks[index + 1 :]:
+                    inner = _Chain()
+                    inner._build(module, rest, innermost)
+                call = partial(hook.around_forward, module, inner)
+                hooks = hooks[: index + 1]
+                break
+        self._parts = module, tuple(pre), call, tuple(reversed(post)), hooks
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        module, pre, call, post, tell = self._parts
+        module, pre, call, post, hooks = self._parts
         # The last step begun is where it failed: to know that costs nothing on the way.
         step: Any = None
         try:
@@ -74,16 +64,31 @@ class _Chain:
                 if changed is not None:
                     output = changed
         except BaseException as error:
-            tell(step, error)
+            _tell(module, hooks[: _entered(hooks, pre, post, step)], error)
             raise
         return output
 
 
-def _tell(
-    module: nn.Module, hooks: Sequence[Hook], outside: Mapping[int, int], step: object, error: BaseException
-) -> None:
-    """Tells the hooks that were entered and not yet left, from inside out."""
-    for hook in reversed(hooks[: outside.get(id(step), len(hooks))]):
+def _entered(
+    hooks: Sequence[Hook],
+    pre: Sequence[Callable[..., Any]],
+    post: Sequence[Callable[..., Any]],
+    failed: object,
+) -> int:
+    """How many hooks, counted from outside, had been entered and not yet left when a step failed."""
+    if failed is None:  # before the first step
+        return 0
+    for method, steps in (("pre_forward", pre), ("post_forward", reversed(post))):
+        overriding = (index for index, hook in enumerate(hooks) if overrides(type(hook), method))
+        for index, step in zip(overriding, steps, strict=True):
+            if step is failed:
+                return index
+    return len(hooks)
+
+
+def _tell(module: nn.Module, hooks: Sequence[Hook], error: BaseException) -> None:
+    """Tells hooks, outermost first, of an error, from inside out."""
+    for hook in reversed(hooks):
         try:
             hook.on_error(module, error)
         except Exception as another:  # noqa: BLE001 - the first error is the one to report
@@ -105,7 +110,7 @@ class HookStack(_Chain):
     __wrapped__: Callable[..., Any]
 
     def __init__(self, module: nn.Module, entry: str) -> None:
-        super().__init__(module)
+        self._module = module
         self._entry = entry
         self._replaced = module.__dict__.get(entry)
         self.hooks: tuple[Hook, ...] = ()
@@ -145,12 +150,13 @@ class HookStack(_Chain):
             # Also when no hook is left: whoever kept the stack then calls what it wraps.
             stack.hooks = tuple(hooks)
             stack.keeps_alive = keeps_alive
-            stack._build(stack.hooks, stack.__wrapped__)
-            if not hooks:
+            stack._build(module, stack.hooks, stack.__wrapped__)
+        if not hooks:
+            if stack is not None:
                 stack._give_back()
-        if HookStack not in map(type, attributes.values()):
-            attributes.pop(_REDUCE, None)
-            attributes.pop(_DEEPCOPY, None)
+            if HookStack not in map(type, attributes.values()):
+                attributes.pop(_REDUCE, None)
+                attributes.pop(_DEEPCOPY, None)
 
     def _give_back(self) -> None:
         """Makes the entry what it was before, unless another library has put something there since."""

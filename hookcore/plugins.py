@@ -28,7 +28,6 @@ from torch import nn
 from hookcore import hookspecs
 from hookcore.errors import HookcoreError, HookcoreWarning, PluginError
 from hookcore.hookspecs import PROJECT, ForeignMechanism, ModelConventions
-from hookcore.target import modules_in
 from hookcore.technique import Phase, Technique
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from hookcore.plan import Plan
+    from hookcore.target import Component
 
 ALLOW_LIST = "HOOKCORE_PLUGINS"
 """Environment variable: comma separated names of the only plugins to load; empty loads none."""
@@ -138,7 +138,7 @@ class PluginHost:
         components: Mapping[str, nn.Module] | None = next(answers, None)
         return components
 
-    def describe(self, model: nn.Module) -> ModelConventions:
+    def describe(self, component: Component) -> ModelConventions:
         """Asks what the model's library declares about it, and merges the answers.
 
         Raises:
@@ -146,12 +146,15 @@ class PluginHost:
             HookcoreError: A plugin refuses the model.
         """
         asked = self._answers(
-            "hookcore_describe_model", _one(ModelConventions), model=model, modules=modules_in(model)
+            "hookcore_describe_model",
+            _one(ModelConventions),
+            model=component.module,
+            modules=component.modules,
         )
         answers = list(asked)
         return functools.reduce(ModelConventions.merged, answers) if answers else ModelConventions()
 
-    def find_foreign(self, model: nn.Module) -> list[ForeignMechanism]:
+    def find_foreign(self, component: Component) -> list[ForeignMechanism]:
         """Asks what else already changes calls in this tree.
 
         Raises:
@@ -159,7 +162,10 @@ class PluginHost:
             HookcoreError: A plugin refuses the model.
         """
         answers = self._answers(
-            "hookcore_find_foreign", _several(ForeignMechanism), model=model, modules=modules_in(model)
+            "hookcore_find_foreign",
+            _several(ForeignMechanism),
+            model=component.module,
+            modules=component.modules,
         )
         return [mechanism for answer in answers for mechanism in answer]
 

@@ -28,25 +28,25 @@ class _Chain:
 
     def _build(self, module: nn.Module, hooks: Sequence[Hook], innermost: Callable[..., Any]) -> None:
         """Sets the hooks, outermost first, around a call."""
-        pre: list[Callable[..., Any]] = []
-        post: list[Callable[..., Any]] = []
+        # Written out, without `overrides` and lists: this runs for each of thousands of modules.
+        pre: tuple[Callable[..., Any], ...] = ()
+        post: tuple[Callable[..., Any], ...] = ()
         call = innermost
-        for index, hook in enumerate(hooks):
+        for outer, hook in enumerate(hooks, start=1):
             kind = type(hook)
-            # Written out, not by `overrides`: this runs for each of thousands of modules.
             if kind.pre_forward is not Hook.pre_forward:
-                pre.append(hook.pre_forward)
+                pre = (*pre, hook.pre_forward)
             if kind.post_forward is not Hook.post_forward:
-                post.append(hook.post_forward)
+                post = (hook.post_forward, *post)
             if kind.around_forward is not Hook.around_forward:
                 inner = innermost
-                if rest := hooks[index + 1 :]:
+                if rest := hooks[outer:]:
                     inner = _Chain()
                     inner._build(module, rest, innermost)
                 call = partial(hook.around_forward, module, inner)
-                hooks = hooks[: index + 1]
+                hooks = hooks[:outer]
                 break
-        self._parts = module, tuple(pre), call, tuple(reversed(post)), hooks
+        self._parts = module, pre, call, post, hooks
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         module, pre, call, post, hooks = self._parts
@@ -145,7 +145,7 @@ class HookStack(_Chain):
         stack = HookStack.at(module, entry)
         if stack is None and hooks:
             attributes[entry] = stack = HookStack(module, entry)
-            _leave_out_of_copies(module)
+            _PlainReduction.begin(module, entry)
         if stack is not None:
             # Also when no hook is left: whoever kept the stack then calls what it wraps.
             stack.hooks = tuple(hooks)
@@ -154,9 +154,7 @@ class HookStack(_Chain):
         if not hooks:
             if stack is not None:
                 stack._give_back()
-            if HookStack not in map(type, attributes.values()):
-                attributes.pop(_REDUCE, None)
-                attributes.pop(_DEEPCOPY, None)
+            _PlainReduction.end(module, entry)
 
     def _give_back(self) -> None:
         """Makes the entry what it was before, unless another library has put something there since."""
@@ -178,16 +176,43 @@ class HookStack(_Chain):
         return getattr, (self._replaced, "__call__")
 
 
-def _leave_out_of_copies(module: nn.Module) -> None:
-    """Has copies and pickles of a module leave out its hooks."""
-    module.__dict__.setdefault(_REDUCE, partial(_reduce_without_hooks, module))
-    if hasattr(type(module), _DEEPCOPY):
-        module.__dict__.setdefault(_DEEPCOPY, partial(_deepcopy_without_hooks, module))
+class _PlainReduction:
+    """Stands in for the `__reduce_ex__` of a hooked module: reduces it to what it would be without hooks.
 
+    Attributes:
+        module: The module.
+        entries: Which of its entries have hooks.
+    """
 
-def _reduce_without_hooks(module: nn.Module, protocol: int) -> Any:
-    """Reduces a hooked module, for `copy.deepcopy` and pickle, to what it would be without hooks."""
-    return _without_hooks(type(module).__reduce_ex__(module, protocol))
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.entries: tuple[str, ...] = ()
+
+    @staticmethod
+    def begin(module: nn.Module, entry: str) -> None:
+        """Has copies and pickles of a module leave out the hooks of an entry."""
+        attributes = module.__dict__
+        reduction = attributes.get(_REDUCE)
+        if reduction is None:
+            attributes[_REDUCE] = reduction = _PlainReduction(module)
+            if hasattr(type(module), _DEEPCOPY):
+                attributes.setdefault(_DEEPCOPY, partial(_deepcopy_without_hooks, module))
+        if isinstance(reduction, _PlainReduction):  # or else the instance had a way of its own
+            reduction.entries = (*reduction.entries, entry)
+
+    @staticmethod
+    def end(module: nn.Module, entry: str) -> None:
+        """Has copies and pickles be the class's own once no other entry has hooks."""
+        attributes = module.__dict__
+        reduction = attributes.get(_REDUCE)
+        if isinstance(reduction, _PlainReduction):
+            reduction.entries = tuple(it for it in reduction.entries if it != entry)
+            if not reduction.entries:
+                del attributes[_REDUCE]
+                attributes.pop(_DEEPCOPY, None)
+
+    def __call__(self, protocol: int) -> Any:
+        return _without_hooks(type(self.module).__reduce_ex__(self.module, protocol))
 
 
 def _without_hooks(reduced: Any) -> Any:

@@ -60,7 +60,7 @@ class Component:
 
     name: str
     module: nn.Module
-    _describe: Callable[[nn.Module], ModelConventions] = field(repr=False)
+    _describe: Callable[[Component], ModelConventions] = field(repr=False)
 
     @cached_property
     def _places(self) -> list[tuple[str, nn.Module]]:
@@ -69,7 +69,10 @@ class Component:
     @cached_property
     def modules(self) -> Mapping[str, nn.Module]:
         """FQN to module, each module once, parents before children; `""` is the component itself."""
-        return _each_once(self._places)
+        first: dict[nn.Module, str] = {}
+        for fqn, module in self._places:
+            first.setdefault(module, fqn)
+        return {fqn: module for module, fqn in first.items()}
 
     @cached_property
     def fqns(self) -> Mapping[nn.Module, tuple[str, ...]]:
@@ -102,7 +105,7 @@ class Component:
     @cached_property
     def conventions(self) -> ModelConventions:
         """What the model's library says about it: entries, blocks, modules not to be split or cast."""
-        return self._describe(self.module)
+        return self._describe(self)
 
     def label(self, fqn: str) -> str:
         """An FQN with the component's name before it, for messages."""
@@ -126,18 +129,6 @@ def places(root: nn.Module) -> list[tuple[str, nn.Module]]:
 
     add_below("", root)
     return found
-
-
-def modules_in(root: nn.Module) -> dict[str, nn.Module]:
-    """Every module of a tree by its first FQN, parents before children; `""` is the root."""
-    return _each_once(places(root))
-
-
-def _each_once(found_at: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
-    first: dict[nn.Module, str] = {}
-    for fqn, module in found_at:
-        first.setdefault(module, fqn)
-    return {fqn: module for module, fqn in first.items()}
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
@@ -237,7 +228,7 @@ def open_components(
     names: Iterable[str] | None,
     *,
     open_target: Callable[[Any], Mapping[str, nn.Module] | None],
-    describe: Callable[[nn.Module], ModelConventions],
+    describe: Callable[[Component], ModelConventions],
 ) -> dict[str, Component]:
     """Turns a target into its named components.
 

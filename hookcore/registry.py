@@ -343,10 +343,11 @@ def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> Non
     hooks_at: dict[Key, tuple[Hook, ...]] = {}
     needed_at: dict[Key, tuple[Attachment, ...]] = {}
     for item in attachments:
-        needed = (item,)  # one for all entries, where it is the only one
-        for key, hooks in item.hooks_at.items():
-            hooks_at[key] = hooks_at.get(key, ()) + hooks
-            needed_at[key] = needed_at.get(key, ()) + needed
+        needed = dict.fromkeys(item.hooks_at, (item,))
+        shared = hooks_at.keys() & item.hooks_at.keys()
+        # What is outside of it comes first at a shared entry.
+        hooks_at |= item.hooks_at | {key: hooks_at[key] + item.hooks_at[key] for key in shared}
+        needed_at |= needed | {key: needed_at[key] + needed[key] for key in shared}
     guards = {item.lock: WeightGuard(item.lock) for item in attachments}
     for key, hooks in hooks_at.items():
         for hook in hooks:

@@ -141,17 +141,15 @@ class HookStack(_Chain):
             hooks: The hooks.
             keeps_alive: What has to live as long as the hooks do.
         """
-        attributes = module.__dict__
         stack = HookStack.at(module, entry)
-        if stack is None and hooks:
-            attributes[entry] = stack = HookStack(module, entry)
-            _PlainReduction.begin(module, entry)
-        if stack is not None:
-            # Also when no hook is left: whoever kept the stack then calls what it wraps.
+        if hooks:
+            if stack is None:
+                module.__dict__[entry] = stack = HookStack(module, entry)
+                _PlainReduction.begin(module, entry)
             stack.hooks = tuple(hooks)
             stack.keeps_alive = keeps_alive
             stack._build(module, stack.hooks, stack.__wrapped__)
-        if not hooks:
+        else:
             if stack is not None:
                 stack._give_back()
             _PlainReduction.end(module, entry)
@@ -164,6 +162,10 @@ class HookStack(_Chain):
                 del attributes[self._entry]
             else:
                 attributes[self._entry] = self._replaced
+        # Whoever kept the stack calls what it wraps.
+        self.hooks = ()
+        self.keeps_alive = None
+        self._build(self._module, (), self.__wrapped__)
 
     def __getattr__(self, name: str) -> Any:
         # Whatever else people ask of a method, such as __func__ and __self__.
@@ -184,9 +186,11 @@ class _PlainReduction:
         entries: Which of its entries have hooks.
     """
 
+    __slots__ = ("entries", "module")
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.entries: tuple[str, ...] = ()
+        self.entries: set[str] = set()
 
     @staticmethod
     def begin(module: nn.Module, entry: str) -> None:
@@ -198,7 +202,7 @@ class _PlainReduction:
             if hasattr(type(module), _DEEPCOPY):
                 attributes.setdefault(_DEEPCOPY, partial(_deepcopy_without_hooks, module))
         if isinstance(reduction, _PlainReduction):  # or else the instance had a way of its own
-            reduction.entries = (*reduction.entries, entry)
+            reduction.entries.add(entry)
 
     @staticmethod
     def end(module: nn.Module, entry: str) -> None:
@@ -206,7 +210,7 @@ class _PlainReduction:
         attributes = module.__dict__
         reduction = attributes.get(_REDUCE)
         if isinstance(reduction, _PlainReduction):
-            reduction.entries = tuple(it for it in reduction.entries if it != entry)
+            reduction.entries.discard(entry)
             if not reduction.entries:
                 del attributes[_REDUCE]
                 attributes.pop(_DEEPCOPY, None)

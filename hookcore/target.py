@@ -63,14 +63,15 @@ class Component:
     _describe: Callable[[Component], ModelConventions] = field(repr=False)
 
     @cached_property
-    def _places(self) -> list[tuple[str, nn.Module]]:
-        return places(self.module)
+    def places(self) -> tuple[tuple[str, nn.Module], ...]:
+        """FQN and module of every place in the tree, parents before children; a shared module has several."""
+        return tuple(walk(self.module))
 
     @cached_property
     def modules(self) -> Mapping[str, nn.Module]:
         """FQN to module, each module once, parents before children; `""` is the component itself."""
         first: dict[nn.Module, str] = {}
-        for fqn, module in self._places:
+        for fqn, module in self.places:
             first.setdefault(module, fqn)
         return {fqn: module for module, fqn in first.items()}
 
@@ -78,14 +79,14 @@ class Component:
     def fqns(self) -> Mapping[nn.Module, tuple[str, ...]]:
         """Module to all of its FQNs (a shared module has several), in the order of `modules`."""
         found: dict[nn.Module, tuple[str, ...]] = {}
-        for fqn, module in self._places:
+        for fqn, module in self.places:
             found[module] = (*found.get(module, ()), fqn)
         return found
 
     @cached_property
     def slots(self) -> tuple[TensorSlot, ...]:
         """Every parameter and buffer, ties merged, in order of registration."""
-        return tuple(_slots(self._places))
+        return tuple(_slots(self.places))
 
     @cached_property
     def slot_of(self) -> Mapping[str, TensorSlot]:
@@ -112,7 +113,7 @@ class Component:
         return ".".join(part for part in (self.name, fqn) if part) or type(self.module).__name__
 
 
-def places(root: nn.Module) -> list[tuple[str, nn.Module]]:
+def walk(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """FQN and module of every place in a tree, parents before children; a shared module has several.
 
     It lists what `named_modules(remove_duplicate=False)` does, in a fourth of the time.
@@ -145,49 +146,57 @@ def byte_span(tensor: torch.Tensor) -> tuple[int, int]:
     Tensors without an address (on the meta device, or subclasses that wrap others) count from 0.
     """
     start = tensor.data_ptr() if has_memory(tensor) else 0
+    return start, start + _extent(tensor)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last that a strided tensor uses."""
     if tensor.is_contiguous():  # nearly all are
-        return start, start + tensor.nbytes
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
+    return (last + 1) * tensor.element_size()
+
+
+_PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether the tensor is plain and strided and has memory of its own that can be pointed at."""
-    return (
-        type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
-        and tensor.layout is torch.strided
-        and not tensor.is_meta
-    )
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_meta
 
 
-def _slots(found_at: list[tuple[str, nn.Module]]) -> Iterator[TensorSlot]:
-    """Groups all tensors in a tree, given as its `places`, by the memory they use.
+def _slots(places: Iterable[tuple[str, nn.Module]]) -> Iterator[TensorSlot]:
+    """Groups all tensors in a tree by the memory they use.
 
     Two tensors are tied when they are one object, or when their spans of bytes overlap, whatever storages
     these belong to. Sharing a storage alone is no tie: loaders cut many weights out of one file's storage.
     """
     tensors: dict[int, torch.Tensor] = {}  # and all else by its identity: hashing a tensor is slow
-    fqns: dict[int, tuple[str, ...]] = {}
-    owners: dict[int, tuple[tuple[nn.Module, str], ...]] = {}
+    fqns: dict[int, list[str]] = {}
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
     parameters: set[int] = set()
     seen: set[nn.Module] = set()
-    for prefix, module in found_at:
+    for fqn, module in places:
+        prefix = f"{fqn}." if fqn else ""
         for registered, is_buffer in ((module._parameters, False), (module._buffers, True)):
             for name, tensor in registered.items():
                 if tensor is None:
                     continue
                 key = id(tensor)
-                tensors[key] = tensor
-                fqns[key] = (*fqns.get(key, ()), f"{prefix}.{name}" if prefix else name)
+                if key not in tensors:
+                    tensors[key] = tensor
+                    fqns[key] = []
+                    owners[key] = []
+                fqns[key].append(prefix + name)
                 if module not in seen:
-                    owners[key] = (*owners.get(key, ()), (module, name))
+                    owners[key].append((module, name))
                 if not is_buffer:
                     parameters.add(key)
         seen.add(module)
     for tied in _tied(tensors):
         if len(tied) == 1:
             key = tied[0]
-            yield TensorSlot(fqns[key], (tensors[key],), owners[key], key not in parameters)
+            yield TensorSlot(tuple(fqns[key]), (tensors[key],), tuple(owners[key]), key not in parameters)
         else:
             yield TensorSlot(
                 fqns=tuple(fqn for key in tied for fqn in fqns[key]),
@@ -202,7 +211,8 @@ def _tied(tensors: Mapping[int, torch.Tensor]) -> Iterator[list[int]]:
     by_device: dict[torch.device, list[tuple[int, int, int]]] = {}
     for key, tensor in tensors.items():
         if has_memory(tensor) and tensor.numel():
-            by_device.setdefault(tensor.device, []).append((*byte_span(tensor), key))
+            start = tensor.data_ptr()
+            by_device.setdefault(tensor.device, []).append((start, start + _extent(tensor), key))
     tied: dict[int, list[int]] = {}  # only what overlaps with something
     for spans in by_device.values():
         spans.sort()

@@ -13,7 +13,7 @@ from torch import nn
 from hookcore.errors import PlanError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from hookcore.hookspecs import ModelConventions
 
@@ -151,7 +151,7 @@ def byte_span(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _extent(tensor: torch.Tensor) -> int:
     """Bytes from the first to the last that a strided tensor uses."""
-    if tensor.is_contiguous():  # nearly all are
+    if tensor.is_contiguous():  # nearly all are; so are empty ones
         return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
@@ -171,10 +171,7 @@ def _slots(places: Iterable[tuple[str, nn.Module]]) -> Iterator[TensorSlot]:
     Two tensors are tied when they are one object, or when their spans of bytes overlap, whatever storages
     these belong to. Sharing a storage alone is no tie: loaders cut many weights out of one file's storage.
     """
-    tensors: dict[int, torch.Tensor] = {}  # and all else by its identity: hashing a tensor is slow
-    fqns: dict[int, list[str]] = {}
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    parameters: set[int] = set()
+    of_tensor: dict[int, TensorSlot] = {}  # by identity: hashing a tensor is slow
     seen: set[nn.Module] = set()
     for fqn, module in places:
         prefix = f"{fqn}." if fqn else ""
@@ -182,55 +179,52 @@ def _slots(places: Iterable[tuple[str, nn.Module]]) -> Iterator[TensorSlot]:
             for name, tensor in registered.items():
                 if tensor is None:
                     continue
+                owners = () if module in seen else ((module, name),)
+                slot = TensorSlot((prefix + name,), (tensor,), owners, is_buffer)
                 key = id(tensor)
-                if key not in tensors:
-                    tensors[key] = tensor
-                    fqns[key] = []
-                    owners[key] = []
-                fqns[key].append(prefix + name)
-                if module not in seen:
-                    owners[key].append((module, name))
-                if not is_buffer:
-                    parameters.add(key)
+                of_tensor[key] = _joined([of_tensor[key], slot]) if key in of_tensor else slot
         seen.add(module)
-    for tied in _tied(tensors):
-        if len(tied) == 1:
-            key = tied[0]
-            yield TensorSlot(tuple(fqns[key]), (tensors[key],), tuple(owners[key]), key not in parameters)
-        else:
-            yield TensorSlot(
-                fqns=tuple(fqn for key in tied for fqn in fqns[key]),
-                tensors=tuple(tensors[key] for key in tied),
-                owners=tuple(owner for key in tied for owner in owners[key]),
-                is_buffer=parameters.isdisjoint(tied),
-            )
+    slots = list(of_tensor.values())
+    tied = _tied(slots)
+    for index, slot in enumerate(slots):
+        together = tied.get(index)
+        if together is None:
+            yield slot
+        elif together[0] == index:
+            yield _joined([slots[it] for it in together])
 
 
-def _tied(tensors: Mapping[int, torch.Tensor]) -> Iterator[list[int]]:
-    """Splits distinct tensors, given by identity, into groups that overlap in memory, in the order given."""
+def _joined(slots: Sequence[TensorSlot]) -> TensorSlot:
+    return TensorSlot(
+        fqns=tuple(fqn for slot in slots for fqn in slot.fqns),
+        tensors=tuple({id(tensor): tensor for slot in slots for tensor in slot.tensors}.values()),
+        owners=tuple(owner for slot in slots for owner in slot.owners),
+        is_buffer=all(slot.is_buffer for slot in slots),
+    )
+
+
+def _tied(slots: Sequence[TensorSlot]) -> dict[int, list[int]]:
+    """Finds what overlaps in memory, of slots with one tensor each: number to all numbers it is tied with."""
     by_device: dict[torch.device, list[tuple[int, int, int]]] = {}
-    for key, tensor in tensors.items():
-        if has_memory(tensor) and tensor.numel():
+    for index, slot in enumerate(slots):
+        tensor = slot.tensors[0]
+        if has_memory(tensor) and (extent := _extent(tensor)):
             start = tensor.data_ptr()
-            by_device.setdefault(tensor.device, []).append((start, start + _extent(tensor), key))
-    tied: dict[int, list[int]] = {}  # only what overlaps with something
+            by_device.setdefault(tensor.device, []).append((start, start + extent, index))
+    tied: dict[int, list[int]] = {}
     for spans in by_device.values():
         spans.sort()
-        reached, group = -1, list[int]()
-        for start, stop, key in spans:
+        reached, together = -1, list[int]()
+        for start, stop, index in spans:
             if start < reached:
-                group.append(key)
-                tied[group[0]] = tied[key] = group
+                together.append(index)
+                tied[together[0]] = tied[index] = together
                 reached = max(reached, stop)
             else:
-                group, reached = [key], stop
-    order = {key: index for index, key in enumerate(tensors)} if tied else {}
-    for group in tied.values():
-        group.sort(key=order.__getitem__)
-    for key in tensors:
-        group = tied.get(key, [key])
-        if group[0] == key:
-            yield group
+                together, reached = [index], stop
+    for together in tied.values():
+        together.sort()
+    return tied
 
 
 def open_components(

@@ -132,8 +132,9 @@ def make_groups(
         user_of[fqn] = numbers.get(component.fqns[module][0], above)
     together: dict[tuple[int, ...], list[TensorSlot]] = {}
     for slot in slots:
-        using = {user_of[fqn.rpartition(".")[0]] for fqn in slot.fqns}
-        together.setdefault(tuple(sorted(using)), []).append(slot)
+        using = [user_of[fqn.rpartition(".")[0]] for fqn in slot.fqns]
+        users = tuple(using) if len(using) == 1 else tuple(sorted(set(using)))
+        together.setdefault(users, []).append(slot)
     entries = [("", entry) for entry in entries_of(component)]
     groups = []
     for users, members in together.items():

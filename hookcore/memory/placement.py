@@ -330,15 +330,15 @@ class DeviceMover(GroupMover):
     def attach(self, group: Group, *, resident: bool) -> None:
         """Moves a group to where it lies between calls."""
         device = self._onload_device if resident else self._offload_device
-        found = [(slot, tensors) for slot in group.slots if (tensors := current_tensors(slot))]
-        homes = {slot: tensors[0].device for slot, tensors in found}
-        _move([(tensors, device) for _, tensors in found])
+        found = {slot: tensors for slot in group.slots if (tensors := current_tensors(slot))}
+        homes = {slot: tensors[0].device for slot, tensors in found.items()}
+        _move((tensors, device) for tensors in found.values())
         self._homes.update(homes)
 
     def detach(self, group: Group) -> None:
         """Moves a group back to the device that it came from."""
         homes = {slot: self._homes[slot] for slot in group.slots if slot in self._homes}
-        _move([(current_tensors(slot), device) for slot, device in homes.items()])
+        _move((current_tensors(slot), device) for slot, device in homes.items())
         for slot in homes:
             del self._homes[slot]
 
@@ -439,7 +439,7 @@ def check_movable(component: Component, slots: Iterable[TensorSlot]) -> None:
 
 def current_tensors(slot: TensorSlot) -> list[torch.Tensor]:
     """The distinct tensors that are now where a slot's tensors were registered."""
-    found = [tensor for module, name in slot.owners if (tensor := _tensor_at(module, name)) is not None]
+    found = [tensor for owner in slot.owners if (tensor := _tensor_at(*owner)) is not None]
     return found if len(found) < 2 else list({id(tensor): tensor for tensor in found}.values())
 
 
@@ -492,8 +492,9 @@ def _move(devices: Iterable[tuple[list[torch.Tensor], torch.device]]) -> None:
     """Moves the tensors of slots to a device for good; all of them or, if it raises, none."""
     moved: list[tuple[torch.Tensor, torch.Tensor]] = []
     for of_slot, device in devices:
-        for tensors in _by_memory([it for it in of_slot if not is_on(it, device)]):
-            moved += zip(tensors, _copy_memory(tensors, device)[2], strict=True)
+        if elsewhere := [it for it in of_slot if not is_on(it, device)]:
+            for tensors in _by_memory(elsewhere):
+                moved += zip(tensors, _copy_memory(tensors, device)[2], strict=True)
     for tensor, view in moved:
         tensor.data = view
 

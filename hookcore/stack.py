@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _REDUCE = "__reduce_ex__"
 _DEEPCOPY = "__deepcopy__"
+_PRE, _POST, _AROUND = Hook.pre_forward, Hook.post_forward, Hook.around_forward
 
 
 class _Chain:
@@ -34,11 +35,11 @@ class _Chain:
         call = innermost
         for outer, hook in enumerate(hooks, start=1):
             kind = type(hook)
-            if kind.pre_forward is not Hook.pre_forward:
+            if kind.pre_forward is not _PRE:
                 pre = (*pre, hook.pre_forward)
-            if kind.post_forward is not Hook.post_forward:
+            if kind.post_forward is not _POST:
                 post = (hook.post_forward, *post)
-            if kind.around_forward is not Hook.around_forward:
+            if kind.around_forward is not _AROUND:
                 inner = innermost
                 if rest := hooks[outer:]:
                     inner = _Chain()
@@ -165,7 +166,7 @@ class HookStack(_Chain):
         # Whoever kept the stack calls what it wraps.
         self.hooks = ()
         self.keeps_alive = None
-        self._build(self._module, (), self.__wrapped__)
+        self._parts = self._module, (), self.__wrapped__, (), ()
 
     def __getattr__(self, name: str) -> Any:
         # Whatever else people ask of a method, such as __func__ and __self__.

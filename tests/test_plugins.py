@@ -392,6 +392,24 @@ def test_a_hook_may_take_fewer_arguments_and_gets_what_it_names(hosting):
     assert built.weight.shape == (3, 2)
 
 
+def test_a_plugin_is_given_the_modules_of_the_tree(hosting):
+    inner = nn.Identity()
+    model = nn.ModuleDict({"one": nn.ModuleList([inner]), "other": inner})
+    source = hooked(
+        "hookcore_describe_model", "modules", "return ModelConventions(block_classes=modules)"
+    ) + hooked(
+        "hookcore_find_foreign",
+        "model, modules",
+        "assert modules[''] is model",
+        "return [ForeignMechanism(fqn, type(it).__name__, '') for fqn, it in modules.items()]",
+    )
+    host = hosting(source)
+    component = Component("", model, host.describe)
+    assert component.conventions.block_classes == ("", "one", "one.0")
+    found = [(it.fqn, it.what) for it in host.find_foreign(component)]
+    assert found == [("", "ModuleDict"), ("one", "ModuleList"), ("one.0", "Identity")]
+
+
 @given(st.lists(st.none() | st.integers(0, 5), max_size=3), st.sampled_from([None, 0, 1, 2]))
 def test_the_first_answer_counts_and_nobody_is_asked_after_it(answers, last):
     # Later plugins are asked earlier, unless they want to be the last.

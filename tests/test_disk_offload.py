@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-import models
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -31,7 +30,9 @@ import hookcore
 from hookcore import CheckpointError, Hook, Phase, Technique
 from hookcore.memory import DiskMover, disk, find_mapping, origin_of
 from hookcore.memory.arena import rounded
-from hookcore.testing.modules import module_trees, tensors_in
+from hookcore.testing import models
+from hookcore.testing.cases import tensors_in
+from hookcore.testing.modules import module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.disk_offload import DiskOffload
 
@@ -1018,6 +1019,23 @@ def test_what_was_read_ahead_of_a_changed_file_is_never_used(how, folder):
         put_back = damage(file, how)
         with pytest.raises(CheckpointError):
             call(model)
+        put_back()
+        assert torch.equal(call(model), expected)
+
+
+@every_damage
+def test_what_was_read_ahead_is_not_used_after_a_removal_that_found_a_changed_file(how, folder):
+    file = sorted(folder.glob("*.safetensors"))[1]
+    model = wide()
+    with reading("read"):
+        applied = hookcore.apply(model, [DiskOffload(folder, read_ahead="1MiB")])
+        expected = call(model)
+        read_ahead_done(model)
+        for load in mover_of(model)._ahead.values():  # as if it had been read while the file was damaged
+            load.read.tensor.fill_(7)
+        put_back = damage(file, how)
+        with pytest.raises(CheckpointError):
+            applied.remove()
         put_back()
         assert torch.equal(call(model), expected)
 

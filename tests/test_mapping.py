@@ -240,11 +240,11 @@ def test_cached_fraction_tells_the_truth(tmp_path):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         os.pread(file.fileno(), 5 * PAGE, 20 * PAGE)
     told = [mapping.cached_fraction(page * PAGE, PAGE) for page in range(64)]
-    assert mapping.cached_fraction(0, len(mapping)) == sum(told) / 64
     assert told[20:25] == [1.0] * 5
+    assert 0.0 in told
     truth = cached_pages(path, 64)
-    if truth is not None:
-        assert told == truth
+    if truth is not None:  # asking may itself have the system read more, so this goes one way only
+        assert all(is_there for it, is_there in zip(told, truth, strict=True) if it)
     mapping.populate(0, len(mapping))
     assert mapping.cached_fraction(0, len(mapping)) == 1.0
     assert mapping.cached_fraction(5, 0) == 1.0

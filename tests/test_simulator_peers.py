@@ -11,11 +11,11 @@ import itertools
 import sys
 from unittest.mock import patch
 
-import models
 import pytest
 import torch
 
-from hookcore.testing.modules import tensors_in
+from hookcore.testing import models
+from hookcore.testing.cases import tensors_in
 from hookcore.testing.snapshot import same_bits
 
 accelerate = pytest.importorskip("accelerate")

@@ -318,7 +318,7 @@ class DiskMover(GroupMover):
                 load = self._start(group)
                 load.wait()
             for path in {it.mapping.path for it in load.ranges}:
-                self._checkpoint.verify_file(path)
+                self._verify(path)
             self._show(group, load)
         except BaseException:
             self._let_go(load)
@@ -358,10 +358,10 @@ class DiskMover(GroupMover):
         origin = weight.origin
         if origin.strides is None:
             return weight.homes
-        origin.checkpoint.verify_file(origin.entry.path)
+        self._verify(origin.entry.path)
         memory = torch.empty_strided(origin.entry.shape, origin.strides, dtype=origin.dtype)
         memory.copy_(origin.raw)
-        origin.checkpoint.verify_file(origin.entry.path)
+        self._verify(origin.entry.path)
         return [memory if home is origin.raw else _in_dtype_of_calls(home, origin) for home in weight.homes]
 
     @torch.inference_mode(False)  # as parameters take over from data whether it was made in the mode
@@ -475,10 +475,13 @@ class DiskMover(GroupMover):
             load.done.exception()  # waits for it
         self._let_go(load)
 
-    def _verify(self) -> None:
-        """Checks all files; what was read ahead may be of one that changed, even if it is put back later."""
+    def _verify(self, path: Path | None = None) -> None:
+        """Checks a file, or all; what was read ahead may be of one changed, even if it is put back later."""
         try:
-            self._checkpoint.verify()
+            if path is None:
+                self._checkpoint.verify()
+            else:
+                self._checkpoint.verify_file(path)
         except CheckpointError:
             while self._ahead:
                 self._discard()

@@ -318,6 +318,16 @@ def test_a_technique_does_not_conflict_with_itself():
     check_conflicts([step(toy("moves", lambda _: bindings), on)], [])
 
 
+def test_the_third_technique_conflicts_with_the_first():
+    on = component(nn.Sequential(nn.Identity(), nn.Identity()))
+    steps = [
+        step(claiming(name, [Claim(Resource.MEMORY_FORMAT)], fqn), on)
+        for name, fqn in (("one", "0"), ("two", "1"), ("three", "0"))
+    ]
+    with pytest.raises(ConflictError, match="^three cannot claim .*: one already holds it"):
+        check_conflicts(steps, [])
+
+
 @pytest.mark.parametrize("existing", [False, True])
 def test_siblings_conflict_over_a_weight_that_they_share(existing):
     """Neither component has a place in common with the other; the tensor is all that they share."""

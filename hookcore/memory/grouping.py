@@ -96,7 +96,7 @@ def leaf_units(component: Component) -> tuple[Unit, ...]:
     units: dict[str, None] = {}
     for fqn, module in component.places:
         above = fqn.rpartition(".")[0]
-        if fqn and above in wholes:
+        if above in wholes:
             wholes.add(fqn)
             unit_of[fqn] = unit_of[above]
         elif isinstance(module, _READ_THEIR_CHILDREN):

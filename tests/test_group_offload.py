@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import hookcore
 from hookcore import Component, Hook, ModelConventions, Phase, PlanError, Technique, UnsupportedModelError
 from hookcore.memory import DeviceMover, Group, Placement, WatchedTensors, find_blocks, is_on, placement
+from hookcore.memory.placement import current_tensors
 from hookcore.testing import models
 from hookcore.testing.modules import Counter, Recipe, Scaled, TreeModel, WeightReader, module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
@@ -84,7 +85,7 @@ class OnlyCopies(TorchDispatchMode):
             with self._exempt():
                 onload(mover, group)
             self.order.append(group.name)
-            for tensor in {storage(it): it for slot in group.slots for it in slot.tensors}.values():
+            for tensor in {storage(it): it for slot in group.slots for it in current_tensors(slot)}.values():
                 assert not tensor.numel() or storage(tensor) not in self.offloaded
                 self.copies[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
             self.peak = max(self.peak, self.alive())

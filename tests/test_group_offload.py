@@ -22,8 +22,16 @@ from torch.utils._pytree import tree_leaves
 
 import hookcore
 from hookcore import Component, Hook, ModelConventions, Phase, PlanError, Technique, UnsupportedModelError
-from hookcore.memory import DeviceMover, Group, Placement, WatchedTensors, find_blocks, is_on, placement
-from hookcore.memory.placement import current_tensors
+from hookcore.memory import (
+    DeviceMover,
+    Group,
+    Placement,
+    WatchedTensors,
+    current_tensors,
+    find_blocks,
+    is_on,
+    placement,
+)
 from hookcore.testing import models
 from hookcore.testing.modules import Counter, Recipe, Scaled, TreeModel, WeightReader, module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits

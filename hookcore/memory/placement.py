@@ -69,8 +69,11 @@ class Placement:
         claimed.setdefault(first, []).extend(self._resident)
         for (fqn, entry), groups in held.items():
             hook_class = _PlacementHook if (fqn, entry) == first else _HoldHook
-            slots = (slot for group in claimed.get((fqn, entry), ()) for slot in group.slots)
-            claims = (Claim(Resource.PLACEMENT, slot.name) for slot in slots)
+            claims = [
+                Claim(Resource.PLACEMENT, slot.name)
+                for group in claimed.get((fqn, entry), ())
+                for slot in group.slots
+            ]
             yield Binding(fqn, hook_class(self, tuple(groups)), entry, claims)
 
     def attach(self) -> None:
@@ -176,23 +179,24 @@ class Placement:
         return itertools.chain(self._resident, self._groups)
 
     def _watch(self) -> None:
-        group_at = {owner: group for group in self._groups for slot in group.slots for owner in slot.owners}
         by_module: dict[nn.Module, dict[str, Group]] = {}
-        for (module, name), group in group_at.items():
-            by_module.setdefault(module, {})[name] = group
+        for group in self._groups:
+            for slot in group.slots:
+                for module, name in slot.owners:
+                    by_module.setdefault(module, {})[name] = group
         for module, groups in by_module.items():
             for kind in ("_parameters", "_buffers"):
                 original = module.__dict__[kind]
-                if watched := {name: group for name, group in groups.items() if name in original}:
-                    module.__dict__[kind] = WatchedTensors(original, watched, self._calls, self._before_read)
+                if not groups.keys().isdisjoint(original):
+                    module.__dict__[kind] = WatchedTensors(original, groups, self._calls, self._before_read)
 
     def _stop_watching(self) -> None:
-        for group in self._groups:
-            for slot in group.slots:
-                for module, _ in slot.owners:
-                    for kind in ("_parameters", "_buffers"):
-                        if isinstance(module.__dict__[kind], WatchedTensors):
-                            module.__dict__[kind] = module.__dict__[kind].give_back()
+        watched = {owner[0] for group in self._groups for slot in group.slots for owner in slot.owners}
+        for module in watched:
+            for kind in ("_parameters", "_buffers"):
+                tensors = module.__dict__[kind]
+                if isinstance(tensors, WatchedTensors):
+                    module.__dict__[kind] = tensors.give_back()
 
 
 class _HoldHook(Hook):

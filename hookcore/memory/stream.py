@@ -144,8 +144,10 @@ class StreamMover(GroupMover):
             self._set_up = None
 
     def reset(self) -> None:
-        """Forgets the order of use."""
+        """Forgets the order of use, and what was copied ahead."""
         self._order.forget()
+        if self._set_up is not None:
+            self._drop_ahead()
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
         """Where the bytes of the group lie."""

@@ -63,6 +63,16 @@ def test_memory_is_locked_in_place_once_it_is_filled(monkeypatch):
         memory.release(first)
         assert runtime.locked == {}
         assert memory.locked == 0
+        third = memory.make(300)
+        third.fill_(7)
+        memory.lock(third)
+        view = third[5:]
+        del third
+        assert len(runtime.locked) == 1
+        assert view.eq(7).all()
+        del view  # nobody has released it, nobody sees it any more
+        assert runtime.locked == {}
+        assert memory.make(0).nbytes == 0
 
 
 @pytest.mark.parametrize(

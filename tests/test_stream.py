@@ -156,6 +156,8 @@ class Twins:
             self.outputs.append((call(self.model, **options), expected))
 
     def edit(self, what):
+        if what[0] == "held":  # nobody is told of it, so no copy may be under way
+            self.module.synchronize()
         for it, held in zip((self.model, self.bare), self.held, strict=True):
             edit(it, *what, held)
 
@@ -215,6 +217,7 @@ def test_outputs_are_those_of_the_bare_model(sim, steps, technique):
 @pytest.mark.parametrize("budget", [None, 12_000])
 def test_bytes_of_the_storage_dtype_travel(sim, order, budget):
     model, bare = build(), build()
+    locked = simulator.pinned_bytes()
     both = {"casting": LayerwiseCasting(), "offload": GroupOffload("sim", memory_budget=budget)}
     hookcore.apply(bare, [LayerwiseCasting()])
     hookcore.apply(model, [both[name] for name in order])
@@ -225,7 +228,7 @@ def test_bytes_of_the_storage_dtype_travel(sim, order, budget):
         call(model)
     copied = [it for it in trace.spans if it.engine == "copy in"]
     assert copied
-    assert simulator.pinned_bytes() < weights(build()) / 2
+    assert simulator.pinned_bytes() - locked < weights(build()) / 2
 
 
 # Speed

@@ -6,6 +6,9 @@ import copy
 import io
 import operator
 import pickle
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -243,12 +246,33 @@ def test_modules_move_and_train(sim):
     assert {it.device.type for it in there.cpu().state_dict().values()} == {"cpu"}
 
 
-def test_gradients_on_the_second_device_are_refused(sim):
-    weight = torch.ones(3, device="sim:1", requires_grad=True)
-    with pytest.raises(sim.UnsupportedOperationError, match="backward runs on sim:0 only"):
+@pytest.mark.parametrize("device", ["sim:0", "sim:1"])
+def test_backward_runs_where_and_on_the_stream_that_it_is_called(sim, device):
+    weight = torch.ones(3, device=device, requires_grad=True)
+    stream = sim.Stream(device)
+    stream.wait_stream(module().current_stream(device))
+    with stream, sim.traced() as trace:
         (weight * 2).sum().backward()
-    with pytest.raises(sim.UnsupportedOperationError, match="backward runs on sim:0 only"):
-        torch.autograd.grad((weight * 2).sum(), weight)
+        (other,) = torch.autograd.grad((weight * 3).sum(), weight)
+    assert {span.stream for span in trace.spans} == {(stream.device_index, stream.stream_id)}
+    module().synchronize(device)
+    assert weight.grad.tolist() == [2, 2, 2]
+    assert other.tolist() == [3, 3, 3]
+
+
+def test_backward_runs_also_where_it_ran_before_the_device_was_there():
+    code = """
+        import torch, hookcore.testing.simulator as sim
+        torch.ones(1, requires_grad=True).sum().backward()
+        sim.install()
+        weight = torch.ones(1, device="sim:1", requires_grad=True)
+        weight.sum().backward()
+        print(weight.grad.device)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "sim:1\n", result.stderr
 
 
 COPIES = {

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from hookcore.testing.simulator import state
-from hookcore.testing.simulator.errors import UnsupportedOperationError
 from hookcore.testing.simulator.tensors import new_on_device, new_pinned
 
 
@@ -23,7 +22,7 @@ def replace_functions() -> None:
     _replace_storage_constructor()
     for name in ("empty", "empty_like", "empty_strided", "zeros"):
         _let_pin(name)
-    _explain_backward()
+    _run_backward_here()
 
 
 def _replace_storage_constructor() -> None:
@@ -62,20 +61,18 @@ def _let_pin(name: str) -> None:
     _builtins._register_builtin(constructor, f"aten::{name}")
 
 
-def _explain_backward() -> None:
-    """Says why torch cannot run backward on later devices: it asks the C++ guard how many there are."""
+def _run_backward_here() -> None:
+    """Has backward run on the calling thread, and so on its current streams.
+
+    Else torch hands it to a thread for each device. It starts these threads once, at the first backward of
+    the process: for no simulated device if that was before `install`, and for the first one only after.
+    """
     run_backward = torch.autograd.graph._engine_run_backward
 
     @functools.wraps(run_backward)
-    def explained(*args: Any, **kwargs: Any) -> Any:
-        try:
+    def run_here(*args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.set_multithreading_enabled(False):
             return run_backward(*args, **kwargs)
-        except RuntimeError as error:
-            if "device_ready_queues_" not in str(error):
-                raise
-            raise UnsupportedOperationError(
-                "backward runs on sim:0 only: torch gives later devices no thread for it"
-            ) from error
 
     for module in (torch.autograd, torch.autograd.graph):
-        setattr(module, "_engine_run_backward", explained)  # noqa: B010 -- not in what the module exports
+        setattr(module, "_engine_run_backward", run_here)  # noqa: B010 -- not in what the module exports

@@ -264,6 +264,42 @@ def test_limits_end_with_their_block(sim):
     assert module().get_device_name() == "generic"
 
 
+def test_a_reset_starts_anew(sim):
+    side = sim.Stream("sim:1")
+    kept = torch.ones(100, device="sim:1")
+    with side:
+        event = side.record_event()
+    torch.ones(1000, device="sim:1")
+    module().set_device(1)
+    module().set_stream(side)
+    module().synchronize()
+    old = sim.now()
+    assert old > 0
+    sim.reset()
+    assert sim.now() == 0
+    assert module().current_device() == 0
+    assert module().current_stream("sim:1") == module().default_stream("sim:1")
+    assert module().max_memory_allocated(1) == kept.nbytes
+    with sim.traced() as trace:
+        module().current_stream("sim:1").wait_event(event)  # of before: it keeps nobody waiting
+        kept + 1
+    (span,) = trace.spans
+    assert 0 < span.start == span.ready < old
+    assert [time <= sim.now() for _, time, _ in trace.memory] == [True] * len(trace.memory)
+
+
+def test_nobody_waits_for_what_was_over_before_a_reset(sim):
+    kept = torch.ones(100, device="sim")
+    for _ in range(3):
+        kept.mul_(2)
+    sim.reset()
+    with sim.Stream():
+        kept.mul_(2)
+        other = torch.empty(100, device="sim")
+    module().synchronize()
+    del other
+
+
 def test_another_number_of_devices_is_refused(sim):
     with pytest.raises(sim.SimulatorError, match="installed with devices=2, which cannot be changed"):
         sim.install(devices=3)

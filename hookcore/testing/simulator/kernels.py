@@ -192,7 +192,8 @@ def _note_creation(machine: Machine, call: _Call, operation: Operation) -> None:
     for host in call.created:
         block = machine.blocks.get(host.untyped_storage().data_ptr())
         if block is not None:
-            block.history.record(Access(0, block.nbytes, True, operation))  # new: nobody to race with
+            access = Access(0, block.nbytes, True, operation)  # it is new: there is nobody to race with
+            block.history.record(access, machine.host_clock)
 
 
 def _duration(

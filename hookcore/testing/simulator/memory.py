@@ -29,6 +29,7 @@ class Block:
         history: Who touched it.
         recorded: Streams that `record_stream` named.
         sources: For ranges of bytes, the address of the host memory that was last copied there.
+        copies: Of page-locked memory, the copies from and to it that are on their way.
         number: Counts allocations.
     """
 
@@ -41,6 +42,7 @@ class Block:
     history: History = field(factory=History)
     recorded: set[StreamKey] = field(factory=set)
     sources: dict[tuple[int, int], int] = field(factory=dict)
+    copies: list[Any] = field(factory=list)
     number: int = field(factory=_numbers.__next__)
 
     def fill(self, start: int, stop: int, source: int) -> None:

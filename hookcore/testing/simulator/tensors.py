@@ -235,4 +235,4 @@ def poison(host: torch.Tensor) -> None:
 def checksum(host: torch.Tensor) -> int:
     """A number that tells whether a CPU tensor's bytes have changed."""
     flat = host.detach().contiguous().view(-1).view(torch.uint8)
-    return zlib.crc32(flat.numpy().tobytes())
+    return zlib.crc32(flat.numpy().data)

@@ -344,6 +344,10 @@ def test_the_fixture_fails_a_test_for_what_is_found_late(pytester):
             weight + 1
             del weight
 
+        def test_failing(sim):
+            kept = torch.ones(9, device="sim")
+            raise ValueError(kept)
+
         def test_next(sim):
             assert sim.violations() == ()
             assert sim.now() == 0
@@ -351,5 +355,5 @@ def test_the_fixture_fails_a_test_for_what_is_found_late(pytester):
         """
     )
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
-    result.assert_outcomes(passed=2, errors=1)
+    result.assert_outcomes(passed=2, failed=1, errors=1)
     result.stdout.fnmatch_lines(["*RaceError: freed while in use*"])

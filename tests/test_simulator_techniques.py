@@ -144,14 +144,31 @@ class Alive(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("options", GROUPS.values(), ids=GROUPS)
+def with_diffusers(model, **options):
+    hooks = pytest.importorskip("diffusers.hooks")
+    hooks.apply_group_offloading(model, onload_device=torch.device("sim"), **options)
+
+
+WAYS = {
+    "bare": lambda model: model.to("sim"),
+    "blocks": lambda model: hookcore.apply(model, [GroupOffload("sim")]),
+    "leaves": lambda model: hookcore.apply(model, [GroupOffload("sim", offload_type="leaf_level")]),
+    "diffusers, blocks": lambda it: with_diffusers(it, offload_type="block_level", num_blocks_per_group=1),
+    "diffusers, leaves on a stream": lambda it: with_diffusers(
+        it, offload_type="leaf_level", use_stream=True
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", ["sd3", "unet", "t5", "cnn"])
-def test_peaks_are_those_of_an_independent_count(sim, name, options):
+def test_peaks_are_those_of_an_independent_count(sim, name, way):
     case = CASES[name]()
     model = case.build()
-    hookcore.apply(model, [GroupOffload("sim", **options)])
     with torch.no_grad(), Alive() as alive:
-        call(case, model, "forward")
+        way(model)
+        for _ in range(2):
+            call(case, model, "forward", "sim")
     assert alive.peak > 0
     assert torch.get_device_module("sim").max_memory_allocated() == alive.peak
 

@@ -177,7 +177,7 @@ def _touch(
 def _complete_earlier(pinned: Block, tensor: torch.Tensor, *, writes: bool) -> None:
     """Completes the copies that this one must come after: the stream waited for them, if not the host."""
     start, stop = extent(tensor)
-    for copy in tuple(pinned.copies):
+    for copy in pinned.copies:
         low, high = extent(copy.tensor)
         if (writes or copy.writes) and low < stop and start < high:
             copy.land()
@@ -185,7 +185,7 @@ def _complete_earlier(pinned: Block, tensor: torch.Tensor, *, writes: bool) -> N
 
 def _send(machine: Machine, copy: _PinnedCopy) -> None:
     machine.in_flight.append(copy)
-    copy.pinned.copies.append(copy)
+    copy.pinned.copies += (copy,)
 
 
 @define(eq=False)
@@ -210,7 +210,7 @@ class _PinnedCopy:
         """Is told that it is done, if it has not been told before."""
         if not self.landed:
             self.landed = True
-            self.pinned.copies.remove(self)
+            self.pinned.copies = tuple(it for it in self.pinned.copies if it is not self)
             self._complete()
 
     def _complete(self) -> None:
@@ -270,4 +270,4 @@ def record_stream(tensor: torch.Tensor, stream: torch.Stream) -> None:
     """Keeps a tensor's memory, once it is freed, until a stream has done what it was given by then."""
     block = block_of(tensor)
     if block is not None:
-        block.recorded.add((stream.device_index, stream.stream_id))
+        block.recorded |= {(stream.device_index, stream.stream_id)}

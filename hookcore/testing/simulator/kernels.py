@@ -77,7 +77,7 @@ class _Call:
             host = on_cpu(value, block, may_resize=not (written and self._facts.is_out))
             self.uses.append((value, host, written, block))
             return host
-        if isinstance(value, (list, tuple)) and any(isinstance(item, _Tensor) for item in value):
+        if isinstance(value, (list, tuple)):
             return [self.to_cpu(item, written) for item in value]
         return value
 
@@ -122,9 +122,15 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
     """
     facts = facts_of(operator)
     call = _Call(facts, args, kwargs)
-    names, written = facts.names, facts.written
-    host_args = [call.to_cpu(value, names[i] in written) for i, value in enumerate(args)]
-    host_kwargs = {name: call.to_cpu(value, name in written) for name, value in kwargs.items()}
+    written, tensors = facts.written, facts.tensors
+    host_args = [
+        call.to_cpu(value, name in written) if name in tensors else value
+        for name, value in zip(facts.names, args, strict=False)  # those at the end may be left out
+    ]
+    host_kwargs = {
+        name: call.to_cpu(value, name in written) if name in tensors else value
+        for name, value in kwargs.items()
+    }
     result_device = _take_device(call, host_kwargs)
     device = call.device
     if device is None:

@@ -812,18 +812,19 @@ def test_status_counts_the_bytes_of_ties_once(case):
 
 def test_reset_reaches_every_hook_and_only_those_of_its_handle():
     model, calls, others = model_of_five(), Counter(), Counter()
-    applied = hookcore.apply(model, [Pushing(calls=calls)])
+    second = toy("second", lambda _: [Binding("", PushingHook("second", calls))])
+    applied = hookcore.apply(model, [Pushing(calls=calls), second])
     hookcore.apply(model[0], [toy("other", lambda _: [Binding("", PushingHook("other", others))])])
     model(torch.ones(1, 3))
-    assert calls.total() == 5
+    assert calls.total() == 6
     applied.reset()
     assert calls.total() == 0
     assert others.total() == 1
     model(torch.ones(1, 3))
-    assert calls.total() == 5
+    assert calls.total() == 6
     applied.remove()
     applied.reset()  # after removal there is nothing to reset
-    assert calls.total() == 5
+    assert calls.total() == 6
     hookcore.remove(model)
 
 

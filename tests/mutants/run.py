@@ -93,7 +93,7 @@ def _pytest(root: Path, tests: list[str]) -> tuple[int, str]:
 
 
 def _try(mutant: Mutant, root: Path) -> tuple[str, str]:
-    """Says whether a mutant is killed; with what pytest said if not."""
+    """Says what became of a mutant, with what pytest said to it."""
     original = (ROOT / mutant.file).read_text(encoding="utf-8")
     try:
         mutant.apply(root)
@@ -101,7 +101,9 @@ def _try(mutant: Mutant, root: Path) -> tuple[str, str]:
     finally:
         (root / mutant.file).write_text(original, encoding="utf-8")
     if status == 1:
-        return "killed", ""
+        return "killed", next(
+            (line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))), said
+        )
     return ("SURVIVED", "") if status == 0 else (f"NOT TRIED (pytest exits with {status})", said)
 
 
@@ -133,7 +135,7 @@ def main() -> int:
                 killed += outcome == "killed"
                 progress.write(f"{outcome:9} {mutant.file}: {mutant.breaks}", file=sys.stdout)
                 if said:
-                    progress.write(said, file=sys.stdout)
+                    progress.write(f"    {said}", file=sys.stdout)
     print(f"{killed} of {len(chosen)} mutants killed")
     return 0 if killed == len(chosen) else 1
 

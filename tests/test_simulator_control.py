@@ -99,6 +99,9 @@ def test_resizing_and_out_arguments_are_counted(sim):
         lambda: torch.ones(10).pin_memory(),
         lambda: torch.empty(10, pin_memory=True),
         lambda: torch.zeros(10, pin_memory=True),
+        lambda: torch.full((10,), 3.0, pin_memory=True),
+        lambda: torch.randn(10, pin_memory=True),
+        lambda: torch.tensor([1.0] * 10, pin_memory=True),
         lambda: torch.empty_like(torch.ones(10), pin_memory=True),
         lambda: torch.empty_strided((10,), (1,), pin_memory=True),
         lambda: torch.ones(10, device="sim").to("cpu", non_blocking=True),
@@ -116,6 +119,8 @@ def test_pinned_memory_is_counted(sim, pin):
     assert sim.max_pinned_bytes() >= before + 40
     assert not torch.ones(10).is_pinned()
     assert torch.zeros(3, pin_memory=True).tolist() == [0, 0, 0]
+    assert torch.tensor([1, 2], pin_memory=True).tolist() == [1, 2]
+    assert torch.full((2,), 3, pin_memory=True, dtype=torch.float16).tolist() == [3, 3]
 
 
 def test_a_snapshot_says_who_holds_what(sim):

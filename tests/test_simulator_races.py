@@ -194,6 +194,23 @@ def test_a_copy_to_another_device_waits_for_both(sim):
     assert (second + 1).cpu().equal(first.cpu() + 1)
 
 
+def test_an_event_of_one_device_is_waited_for_on_another(sim):
+    first, second = sim.Stream("sim:0"), sim.Stream("sim:1")
+    source = torch.ones(SIZE).pin_memory()
+    here, there = torch.empty(SIZE).pin_memory(), torch.zeros(SIZE, device="sim:1")
+    torch.get_device_module("sim").synchronize("sim:1")
+    with first:
+        here.copy_(source.to("sim:0", non_blocking=True), non_blocking=True)
+    names = (f"on stream {second.stream_id} of sim:1", f"on stream {first.stream_id} of sim:0")
+    with race("read before it was written", *names), second:
+        there.copy_(here, non_blocking=True)
+    second.wait_event(first.record_event())
+    with second:
+        there.copy_(here, non_blocking=True)
+    second.synchronize()
+    assert there.eq(1).all()
+
+
 def test_reading_a_copy_to_the_host_too_early(sim, main):
     there = torch.ones(SIZE, device="sim")
     here = there.to("cpu", non_blocking=True)

@@ -211,6 +211,8 @@ def test_what_is_not_supported_says_so(sim):
         torch.autocast("sim", dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError):
         torch.Generator("sim")
+    with pytest.raises(sim.UnsupportedOperationError, match="_thnn_fused_lstm_cell.default there is none"):
+        nn.LSTM(3, 3).to("sim")(there[None])
     with pytest.raises(RuntimeError, match="not resizable"):
         torch.add(there, 1, out=torch.ones(1, 3, device="sim"))
 

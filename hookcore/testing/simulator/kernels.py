@@ -150,11 +150,13 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
         for _, host, is_written, block in call.uses:
             if block is not None:
                 machine.touch(operation, stream, block, extent(host), writes=is_written)
-    out = operator(*host_args, **host_kwargs)
-    if type(out) is tuple:
-        results = tuple([call.to_device(it, i, result_device) for i, it in enumerate(out)])
-    else:
-        results = call.to_device(out, 0, result_device)
+    try:
+        out = operator(*host_args, **host_kwargs)
+    except NotImplementedError as error:  # an operator that torch calls on other devices only
+        raise UnsupportedOperationError(
+            f"the simulated device runs operators by the CPU's kernels, and for {facts.name} there is none"
+        ) from error
+    results = _results(call, out, result_device)
     if facts.is_out:
         _follow_resizing(call, device)
     with machine.lock:
@@ -165,6 +167,12 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
             machine.host_waits(stream.clock, stream.free_at)
             machine.raise_found()
     return results
+
+
+def _results(call: _Call, out: Any, device: int | None) -> Any:
+    if type(out) is tuple:
+        return tuple([call.to_device(it, i, device) for i, it in enumerate(out)])
+    return call.to_device(out, 0, device)
 
 
 def _take_device(call: _Call, host_kwargs: dict[str, Any]) -> int | None:

@@ -8,6 +8,7 @@ import models
 import pytest
 import torch
 from safetensors.torch import save_model
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -92,6 +93,52 @@ def test_group_offload(left, name, options):
     applied.remove()
     assert left() == 0
     before.assert_restored(model)
+
+
+class Replacing(nn.Module):
+    """Puts other tensors in the place of its own when it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("count", torch.zeros(3))
+
+    def forward(self, x):
+        self.count = self.count + 1
+        self.weight.data = self.weight.data * 2
+        return x * self.weight + self.count
+
+
+@pytest.mark.parametrize("options", GROUPS.values(), ids=GROUPS)
+def test_what_a_call_puts_in_the_place_of_weights_is_offloaded(left, options):
+    model, bare = nn.Sequential(Replacing(), Replacing()), nn.Sequential(Replacing(), Replacing())
+    applied = hookcore.apply(model, [GroupOffload("sim", **options)])
+    for _ in range(3):
+        with torch.no_grad():
+            assert model(torch.ones(3)).tolist() == bare(torch.ones(3)).tolist()
+        assert {it.device.type for it in model.state_dict().values()} == {"cpu"}
+        assert left() == 0
+    applied.remove()
+    assert all(map(same_bits, model.state_dict().values(), bare.state_dict().values()))
+
+
+def test_what_came_from_another_device_goes_back_there(sim):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).to("sim:1"))
+    applied = hookcore.apply(model, [GroupOffload("sim:0")])
+    assert {it.device.type for it in model.parameters()} == {"cpu"}
+    model(torch.ones(3))
+    applied.remove()
+    assert [str(it.device) for it in model.parameters()] == ["cpu", "cpu", "sim:1", "sim:1"]
+
+
+def test_applying_that_runs_out_of_memory_changes_nothing(left, sim):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    before = ModelSnapshot.take(model)
+    taken = torch.get_device_module("sim").memory_allocated()
+    with sim.limited(memory=taken + 300), pytest.raises(torch.OutOfMemoryError):  # room for one of two
+        hookcore.apply(model, [GroupOffload("sim", exclude_modules=["0", "1"])])
+    before.assert_restored(model)
+    assert left() == 0
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -131,6 +131,19 @@ def test_what_came_from_another_device_goes_back_there(sim):
     assert [str(it.device) for it in model.parameters()] == ["cpu", "cpu", "sim:1", "sim:1"]
 
 
+def test_what_is_moved_in_inference_mode_can_be_trained_after_it(sim):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).to("sim:1"))
+    with torch.inference_mode():
+        applied = hookcore.apply(model, [GroupOffload("sim:0", exclude_modules="0")])
+        model(torch.ones(3))
+    assert not any(it.is_inference() for it in model.parameters())
+    with torch.inference_mode():
+        applied.remove()
+    assert not any(it.is_inference() for it in model.parameters())
+    model[0](torch.ones(3)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
 def test_applying_that_runs_out_of_memory_changes_nothing(left, sim):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     before = ModelSnapshot.take(model)

@@ -246,6 +246,7 @@ def runnable(program):
 @FOR_EACH_EXAMPLE
 @given(programs)
 @example([("allocate", 0, 0), ("fill", 0, 0), ("record", 0, 0), ("wait", 0, 1), ("read", 0, 1), ("free", 0)])
+@example([("allocate", 0, 0), ("record", 0, 0), ("fill", 0, 0), ("wait", 0, 1), ("read", 0, 1)])
 @example([("allocate", 0, 0), ("fill", 0, 0), ("fetch", 0, 0), ("refill", 0, 1)])
 @example([("allocate", 0, 0), ("fetch", 0, 0), ("refill", 0, 0), ("fetch", 0, 0), ("host_waits_stream", 0)])
 @example([("allocate", 0, 0), ("fill", 0, 0), ("host_waits_stream", 0), ("host_writes",), ("fill", 0, 1)])

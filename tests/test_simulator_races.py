@@ -158,6 +158,15 @@ def test_other_slots_of_one_slab_are_other_memory(sim, side, main, source):
     torch.get_device_module("sim").synchronize()
 
 
+def test_a_row_and_a_column_that_cross_share_memory(sim, side, main):
+    matrix = torch.ones(SIZE, SIZE, device="sim")
+    side.wait_stream(main)
+    matrix[:, 0] + 1
+    with race("overwritten while in use"), side:
+        matrix[SIZE - 1].zero_()
+    main.synchronize()
+
+
 def test_using_memory_on_another_stream_than_it_was_allocated_on(sim, side, main, source):
     torch.ones(1, device="sim")  # the main stream has something to do
     buffer = torch.empty(SIZE, SIZE, device="sim")

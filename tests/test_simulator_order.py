@@ -248,7 +248,16 @@ def runnable(program):
 @example([("allocate", 0, 0), ("fill", 0, 0), ("record", 0, 0), ("wait", 0, 1), ("read", 0, 1), ("free", 0)])
 @example([("allocate", 0, 0), ("record", 0, 0), ("fill", 0, 0), ("wait", 0, 1), ("read", 0, 1)])
 @example([("allocate", 0, 0), ("fill", 0, 0), ("fetch", 0, 0), ("refill", 0, 1)])
-@example([("allocate", 0, 0), ("fetch", 0, 0), ("refill", 0, 0), ("fetch", 0, 0), ("host_waits_stream", 0)])
+@example(
+    [
+        ("allocate", 0, 0),
+        ("fill", 0, 0),
+        ("fetch", 0, 0),
+        ("refill", 0, 0),
+        ("fetch", 0, 0),
+        ("host_waits_stream", 0),
+    ]
+)
 @example([("allocate", 0, 0), ("fill", 0, 0), ("host_waits_stream", 0), ("host_writes",), ("fill", 0, 1)])
 def test_exactly_what_the_oracle_finds_is_found(sim, program):
     sim.reset()

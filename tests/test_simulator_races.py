@@ -201,6 +201,9 @@ def test_a_copy_to_another_device_waits_for_both(sim):
     second = first.to("sim:1")
     assert second.device == torch.device("sim:1")
     assert (second + 1).cpu().equal(first.cpu() + 1)
+    second + 1
+    second.copy_(first + 2)
+    assert second.cpu().equal(first.cpu() + 2)
 
 
 def test_an_event_of_one_device_is_waited_for_on_another(sim):
@@ -233,6 +236,27 @@ def test_reading_a_copy_to_the_host_too_early(sim, main):
 def test_what_is_read_too_early_unseen_is_poison(sim, main):
     here = torch.ones(SIZE, device="sim").to("cpu", non_blocking=True)
     assert all(value != value for value in here.numpy())  # noqa: PLR0124 - NaN
+    main.synchronize()
+    assert here.eq(1).all()
+
+
+def test_a_copy_to_the_host_lands_when_the_host_knows_of_it(sim, side, main):
+    first, second = torch.ones(SIZE, device="sim"), torch.ones(SIZE, device="sim")
+    side.wait_stream(main)
+    here = first.to("cpu", non_blocking=True)
+    with side:
+        other = second.to("cpu", non_blocking=True)
+    side.synchronize()
+    assert (other.numpy() == 1).all()
+    assert not (here.numpy() == 1).any()
+    main.synchronize()
+    assert (here.numpy() == 1).all()
+
+
+def test_a_copy_to_the_host_brings_what_was_there_when_it_ran(main):
+    there = torch.ones(SIZE, device="sim")
+    here = there.to("cpu", non_blocking=True)
+    there.zero_()
     main.synchronize()
     assert here.eq(1).all()
 

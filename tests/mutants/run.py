@@ -100,7 +100,7 @@ def _try(mutant: Mutant, root: Path) -> tuple[str, str]:
         status, said = _pytest(root, mutant.tests)
     finally:
         (root / mutant.file).write_text(original, encoding="utf-8")
-    if status == 1:
+    if status == 1 or status < 0:  # the latter is a crash
         return "killed", next(
             (line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))), said
         )

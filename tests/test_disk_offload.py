@@ -35,6 +35,7 @@ from hookcore.memory.mapping import MappedFile
 from hookcore.testing.modules import module_trees, tensors_in
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.disk_offload import DiskOffload
+from hookcore_plugins.layerwise_casting import LayerwiseCasting
 
 PAGE = 4096
 
@@ -741,6 +742,16 @@ def test_removal_leaves_a_model_in_memory_as_it_was(case, way, budget, seed):
             for buffer in one.buffers():
                 buffer.zero_()
         snapshot.assert_restored(model)
+
+
+def test_weights_come_in_full_again_when_casting_is_removed(folder):
+    streamed = hookcore.load(Wide, folder, [DiskOffload()])
+    expected = call(streamed)
+    with hookcore.apply(streamed, [LayerwiseCasting(torch.float8_e4m3fn, skip_modules_pattern=())]):
+        assert not torch.equal(call(streamed), expected)
+    assert torch.equal(call(streamed), expected)
+    hookcore.remove(streamed)
+    assert torch.equal(call(streamed), expected)
 
 
 def test_removal_leaves_nothing_on_weights_that_were_converted(folder):

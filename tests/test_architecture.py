@@ -16,8 +16,12 @@ ROOMS = ROOT / "plugins" / "hookcore_plugins"
 
 OPTIONAL = {"diffusers", "transformers", "accelerate", "peft", "matplotlib", "psutil", "hookcore_plugins"}
 TESTING = {"pytest", "hypothesis", "_pytest"}
+# Tools for tests that are about a library, which each imports when it is asked for that and not before.
+USES_LIBRARIES = {
+    CORE / "testing" / "models.py": {"diffusers", "transformers"},  # small models of these libraries
+    CORE / "testing" / "simulator" / "trace.py": {"matplotlib"},  # draws
+}
 PUBLIC = {"hookcore", "hookcore.memory", "hookcore.testing", "hookcore.testing.simulator"}
-DRAWS = {"hookcore/testing/simulator/trace.py": {"matplotlib"}}  # inside a function that says what is missing
 SHOWS_TECHNIQUES = {"demo", "__init__"}  # no technique: a command that runs others, and the names of all
 
 
@@ -78,10 +82,18 @@ def name_of(path):
 def test_the_core_knows_no_technique_and_no_optional_library(path):
     found = imports(path, ROOT, type_checking=True, functions=True)
     tops = {name.split(".")[0] for name in found}
-    assert not tops & OPTIONAL - DRAWS.get(name_of(path), set())
+    assert tops & OPTIONAL == USES_LIBRARIES.get(path, set())
     if CORE / "testing" not in path.parents:
         assert not tops & TESTING
         assert not any(name.startswith("hookcore.testing") for name in found)
+
+
+@pytest.mark.parametrize("path", USES_LIBRARIES, ids=name_of)
+def test_tools_for_tests_import_a_library_only_when_they_are_asked_for_it(path):
+    assert (
+        not {name.split(".")[0] for name in imports(path, ROOT, type_checking=False, functions=False)}
+        & OPTIONAL
+    )
 
 
 @pytest.mark.parametrize("path", files(ROOMS), ids=name_of)

@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -12,15 +13,16 @@ from attrs import field, frozen
 from hypothesis import Phase as HypothesisPhase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import bert, cnn
 from techniques import Held, Moving, MovingHook, Recording, Scaling
 
+import hookcore
 from hookcore import Binding, Hook, Phase, PlanError, Technique, UnsupportedModelError
 from hookcore.stack import HookStack
 from hookcore.testing import ModelCase, TechniqueContract, module_trees
+from hookcore.testing.models import bert, cnn
 from hookcore.testing.modules import Recipe, TreeModel, linear, sequential
 
-PROMISES = [name for name in vars(TechniqueContract) if name.startswith("test_")]
+PROMISES = [name for name in dir(TechniqueContract) if name.startswith("test_")]
 
 
 def linears():
@@ -41,7 +43,7 @@ class TestMoving(TechniqueContract):
     def make(self):
         return Moving()
 
-    def cases(self):
+    def models(self):
         return st.one_of(module_trees(), st.builds(cnn), st.builds(bert))
 
 
@@ -74,7 +76,7 @@ class TestRoundingThatSaysSo(TechniqueContract):
     def make(self):
         return Rounding()
 
-    def cases(self):
+    def models(self):
         return linears()
 
 
@@ -96,7 +98,7 @@ class TestPicky(TechniqueContract):
     def make(self):
         return Picky()
 
-    def cases(self):
+    def models(self):
         modes = st.builds(TreeModel, st.just(Recipe(linear)), width=st.just(2), training=st.booleans())
         return st.builds(ModelCase, modes)
 
@@ -234,6 +236,118 @@ class KeepsWhatItSaw(Hook):
     def pre_forward(self, module, args, kwargs):
         for name, tensor in self.kept.items():
             module._parameters[name].data.copy_(tensor)
+
+
+class HalvesGradients(Hook):
+    def post_forward(self, module, output):
+        return output + (output.detach() - output) / 2 if output.requires_grad else None
+
+
+class AddsABuffer(Hook):
+    def attach(self, module):
+        module.register_buffer("_scale", torch.ones(()))
+
+    def detach(self, module):
+        del module._scale
+
+
+class KnowsItAgain(Hook):
+    """Keeps track of modules outside of them, and is wrong about those that it sees again."""
+
+    seen: ClassVar[weakref.WeakSet] = weakref.WeakSet()
+
+    def attach(self, module):
+        self.again = module in self.seen
+        self.seen.add(module)
+
+    def post_forward(self, module, output):
+        return output + 1 if self.again else None
+
+
+@frozen
+class FollowsALearnedOrder(Technique):
+    """Prepares what the first call showed, and not what is called."""
+
+    name: ClassVar[str] = "follows"
+    phase: ClassVar[Phase] = Phase.COMPUTE
+
+    def bind(self, component):
+        learned = Learned()
+        for fqn, module in component.modules.items():
+            if module is not component.module:
+                yield Binding(fqn, LearningHook(learned))
+        yield Binding("", LearningRootHook(learned))
+
+
+class Learned:
+    def __init__(self):
+        self.order, self.called = None, []
+
+
+class LearningHook(Hook):
+    def __init__(self, learned):
+        self.learned = learned
+
+    def post_forward(self, module, output):
+        self.learned.called.append(module)
+        order = self.learned.order
+        at = len(self.learned.called)
+        wrong = order and order[:at] != self.learned.called and isinstance(output, torch.Tensor)
+        return output + 1 if wrong else None
+
+
+class LearningRootHook(LearningHook):
+    def post_forward(self, module, output):
+        self.learned.order = self.learned.order or self.learned.called
+        self.learned.called = []
+
+
+@frozen
+class WritesToOneFolder(Technique):
+    """Names what it writes after FQNs, and believes what is there already."""
+
+    name: ClassVar[str] = "writes"
+    phase: ClassVar[Phase] = Phase.COMPUTE
+    folder: dict = field(factory=dict, eq=False)
+
+    def bind(self, component):
+        for fqn in component.modules:
+            yield Binding(fqn, ReadingHook(self.folder, fqn))
+
+
+class ReadingHook(Hook):
+    def __init__(self, folder, fqn):
+        self.folder, self.fqn = folder, fqn
+
+    def attach(self, module):
+        for name, parameter in module.named_parameters(recurse=False):
+            self.folder.setdefault((self.fqn, name), parameter.detach().clone())
+
+    def pre_forward(self, module, args, kwargs):
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.data.copy_(self.folder[self.fqn, name])
+
+
+@frozen
+class TouchesBesideOthers(Technique):
+    name: ClassVar[str] = "touches_beside"
+    phase: ClassVar[Phase] = Phase.COMPUTE
+
+    def bind(self, component):
+        if hookcore.status(component.module).attachments:
+            vars(component.module)["_met"] = True
+        return [Binding("", Hook())]
+
+
+@frozen
+class NeedsAConfig(Technique):
+    """Expects of every component what only whole models have."""
+
+    name: ClassVar[str] = "needs_config"
+    phase: ClassVar[Phase] = Phase.COMPUTE
+
+    def bind(self, component):
+        return [Binding("", Hook())] if component.module.config else []
 
 
 @frozen
@@ -386,6 +500,13 @@ BROKEN = [
     (broken("keeps", KeepsWhatItSaw), "test_the_state_dict_is_true"),
     (broken("goes_around", GoesAroundOthers), "test_removal_in_any_order_beside_another_technique"),
     (broken("forgets_too_much", ForgetsTooMuch), "test_reset_keeps_outputs"),
+    (broken("halves_gradients", HalvesGradients), "test_gradients_are_those_of_the_bare_model"),
+    (broken("adds_a_buffer", AddsABuffer), "test_names_stay_while_applied"),
+    (broken("knows_it_again", KnowsItAgain), "test_it_can_be_applied_again"),
+    (FollowsALearnedOrder(), "test_modules_are_called_in_any_order"),
+    (WritesToOneFolder, "test_two_models_share_nothing"),
+    (TouchesBesideOthers(), "test_conflicts_leave_the_model_alone"),
+    (NeedsAConfig(), "test_it_works_on_a_submodule"),
     (TouchesWhilePlanning(), "test_planning_touches_nothing"),
     (RefusesTooLate(), "test_outputs_are_those_of_the_bare_model"),
     (ReusesHooks(), "test_binding_is_repeatable"),
@@ -405,24 +526,100 @@ def make_kit(technique):
         def make(self):
             return technique() if isinstance(technique, type) else technique
 
+        def build(self, case):
+            model = super().build(case)
+            if isinstance(technique, NeedsAConfig):
+                model.config = {"is": "whole"}
+            return model
+
     return Kit()
 
 
-@pytest.mark.parametrize(("technique", "promise"), BROKEN, ids=str)
-def test_each_broken_promise_is_found(technique, promise):
+def find_broken(kit, promise, max_examples=400):
+    """Runs one test until it fails: more models than the kit draws in one run, and no smallest one."""
     test = getattr(TechniqueContract, promise)
     if hasattr(test, "hypothesis"):
-        # That it can be found counts here: more models than the kit draws in one run, and no smallest one.
         finding = settings(
             test._hypothesis_internal_use_settings,
-            max_examples=400,
+            max_examples=max_examples,
             derandomize=True,
             phases=[HypothesisPhase.generate],
         )
         test = finding(given(data=st.data())(test.hypothesis.inner_test))
-    with pytest.raises((AssertionError, BaseExceptionGroup, RuntimeError)) as caught:
-        test(make_kit(technique))
+    test(kit)
+
+
+@pytest.mark.parametrize(("technique", "promise"), BROKEN, ids=str)
+def test_each_broken_promise_is_found(technique, promise):
+    with pytest.raises((AssertionError, AttributeError, BaseExceptionGroup, RuntimeError)) as caught:
+        find_broken(make_kit(technique), promise)
     assert_about_a_promise(caught.value)
+
+
+# On the simulated device
+
+
+class OnDevice(Hook):
+    """Has what it keeps on the device of the model, in a list."""
+
+    kept: ClassVar[list] = []
+
+    def attach(self, module):
+        self.kept.append(torch.zeros(5, device="sim"))
+
+
+class TakesTwiceTheMemory(Hook):
+    def pre_forward(self, module, args, kwargs):
+        self.copies = [parameter.detach().clone() for parameter in module.parameters()]
+
+    def post_forward(self, module, output):
+        self.copies = []
+
+
+class CopiesWithoutWaiting(Hook):
+    """Brings weights on a stream of its own, and does not have the call wait for it."""
+
+    def pre_forward(self, module, args, kwargs):
+        with torch.Stream("sim"):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.cpu().pin_memory().to("sim", non_blocking=True)
+
+
+class DeviceKit(TechniqueContract):
+    device = "sim"
+
+    def __init__(self, technique):
+        self.technique = technique
+
+    def make(self):
+        return self.technique
+
+    def models(self):
+        return linears()
+
+    def peak_bound(self, model):
+        return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_memory_that_is_left_on_a_device_is_found(sim):
+    kit = DeviceKit(broken("on_device", OnDevice))
+    with pytest.raises(AssertionError, match=r"leaves no memory on sim, not \d+ bytes: sim:0 \d+ B"):
+        find_broken(kit, "test_no_device_memory_is_left")
+    OnDevice.kept.clear()
+    find_broken(DeviceKit(Recording()), "test_no_device_memory_is_left", max_examples=5)
+
+
+def test_a_peak_above_the_bound_is_found(sim):
+    kit = DeviceKit(broken("twice", TakesTwiceTheMemory))
+    with pytest.raises(AssertionError, match="has at most 80 bytes of weights on sim at once, not 160"):
+        find_broken(kit, "test_peaks_are_bounded")
+    find_broken(DeviceKit(Recording()), "test_peaks_are_bounded", max_examples=5)
+
+
+def test_a_race_is_found(sim):
+    kit = DeviceKit(broken("races", CopiesWithoutWaiting))
+    with pytest.raises(sim.RaceError, match="read before it was written"):
+        find_broken(kit, "test_outputs_are_those_of_the_bare_model")
 
 
 def assert_about_a_promise(error):
@@ -433,6 +630,7 @@ def assert_about_a_promise(error):
         "the model is not as it was",
         "called while it is being called",
         "something failed",
+        "'Linear' object has no attribute 'config'",
     )
     assert str(error).startswith(known)
 
@@ -442,12 +640,16 @@ def test_state_that_two_models_share_is_found():
         def make(self):
             return HoldsState()
 
-    with pytest.raises(AssertionError, match="a technique is as before after it was used"):
+    with pytest.raises(AssertionError, match="a technique is as before while it is used"):
         Kit().test_a_technique_holds_no_state_of_a_run()
 
 
 def test_every_promise_is_broken_by_some_technique_here():
-    tested = {promise for _, promise in BROKEN} | {"test_a_technique_holds_no_state_of_a_run"}
+    tested = {promise for _, promise in BROKEN} | {
+        "test_a_technique_holds_no_state_of_a_run",
+        "test_no_device_memory_is_left",
+        "test_peaks_are_bounded",
+    }
     assert tested == set(PROMISES)
 
 
@@ -473,12 +675,14 @@ def test_a_third_partys_test_file_is_collected_and_run(tmp_path):
         "    def bind(self, component):\n"
         "        return [Binding('', AddsOne())]\n"
         "class TestTheirs(TechniqueContract):\n"
+        "    devices = ('cpu', 'sim')\n"
         "    def make(self):\n"
         "        return Theirs()\n",
         encoding="utf-8",
     )
+    chosen = "outputs_are or planning or memory"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "outputs_are or planning"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen],
         capture_output=True,
         text=True,
         check=False,
@@ -486,8 +690,8 @@ def test_a_third_partys_test_file_is_collected_and_run(tmp_path):
     )
     assert done.returncode == 1
     assert "broken promise: forward() gives the outputs of the bare model" in done.stdout
-    assert "FAILED test_theirs.py::TestTheirs::test_outputs_are_those_of_the_bare_model" in done.stdout
-    assert f"1 failed, 1 passed, {len(PROMISES) - 2} deselected" in done.stdout
+    assert "FAILED test_theirs.py::TestTheirs::test_outputs_are_those_of_the_bare_model[sim]" in done.stdout
+    assert f"2 failed, 3 passed, 1 skipped, {2 * len(PROMISES) - 6} deselected" in done.stdout
 
 
 def test_names_are_imported_when_they_are_asked_for():

@@ -25,8 +25,8 @@ from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 
 from hookcore import CheckpointError, PlanError, hookspecs
+from hookcore.testing.models import real_models
 from hookcore_plugins import accelerate_hooks, diffusers_models, torch_modules, transformers_models
-from tests.models import real_models
 
 PLUGINS = (torch_modules, diffusers_models, transformers_models, accelerate_hooks)
 DIFFUSERS = ("flux", "sd3", "unet", "autoencoder")

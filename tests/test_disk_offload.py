@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-import models
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -32,7 +31,9 @@ from hookcore import CheckpointError, Hook, Phase, Technique
 from hookcore.memory import DiskMover, disk, find_mapping, origin_of
 from hookcore.memory.arena import rounded
 from hookcore.memory.mapping import MappedFile
-from hookcore.testing.modules import module_trees, tensors_in
+from hookcore.testing import models
+from hookcore.testing.cases import tensors_in
+from hookcore.testing.modules import module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.disk_offload import DiskOffload
 from hookcore_plugins.layerwise_casting import LayerwiseCasting

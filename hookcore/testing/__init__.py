@@ -1,6 +1,6 @@
-"""What a plugin's own tests need: the contract kit, random models, and what "as it was before" means.
+"""What a plugin's own tests need: contract, state machine, models, and what "as it was before" means.
 
-    from hookcore.testing import TechniqueContract
+    from hookcore.testing import HookMachine, TechniqueContract
 
 Names are imported when they are asked for, so that only what needs pytest and Hypothesis
 (`pip install hookcore[testing]`) imports them.
@@ -12,14 +12,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hookcore.testing.cases import ModelCase
     from hookcore.testing.contract import TechniqueContract
-    from hookcore.testing.modules import ModelCase, module_trees
+    from hookcore.testing.machine import HookMachine
+    from hookcore.testing.modules import module_trees
     from hookcore.testing.snapshot import ModelSnapshot, same_bits
 
-__all__ = ["ModelCase", "ModelSnapshot", "TechniqueContract", "module_trees", "same_bits"]
+__all__ = ["HookMachine", "ModelCase", "ModelSnapshot", "TechniqueContract", "module_trees", "same_bits"]
 
 _HOMES = {
-    "ModelCase": "modules",
+    "HookMachine": "machine",
+    "ModelCase": "cases",
     "ModelSnapshot": "snapshot",
     "TechniqueContract": "contract",
     "module_trees": "modules",

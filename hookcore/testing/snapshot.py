@@ -262,6 +262,7 @@ def _facts(tensor: Tensor) -> dict[str, Any]:
         "shape": tuple(tensor.shape),
         "stride": tensor.stride(),
         "requires_grad": tensor.requires_grad,
+        "being an inference tensor": tensor.is_inference(),
     }
 
 

@@ -22,7 +22,9 @@ from hookcore import (
 )
 from hookcore.memory import (
     Checkpoint,
+    DeviceMover,
     DiskMover,
+    Group,
     ModelDtypeHook,
     Origin,
     Placement,
@@ -60,7 +62,7 @@ class DiskOffload(Technique):
 
     Parameters take no memory between calls, and read true at any time: they are mapped. For its call a
     layer's weights are brought into memory, in the order that the last call has shown, ahead of use. Buffers
-    stay in memory.
+    stay in memory, that of the device where the model computes.
 
     Attributes:
         checkpoint: A safetensors file, an index, or a folder, as `save_pretrained` writes it. None for a
@@ -104,9 +106,14 @@ class DiskOffload(Technique):
         mover = DiskMover(streamed, origins, self.execution_device, budget, self.read_ahead)
         yield from _dtype_hooks(component, origins)
         yield from Placement(component, streamed, resident, mover, self.execution_device).bindings()
-        for slot in component.slots:
-            if slot not in origins:
-                yield Skipped(slot.name, "stays in memory: a buffer, or not in the checkpoint")
+        staying = [slot for slot in component.slots if slot not in origins]
+        if staying and self.execution_device.type != "cpu":
+            check_movable(component, staying)
+            beside = DeviceMover(self.execution_device, torch.device("cpu"))
+            group = Group("in memory", tuple(staying), ())
+            yield from Placement(component, [], [group], beside, self.execution_device).bindings()
+        for slot in staying:
+            yield Skipped(slot.name, "stays in memory: a buffer, or not in the checkpoint")
 
     def _origins(self, component: Component) -> dict[TensorSlot, Origin]:
         """Finds where each parameter's values lie: known from loading, or by name in the checkpoint."""

@@ -13,5 +13,7 @@ torch.set_num_threads(1)
 
 
 class TestActivationStatistics(TechniqueContract):
+    devices = ("cpu", "sim")
+
     def make(self):
         return ActivationStatistics()

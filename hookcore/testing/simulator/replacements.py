@@ -40,7 +40,7 @@ def replace_functions() -> None:
     _replace_storage_constructor()
     for name in _CAN_PIN:
         _let_pin(name)
-    _run_backward_here()
+    _run_backward_on_this_thread()
 
 
 def _replace_storage_constructor() -> None:
@@ -80,18 +80,18 @@ def _let_pin(name: str) -> None:
         _builtins._register_builtin(constructor, f"aten::{name}")
 
 
-def _run_backward_here() -> None:
-    """Has backward run on the calling thread, and so on its current streams.
+def _run_backward_on_this_thread() -> None:
+    """Has backward run on the calling thread.
 
-    Else torch hands it to a thread for each device. It starts these threads once, at the first backward of
-    the process: for no simulated device if that was before `install`, and for the first one only after.
+    Otherwise torch hands it to a thread of the device. It makes these at the process' first backward, which
+    may be before the devices are added, and makes none for a Python device but the first.
     """
     run_backward = torch.autograd.graph._engine_run_backward
 
     @functools.wraps(run_backward)
-    def run_here(*args: Any, **kwargs: Any) -> Any:
+    def on_this_thread(*args: Any, **kwargs: Any) -> Any:
         with torch.autograd.set_multithreading_enabled(False):
             return run_backward(*args, **kwargs)
 
     for module in (torch.autograd, torch.autograd.graph):
-        setattr(module, "_engine_run_backward", run_here)  # noqa: B010 -- not in what the module exports
+        setattr(module, "_engine_run_backward", on_this_thread)  # noqa: B010 -- not in what the module exports

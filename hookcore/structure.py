@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.modules import module as torch_module
 
 from hookcore.hook import Hook
+from hookcore.target import walk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -42,14 +43,14 @@ class Structure:
         CHANGES.listen()
         self._module = module
         self._seen = CHANGES.count
-        self._known = list(_parts(module))
+        self._known = _parts(module)
 
     def has_changed(self) -> bool:
         """Whether the tree is another one now. Looks only if anything was registered in this process."""
         count = CHANGES.count
         if self._seen == count:
             return False
-        now = list(_parts(self._module))
+        now = _parts(self._module)
         if len(now) != len(self._known) or any(
             name != known_name or found is not known
             for (name, found), (known_name, known) in zip(now, self._known, strict=True)
@@ -59,10 +60,12 @@ class Structure:
         return False
 
 
-def _parts(module: nn.Module) -> Iterator[tuple[str, object]]:
-    for prefix, submodule in module.named_modules(remove_duplicate=False):
-        yield prefix, submodule
-        yield from submodule._parameters.items()
+def _parts(module: nn.Module) -> list[tuple[str, object]]:
+    parts: list[tuple[str, object]] = []
+    for place in walk(module):
+        parts.append(place)
+        parts += place[1]._parameters.items()
+    return parts
 
 
 class ReplanHook(Hook):

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -21,7 +22,16 @@ from torch.utils._pytree import tree_leaves
 
 import hookcore
 from hookcore import Component, Hook, ModelConventions, Phase, PlanError, Technique, UnsupportedModelError
-from hookcore.memory import DeviceMover, Group, Placement, WatchedTensors, find_blocks, placement
+from hookcore.memory import (
+    DeviceMover,
+    Group,
+    Placement,
+    WatchedTensors,
+    current_tensors,
+    find_blocks,
+    is_on,
+    placement,
+)
 from hookcore.testing import models
 from hookcore.testing.modules import Counter, Recipe, Scaled, TreeModel, WeightReader, module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
@@ -83,9 +93,7 @@ class OnlyCopies(TorchDispatchMode):
             with self._exempt():
                 onload(mover, group)
             self.order.append(group.name)
-            # Not those of the slot: an earlier call may have put others in their place.
-            there = (it for slot in group.slots for it in placement.current_tensors(slot))
-            for tensor in {storage(it): it for it in there}.values():
+            for tensor in {storage(it): it for slot in group.slots for it in current_tensors(slot)}.values():
                 assert not tensor.numel() or storage(tensor) not in self.offloaded
                 self.copies[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
             self.peak = max(self.peak, self.alive())
@@ -761,3 +769,19 @@ def test_weights_of_the_same_memory_share_it_in_the_copy_too():
     with patch.object(F, "linear", linear):
         model(torch.ones(3, 4))
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "on"),
+    [
+        ("cpu", "cpu", True),
+        ("cuda:0", "cuda", True),
+        ("cuda:1", "cuda", True),
+        ("cuda:1", "cuda:1", True),
+        ("cuda:1", "cuda:0", False),
+        ("cuda:0", "cpu", False),
+        ("cpu", "cuda", False),
+    ],
+)
+def test_a_device_without_an_index_stands_for_any_of_its_type(there, asked, on):
+    assert is_on(SimpleNamespace(device=torch.device(there)), torch.device(asked)) is on

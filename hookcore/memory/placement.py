@@ -109,8 +109,11 @@ class Placement:
         claimed.setdefault(first, []).extend(self._resident)
         for (fqn, entry), groups in held.items():
             hook_class = _PlacementHook if (fqn, entry) == first else _HoldHook
-            slots = (slot for group in claimed.get((fqn, entry), ()) for slot in group.slots)
-            claims = (Claim(Resource.PLACEMENT, slot.name) for slot in slots)
+            claims = [
+                Claim(Resource.PLACEMENT, slot.name)
+                for group in claimed.get((fqn, entry), ())
+                for slot in group.slots
+            ]
             yield Binding(fqn, hook_class(self, tuple(groups)), entry, claims)
 
     def attach(self) -> None:
@@ -214,23 +217,24 @@ class Placement:
         return itertools.chain(self._resident, self._groups)
 
     def _watch(self) -> None:
-        group_at = {owner: group for group in self._groups for slot in group.slots for owner in slot.owners}
         by_module: dict[nn.Module, dict[str, Group]] = {}
-        for (module, name), group in group_at.items():
-            by_module.setdefault(module, {})[name] = group
+        for group in self._groups:
+            for slot in group.slots:
+                for module, name in slot.owners:
+                    by_module.setdefault(module, {})[name] = group
         for module, groups in by_module.items():
             for kind in ("_parameters", "_buffers"):
                 original = module.__dict__[kind]
-                if watched := {name: group for name, group in groups.items() if name in original}:
-                    module.__dict__[kind] = WatchedTensors(original, watched, self._calls, self._before_read)
+                if not groups.keys().isdisjoint(original):
+                    module.__dict__[kind] = WatchedTensors(original, groups, self._calls, self._before_read)
 
     def _stop_watching(self) -> None:
-        for group in self._groups:
-            for slot in group.slots:
-                for module, _ in slot.owners:
-                    for kind in ("_parameters", "_buffers"):
-                        if isinstance(module.__dict__[kind], WatchedTensors):
-                            module.__dict__[kind] = module.__dict__[kind].give_back()
+        watched = {owner[0] for group in self._groups for slot in group.slots for owner in slot.owners}
+        for module in watched:
+            for kind in ("_parameters", "_buffers"):
+                tensors = module.__dict__[kind]
+                if isinstance(tensors, WatchedTensors):
+                    module.__dict__[kind] = tensors.give_back()
 
 
 class _HoldHook(Hook):
@@ -325,14 +329,16 @@ class DeviceMover(GroupMover):
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Moves a group to where it lies between calls."""
-        homes = {slot: tensors[0].device for slot in group.slots if (tensors := current_tensors(slot))}
-        _move(dict.fromkeys(homes, self._onload_device if resident else self._offload_device))
+        device = self._onload_device if resident else self._offload_device
+        found = {slot: tensors for slot in group.slots if (tensors := current_tensors(slot))}
+        homes = {slot: tensors[0].device for slot, tensors in found.items()}
+        _move((tensors, device) for tensors in found.values())
         self._homes.update(homes)
 
     def detach(self, group: Group) -> None:
         """Moves a group back to the device that it came from."""
         homes = {slot: self._homes[slot] for slot in group.slots if slot in self._homes}
-        _move(homes)
+        _move((current_tensors(slot), device) for slot, device in homes.items())
         for slot in homes:
             del self._homes[slot]
 
@@ -411,19 +417,20 @@ def check_movable(component: Component, slots: Iterable[TensorSlot]) -> None:
         UnsupportedModelError: It is of a kind that wraps other tensors or has no plain memory.
     """
     for slot in slots:
-        where = component.label(slot.name)
         for tensor in slot.tensors:
-            if tensor.device.type == "meta":
+            if has_memory(tensor):
+                continue
+            where = component.label(slot.name)
+            if tensor.is_meta:
                 raise PlanError(
                     f"{where!r} is on the meta device and has no data to move. Load the weights first, "
                     "or use a technique that reads them from a checkpoint"
                 )
-            if not has_memory(tensor):
-                raise UnsupportedModelError(
-                    f"{where!r} is a {type(tensor).__name__} with layout {tensor.layout}; only plain, "
-                    "strided tensors can be moved. Move its module to where it computes, and exclude it"
-                )
-        if len({tensor.dtype for tensor in slot.tensors}) > 1:
+            raise UnsupportedModelError(
+                f"{where!r} is a {type(tensor).__name__} with layout {tensor.layout}; only plain, "
+                "strided tensors can be moved. Move its module to where it computes, and exclude it"
+            )
+        if len(slot.tensors) > 1 and len({tensor.dtype for tensor in slot.tensors}) > 1:
             names = " and ".join(repr(component.label(fqn)) for fqn in slot.fqns)
             raise UnsupportedModelError(
                 f"{names} share memory but differ in dtype. Give one of them memory of its own with .clone()"
@@ -432,8 +439,8 @@ def check_movable(component: Component, slots: Iterable[TensorSlot]) -> None:
 
 def current_tensors(slot: TensorSlot) -> list[torch.Tensor]:
     """The distinct tensors that are now where a slot's tensors were registered."""
-    found = (_tensor_at(module, name) for module, name in slot.owners)
-    return list({id(tensor): tensor for tensor in found if tensor is not None}.values())
+    found = [tensor for owner in slot.owners if (tensor := _tensor_at(*owner)) is not None]
+    return found if len(found) < 2 else list({id(tensor): tensor for tensor in found}.values())
 
 
 def _tensor_at(module: nn.Module, name: str) -> torch.Tensor | None:
@@ -481,12 +488,13 @@ def _extent(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _move(devices: Mapping[TensorSlot, torch.device]) -> None:
-    """Moves each slot to a device for good; all of them or, if it raises, none."""
+def _move(devices: Iterable[tuple[list[torch.Tensor], torch.device]]) -> None:
+    """Moves the tensors of slots to a device for good; all of them or, if it raises, none."""
     moved: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for slot, device in devices.items():
-        for tensors in _by_memory([it for it in current_tensors(slot) if not is_on(it, device)]):
-            moved += zip(tensors, _copy_memory(tensors, device)[2], strict=True)
+    for of_slot, device in devices:
+        if elsewhere := [it for it in of_slot if not is_on(it, device)]:
+            for tensors in _by_memory(elsewhere):
+                moved += zip(tensors, _copy_memory(tensors, device)[2], strict=True)
     for tensor, view in moved:
         tensor.data = view
 
@@ -508,7 +516,8 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def is_on(tensor: torch.Tensor, device: torch.device) -> bool:
     """Whether it is there; a device without an index stands for any of its type."""
-    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+    there = tensor.device
+    return there == device or (device.index is None and there.type == device.type)
 
 
 def _version(tensor: torch.Tensor) -> int | None:

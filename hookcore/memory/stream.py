@@ -218,11 +218,11 @@ class StreamMover(GroupMover):
             if not member.stays:
                 self._plain.offload(member.parameters)
             return
-        packed, views = member.packed, load.place.views
-        changed, replaced = packed.is_changed, packed.replaced(views)
+        packed, place = member.packed, load.place
+        changed, replaced = packed.is_changed, packed.replaced(place.addresses)
         packed.show_host()
         if changed:
-            packed.keep(views)
+            packed.keep(place.views)
         for tensor, data in replaced:  # the call gave it other data, as `weight.data = ...` does
             tensor.data = data.to(_CPU)
         self._engine.leave(load)
@@ -323,18 +323,17 @@ class StreamMover(GroupMover):
         if torch.is_grad_enabled():
             return
         loads = []
-        most = _AHEAD_OF_A_GUESS if self._order.is_guess else len(self._members)
-        while (group := self._order.ahead(len(self._ahead))) is not None and group not in self._ahead:
+        engine, order, ahead = self._engine, self._order, self._ahead
+        most = _AHEAD_OF_A_GUESS if order.is_guess else len(self._members)
+        while (group := order.ahead(len(ahead))) is not None and group not in ahead and len(ahead) < most:
             member = self._members[group]
-            if member.in_use is not None or len(self._ahead) >= most:
-                break
-            load = self._engine.take(member.packed)
+            load = None if member.in_use else engine.take(member.packed)
             if load is None:
                 break
-            self._ahead[group] = load
+            ahead[group] = load
             loads.append(load)
         if loads:
-            self._engine.copy(loads)
+            engine.copy(loads)
 
     def _drop_ahead(self) -> None:
         for load in self._ahead.values():

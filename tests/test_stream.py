@@ -378,19 +378,21 @@ def test_originals_are_freed_group_by_group_and_locked_memory_is_exact(sim):
     assert total <= simulator.max_pinned_bytes() <= 1.05 * total  # small weights begin at multiples of 64
 
 
-def test_memory_that_cannot_be_locked_is_copied_all_the_same(sim):
-    model = build()
-    with patch.object(stream, "HostMemory", lambda device, _limit: engine_host(device)):
-        hookcore.apply(model, [GroupOffload("sim")])
-    for _ in range(3):
-        assert same_bits(call(model).cpu(), call(build(), "cpu"))
-    assert simulator.pinned_bytes() == 0
-
-
-def engine_host(device):
-    from hookcore.memory.host import HostMemory
-
-    return HostMemory(device, 0)
+@FOR_EACH_EXAMPLE
+@given(st.integers(0, 5), st.none() | st.integers(12_000, 60_000), st.integers(0, 3))
+def test_little_memory_is_locked_if_so_wished(sim, prefetch, budget, repeats):
+    model, bare = build(), build()
+    before = sim.pinned_bytes()
+    options = {"prefetch": prefetch, "memory_budget": budget, "low_cpu_mem_usage": True}
+    applied = hookcore.apply(model, [GroupOffload("sim", **options)])
+    found = [call(model) for _ in range(3 + repeats)]
+    torch.get_device_module("sim").synchronize()
+    for it in found:
+        assert same_bits(it.cpu(), call(bare, "cpu"))
+    largest = max(it.packed.nbytes for it in mover_of(applied)._members.values())
+    assert sim.pinned_bytes() - before <= 3 * largest
+    applied.remove()
+    assert sim.pinned_bytes() == before
 
 
 def test_options_that_cannot_be_are_refused():

@@ -69,15 +69,17 @@ class Packed:
         tensors: The distinct objects that modules hold.
         nbytes: Bytes in all.
         host: The memory, uint8, `(nbytes,)`, from `take` on, until `let_go`.
+        is_locked: Whether a device can copy from it by itself.
         copied: An event after the last copy of it; None before the first.
     """
 
-    __slots__ = ("_homes", "_parts", "_versions", "copied", "host", "nbytes", "tensors")
+    __slots__ = ("_homes", "_parts", "_versions", "copied", "host", "is_locked", "nbytes", "tensors")
 
     def __init__(self, slots: Iterable[TensorSlot]) -> None:
         self._parts, self.nbytes = _lay_out(slots)
         self.tensors = [part.tensor for part in self._parts]
         self.host = torch.empty(0, dtype=torch.uint8)
+        self.is_locked = False
         self.copied: Any = None
         self._homes: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         self._versions: list[int] = []

@@ -21,7 +21,7 @@ from hookcore.errors import BudgetError
 from hookcore.memory.device import DeviceMover
 from hookcore.memory.engine import CopyEngine, Load
 from hookcore.memory.grouping import Group, spanning_groups
-from hookcore.memory.host import HostMemory
+from hookcore.memory.host import HostMemory, Staging
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
 from hookcore.memory.packed import Packed
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hookcore.target import TensorSlot
 
 _CPU = torch.device("cpu")
+_STAGED = 3  # of the largest group: one is filled while others are copied
 _AHEAD_OF_A_GUESS = 4  # groups; modules are often registered in another order than they run
 
 
@@ -241,6 +242,7 @@ class StreamMover(GroupMover):
         host = self._host.make(packed.nbytes)
         packed.take(host)
         self._host.lock(host)
+        packed.is_locked = host.is_pinned()
         return packed
 
     def _make_engine(self) -> CopyEngine:
@@ -248,20 +250,25 @@ class StreamMover(GroupMover):
         sizes = {group: member.packed.nbytes for group, member in self._members.items()}
         spanning = spanning_groups(sizes)
         always = sum(sizes[group] for group in spanning)
-        passing = [nbytes for group, nbytes in sizes.items() if group not in spanning]
+        coming = [nbytes for group, nbytes in sizes.items() if group not in spanning]
         if self._budget is None:
             count = self._prefetched + 1
-            windows = (sum(passing[at : at + count]) for at in range(len(passing)))
+            windows = (sum(coming[at : at + count]) for at in range(len(coming)))
             room = always + max(windows, default=0)
         else:
             fixed = sum(self._fixed.values())
-            _check_budget(self._budget, fixed + always + max(passing, default=0), self._device)
+            _check_budget(self._budget, fixed + always + max(coming, default=0), self._device)
             room = self._budget - fixed
         everything = sum(sizes.values())
         staying = list(sizes) if everything <= room else spanning
         self._keep_on_device(staying)
         engine = CopyEngine(self._device, min(room, everything) - sum(sizes[group] for group in staying))
         self._order = LearnedOrder([group for group in sizes if group not in staying])
+        unlocked = [
+            it.packed.nbytes for it in self._members.values() if not (it.stays or it.packed.is_locked)
+        ]
+        if unlocked:
+            engine.staging = Staging(self._device, _STAGED * max(unlocked))
         if self._budget is not None and staying is spanning:
             engine.measure()
         return engine

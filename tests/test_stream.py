@@ -16,6 +16,7 @@ import hookcore
 from hookcore import BudgetError
 from hookcore.memory import engine, stream
 from hookcore.testing import simulator
+from hookcore.testing.modules import Counter
 from hookcore.testing.snapshot import same_bits
 from hookcore_plugins import GroupOffload, LayerwiseCasting
 
@@ -39,7 +40,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two ways to call it, blocks that can be left out, a counter, and a weight that is used twice."""
+    """Blocks that can be left out, a layer with a buffer only, and a weight that is used twice."""
 
     def __init__(self, blocks=6):
         super().__init__()
@@ -47,11 +48,10 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.head = nn.Linear(WIDTH, WIDTH)
         self.head.weight = self.stem.weight
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.count = Counter(WIDTH)
 
     def forward(self, x, skip=(), backwards=False, fails_at=None):
-        self.calls += 1
-        x = self.stem(x)
+        x = self.stem(self.count(x))
         order = range(len(self.blocks))
         for number in reversed(order) if backwards else order:
             if number == fails_at:

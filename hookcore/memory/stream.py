@@ -124,7 +124,7 @@ class StreamMover(GroupMover):
             self._plain.detach(buffers)
             raise
         self._fixed[group] = buffers.nbytes
-        self._members[group] = _Member(parameters, buffers, homes, packed, left)
+        self._members[group] = _Member(parameters, buffers, homes, packed, left, stays=not packed.tensors)
 
     def detach(self, group: Group) -> None:
         """Moves a group back to the device that it came from, into memory of its own."""
@@ -247,7 +247,7 @@ class StreamMover(GroupMover):
 
     def _make_engine(self) -> CopyEngine:
         """Allocates the memory on the device, and decides what stays from the start."""
-        sizes = {group: member.packed.nbytes for group, member in self._members.items()}
+        sizes = {group: member.packed.nbytes for group, member in self._members.items() if not member.stays}
         spanning = spanning_groups(sizes)
         always = sum(sizes[group] for group in spanning)
         coming = [nbytes for group, nbytes in sizes.items() if group not in spanning]

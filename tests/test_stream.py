@@ -222,8 +222,7 @@ def test_bytes_of_the_storage_dtype_travel(sim, order, budget):
     hookcore.apply(bare, [LayerwiseCasting()])
     hookcore.apply(model, [both[name] for name in order])
     for _ in range(3):
-        found = call(model)
-    assert same_bits(found.cpu(), call(bare, "cpu"))
+        assert same_bits(call(model).cpu(), call(bare, "cpu"))
     with sim.traced() as trace:
         call(model)
     copied = [it for it in trace.spans if it.engine == "copy in"]

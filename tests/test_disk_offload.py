@@ -401,6 +401,28 @@ def test_an_output_that_is_a_view_of_a_weight_stays_right(way, stored, tmp_path)
         assert same_bits(transposed, model.second.weight.t().float())
 
 
+def test_a_layer_computes_with_what_was_read_for_it(folder):
+    """However long that takes: the mapping has the same values, but using it is another way to read."""
+    read_range, linear = disk.DirectReader.read_range, nn.functional.linear
+    mapped = []
+
+    def slow(*args, **kwargs):
+        time.sleep(0.02)
+        return read_range(*args, **kwargs)
+
+    def looking(value, weight, bias):
+        mapped.append(find_mapping(weight))
+        return linear(value, weight, bias)
+
+    with (
+        patch.object(disk.DirectReader, "read_range", slow),
+        patch.object(nn.functional, "linear", looking),
+        reading("read"),
+    ):
+        call(hookcore.load(Wide, folder, [DiskOffload(read_ahead=0)]))
+    assert mapped == [None] * 4
+
+
 def test_memory_for_direct_reads_is_used_again(folder):
     """Not a page more than the largest layer has been written to, however often all are read."""
     with reading("read"):

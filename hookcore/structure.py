@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch.nn.modules import module as torch_module
@@ -15,40 +17,25 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class _Changes:
-    """Counts registrations of parameters and modules in this process, while anybody asks."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._listening = False
-
-    def listen(self) -> None:
-        """Starts to count. torch calls back at every registration, which is rare and cheap to note."""
-        if not self._listening:
-            torch_module.register_module_parameter_registration_hook(self._note)
-            torch_module.register_module_module_registration_hook(self._note)
-            self._listening = True
-
-    def _note(self, *_: object) -> None:
-        self.count += 1
-
-
-CHANGES = _Changes()
-
-
 class Structure:
     """What the tree below a module consists of when this is made: every module and parameter, by FQN."""
 
     def __init__(self, module: nn.Module) -> None:
-        CHANGES.listen()
+        _listen()
         self._module = module
-        self._seen = CHANGES.count
         self._known = _parts(module)
+        self._modules = {id(part) for _, part in self._known}
+        self._touched = False
+        with _LOCK:
+            _STRUCTURES.add(self)
+
+    def note(self, module: nn.Module) -> None:
+        """Is told that a parameter or a module was registered in a module, of whatever tree."""
+        self._touched |= id(module) in self._modules
 
     def has_changed(self) -> bool:
-        """Whether the tree is another one now. Looks only if anything was registered in this process."""
-        count = CHANGES.count
-        if self._seen == count:
+        """Whether the tree is another one now. Looks only if anything was registered in it."""
+        if not self._touched:
             return False
         now = _parts(self._module)
         if len(now) != len(self._known) or any(
@@ -56,15 +43,36 @@ class Structure:
             for (name, found), (known_name, known) in zip(now, self._known, strict=True)
         ):
             return True
-        self._seen = count
+        self._touched = False
         return False
+
+
+_STRUCTURES: weakref.WeakSet[Structure] = weakref.WeakSet()
+_LOCK = threading.Lock()
+_is_listening = False
+
+
+def _listen() -> None:
+    """Has torch call back at every registration, which is rare and cheap to note."""
+    global _is_listening  # noqa: PLW0603 -- torch's hooks are of the process, too
+    if not _is_listening:
+        torch_module.register_module_parameter_registration_hook(_note)
+        torch_module.register_module_module_registration_hook(_note)
+        _is_listening = True
+
+
+def _note(module: nn.Module, *_: object) -> None:
+    with _LOCK:
+        for structure in _STRUCTURES:
+            structure.note(module)
 
 
 def _parts(module: nn.Module) -> list[tuple[str, object]]:
     parts: list[tuple[str, object]] = []
     for place in walk(module):
         parts.append(place)
-        parts += place[1]._parameters.items()
+        own: dict[str, Any] = place[1]._parameters
+        parts += dict.items(own)  # through dict, so that it doesn't count as a read
     return parts
 
 

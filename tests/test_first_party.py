@@ -114,12 +114,12 @@ class TestGroupOffloadOfBlocks(TechniqueContract):
     devices = ("sim",)
 
     def make(self):
-        return GroupOffload(self.device)
+        return GroupOffload(self.device, offload_type="block_level", use_stream=False)
 
 
 class TestGroupOffloadOfLeaves(OnBoth):
     def make(self):
-        return GroupOffload(self.device, offload_type="leaf_level")
+        return GroupOffload(self.device, offload_type="leaf_level", use_stream=False)
 
     def peak_bound(self, model):
         """One layer at a time, and what the modules around it hold themselves."""
@@ -131,6 +131,32 @@ class TestGroupOffloadOfLeaves(OnBoth):
         held = {fqn: sum(it.nbytes for it in own_tensors(module)) for fqn, module in model.named_modules()}
         paths = (["", *(fqn[:end] for end, char in enumerate(fqn) if char == "."), fqn] for fqn in held)
         return max(sum(held[it] for it in dict.fromkeys(path)) for path in paths)
+
+
+class TestStreamedGroups(TechniqueContract):
+    devices = ("sim",)
+
+    def make(self):
+        return GroupOffload(self.device)
+
+
+class TestStreamedBlocks(TechniqueContract):
+    devices = ("sim",)
+
+    def make(self):
+        return GroupOffload(self.device, offload_type="block_level", prefetch=2)
+
+
+class TestStreamedGroupsWithABudget(TechniqueContract):
+    devices = ("sim",)
+
+    def make(self):
+        return GroupOffload(self.device, memory_budget=1500)
+
+    def peak_bound(self, model):
+        if any(isinstance(module, Reassigned) for module in model.modules()):
+            return None  # what a call replaces is there as long as what replaces it
+        return 1500
 
 
 @frozen
@@ -195,7 +221,11 @@ class Offloads(HookMachine):
     """On a model that lies on the CPU, as users have it."""
 
     def techniques(self):
-        return [GroupOffload(self.device), GroupOffload(self.device, offload_type="leaf_level")]
+        return [
+            GroupOffload(self.device),
+            GroupOffload(self.device, offload_type="leaf_level"),
+            *([GroupOffload(self.device, memory_budget=2000)] if self.device == "sim" else []),
+        ]
 
 
 class OffloadsFromTheDevice(Offloads):

@@ -28,9 +28,9 @@ from hookcore.memory import (
     Placement,
     WatchedTensors,
     current_tensors,
+    device,
     find_blocks,
     is_on,
-    placement,
 )
 from hookcore.testing import models
 from hookcore.testing.modules import Counter, Recipe, Scaled, TreeModel, WeightReader, module_trees
@@ -70,7 +70,8 @@ class OnlyCopies(TorchDispatchMode):
 
     def __init__(self, model):
         super().__init__()
-        self.offloaded = {storage(tensor) for tensor in own_tensors(model) if tensor.numel()}
+        self._kept = [tensor.data for tensor in own_tensors(model)]  # or addresses would be used again
+        self.offloaded = {storage(tensor) for tensor in self._kept if tensor.numel()}
         self.order = []
         self.copies = {}
         self.peak = 0
@@ -430,7 +431,7 @@ def test_after_an_error_nothing_is_there_and_the_next_call_is_right(case, techni
     model, bare = case.build().eval(), case.build().eval()
     before = {fqn: storage(tensor) for fqn, tensor in model.state_dict().items()}
     applied = hookcore.apply(model, [technique])
-    copy_memory = placement._copy_memory
+    copy_memory = device.copy_memory
     count = 0
 
     def fail(*args):
@@ -446,7 +447,7 @@ def test_after_an_error_nothing_is_there_and_the_next_call_is_right(case, techni
         )
     )
     failing = (
-        patch.object(placement, "_copy_memory", fail)
+        patch.object(device, "copy_memory", fail)
         if in_copying
         else closing(nn.modules.module.register_module_forward_hook(fail))
     )
@@ -648,7 +649,11 @@ def test_inputs_of_the_outermost_call_are_moved_and_containers_kept_where_nothin
     [
         ({"num_blocks_per_group": 0}, ValueError, "num_blocks_per_group is 0, expected an int of 1 or more"),
         ({"num_blocks_per_group": 1.5}, ValueError, "num_blocks_per_group is 1.5"),
-        ({"offload_type": "layer_level"}, ValueError, "'layer_level'; choose 'block_level' or 'leaf_level'"),
+        (
+            {"offload_type": "layer_level"},
+            ValueError,
+            "'layer_level'; choose 'auto' or 'block_level'",
+        ),
         ({"offload_device": "meta"}, ValueError, "'meta', which holds no data"),
         ({"offload_device": "no such"}, ValueError, "torch cannot use 'no such'"),
         ({"exclude_modules": [nn.Linear(1, 1)]}, TypeError, "expected FQNs of modules"),

@@ -22,6 +22,7 @@ class TurnedDeque:
 
     def forget(self):
         self.misses = 0
+        self.known = []  # the latest first
         self.begin_pass(self.guess)
 
     def begin_pass(self, order):
@@ -32,13 +33,24 @@ class TurnedDeque:
 
     def note(self, thing):
         self.used.append(thing)
-        hit = not self.expected or self.expected[0] == thing
-        self.late = 0 if hit else self.late + 1
-        self.misses += not hit
+        hit = bool(self.expected) and self.expected[0] == thing
+        surprise = bool(self.expected) and not hit
+        self.misses += surprise
+        begun = [it for it in self.known if it[: len(self.used)] == self.used and len(it) > len(self.used)]
+        if surprise and begun:
+            self.order = begun[0]
+            self.expected = deque(self.order)
+            self.expected.rotate(-len(self.used))
+            self.late = 0
+            return hit
+        self.late = self.late + 1 if surprise else 0
         if thing in self.expected:
             self.expected.rotate(-1 - self.expected.index(thing))
+        return hit
 
     def end_pass(self):
+        if self.used:
+            self.known = [self.used, *(it for it in self.known if it != self.used)][:8]
         self.begin_pass(self.used or self.order)
 
     def upcoming(self):
@@ -50,9 +62,9 @@ def test_it_is_the_turned_deque(guess, made, data):
     order, reference = LearnedOrder(guess), TurnedDeque(guess)
     for uses in made:
         for used in uses:
-            order.note(used)
-            reference.note(used)
+            assert order.note(used) == reference.note(used)
             assert list(order.upcoming()) == reference.upcoming()
+            assert [order.ahead(it) for it in range(9)] == [*reference.upcoming(), *[None] * 9][:9]
             assert order.misses == reference.misses
         if data.draw(st.booleans(), "forget"):
             order.forget()
@@ -98,3 +110,30 @@ def test_a_new_pass_starts_with_hope():
     assert not list(order.upcoming())
     order.end_pass()
     assert list(order.upcoming()) == list("xyz")
+
+
+@given(st.lists(st.permutations("abcdef"), min_size=2, max_size=5, unique_by=tuple), st.data())
+def test_orders_that_were_learned_are_known_again(orders, data):
+    order = LearnedOrder("")
+    for made in orders:
+        for used in made:
+            order.note(used)
+        order.end_pass()
+    for made in data.draw(st.lists(st.sampled_from(orders), max_size=6), "passes"):
+        before = order.misses
+        for used in made:
+            order.note(used)
+        order.end_pass()
+        assert order.misses - before < len(orders)  # one for each other order that began as this one
+
+
+@given(st.lists(things, max_size=8), st.sets(things))
+def test_what_is_left_out_is_expected_no_more(uses, left_out):
+    order = LearnedOrder("abcdef")
+    for used in uses:
+        order.note(used)
+    order.end_pass()
+    expected = [it for it in order.upcoming() if it not in left_out]
+    order.leave_out(left_out)
+    assert list(order.upcoming()) == expected
+    assert order.is_guess == (not uses)

@@ -23,8 +23,8 @@ from hookcore_plugins.layerwise_casting import LayerwiseCasting
 CASES = models.real_models()
 MODES = [torch.no_grad, torch.enable_grad, torch.inference_mode]
 GROUPS = {
-    "blocks": {},
-    "leaves": {"offload_type": "leaf_level"},
+    "blocks": {"use_stream": False},
+    "leaves": {"offload_type": "leaf_level", "use_stream": False},
 }
 
 

@@ -169,7 +169,12 @@ def test_nothing_is_walked_while_nothing_has_changed(monkeypatch):
     for _ in range(3):
         model(X)
     assert walks == []
-    nn.Linear(1, 1)  # elsewhere: looked at once, then known
+    nn.Linear(1, 1)  # elsewhere
+    for _ in range(3):
+        model(X)
+    assert walks == []
+    model[0].extra = nn.Parameter(torch.zeros(1))
+    del model[0].extra  # here, though nothing has changed: looked at once, then known
     for _ in range(3):
         model(X)
     assert walks == [1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hookcore.memory.budget import choose_residents, largest_held
 from hookcore.memory.checkpoint import Checkpoint, TensorEntry
+from hookcore.memory.device import DeviceMover
 from hookcore.memory.disk import DiskMover, cost
 from hookcore.memory.grouping import (
     Group,
@@ -13,20 +14,18 @@ from hookcore.memory.grouping import (
     make_groups,
     merge_neighbours,
     slots_below,
+    spanning_groups,
 )
 from hookcore.memory.keys import find_entries
 from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
+from hookcore.memory.mover import GroupMover
 from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
-from hookcore.memory.placement import (
-    DeviceMover,
-    GroupMover,
-    Placement,
-    check_movable,
-    current_tensors,
-    is_on,
-)
+from hookcore.memory.placement import Placement
 from hookcore.memory.reads import WatchedTensors
+from hookcore.memory.schedule import Layout, Use, choose_layout, pass_seconds
+from hookcore.memory.stream import StreamMover, check_budget, has_streams
+from hookcore.memory.tensors import check_movable, current_tensors, is_on
 
 __all__ = [
     "Checkpoint",
@@ -34,13 +33,18 @@ __all__ = [
     "DiskMover",
     "Group",
     "GroupMover",
+    "Layout",
     "MappedFile",
     "ModelDtypeHook",
     "Origin",
     "Placement",
+    "StreamMover",
     "TensorEntry",
+    "Use",
     "WatchedTensors",
+    "check_budget",
     "check_movable",
+    "choose_layout",
     "choose_residents",
     "cost",
     "current_tensors",
@@ -48,6 +52,7 @@ __all__ = [
     "find_blocks",
     "find_entries",
     "find_mapping",
+    "has_streams",
     "is_on",
     "largest_held",
     "leaf_units",
@@ -56,7 +61,9 @@ __all__ = [
     "merge_neighbours",
     "models_with_dtype",
     "origin_of",
+    "pass_seconds",
     "set_origin",
     "slots_below",
+    "spanning_groups",
     "wanted_dtype",
 ]

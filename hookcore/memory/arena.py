@@ -6,11 +6,12 @@ time, which costs a core more than reading does; pieces of one stretch are only 
 
 from __future__ import annotations
 
-import bisect
 import mmap
 from contextlib import suppress
 
 import torch
+
+from hookcore.memory.ranges import Ranges
 
 _use_count = torch._C._storage_Use_Count
 _ALIGNMENT = mmap.PAGESIZE
@@ -64,18 +65,15 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         size = rounded(max(nbytes, 1))
         self._memory = _memory(size)
-        self._free = [(0, size)]  # start and stop, sorted, no two touching
+        self._ranges = Ranges(size)
         self._looked_at: list[Piece] = []
 
     def take(self, nbytes: int) -> Piece | None:
         """Lends a piece of at least this size; None if there is no room for it."""
         self._return_what_nobody_looks_at()
         size = rounded(max(nbytes, 1))
-        for index, (start, stop) in enumerate(self._free):
-            if stop - start >= size:
-                self._free[index : index + 1] = [(start + size, stop)] if start + size < stop else []
-                return Piece(self._memory, start, size)
-        return None
+        start = self._ranges.take(size)
+        return None if start is None else Piece(self._memory, start, size)
 
     def give_back(self, piece: Piece) -> None:
         """Takes a piece back, as soon as nobody looks at it."""
@@ -85,23 +83,14 @@ class Arena:
     def lent(self) -> int:
         """Bytes that are not free."""
         self._return_what_nobody_looks_at()
-        return len(self._memory) - sum(stop - start for start, stop in self._free)
+        return self._ranges.lent
 
     def _return_what_nobody_looks_at(self) -> None:
         still = [piece for piece in self._looked_at if piece.in_use]
         for piece in self._looked_at:
             if piece not in still and piece._memory is self._memory:  # others were made beside the arena
-                self._insert(piece.start, piece.start + piece.nbytes)
+                self._ranges.give_back(piece.start, piece.nbytes)
         self._looked_at = still
-
-    def _insert(self, start: int, stop: int) -> None:
-        index = bisect.bisect(self._free, (start, stop))
-        if index < len(self._free) and self._free[index][0] == stop:
-            stop = self._free.pop(index)[1]
-        if index and self._free[index - 1][1] == start:
-            start = self._free.pop(index - 1)[0]
-            index -= 1
-        self._free.insert(index, (start, stop))
 
 
 def piece_beside(nbytes: int) -> Piece:

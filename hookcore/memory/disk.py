@@ -24,9 +24,9 @@ from hookcore.memory.arena import Arena, Piece, piece_beside, rounded
 from hookcore.memory.copies import copy_as, copy_as_is, is_copied_as_is
 from hookcore.memory.direct import DirectReader, aligned_span
 from hookcore.memory.mapping import find_mapping
+from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
 from hookcore.memory.origins import Origin, origin_of, set_origin
-from hookcore.memory.placement import GroupMover
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

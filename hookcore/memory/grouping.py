@@ -147,6 +147,16 @@ def make_groups(
     return tuple(groups)
 
 
+def spanning_groups(groups: Iterable[Group]) -> list[Group]:
+    """The groups that a call holds while calls below it hold others."""
+    groups = list(groups)
+    held = [fqn for group in groups for fqn, _ in group.holders]
+    above = {fqn[:at] for fqn in held for at, char in enumerate(fqn) if char == "."}
+    if any(held):
+        above.add("")
+    return [group for group in groups if any(fqn in above for fqn, _ in group.holders)]
+
+
 def slots_below(component: Component, names: Collection[str]) -> tuple[TensorSlot, ...]:
     """Finds the tensors that the named modules, or modules below them, use.
 

@@ -1,4 +1,4 @@
-"""Watched reads: a module's tensors, with a callback before one is read while a call is under way."""
+"""Watched reads: a module's tensors, with a callback before one is read."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
     """Stands in for a module's `_parameters` or `_buffers`.
 
     `nn.Module.__getattr__` reads `_parameters[name]`, so this sees `module.weight` wherever it is
-    written: in the module's own forward, or in its parent's. To go through all parameters, as many models do
-    in a forward to learn their dtype, is no read: it would bring the whole model at once. While no call is
-    under way it is a plain dict. A copy or a pickle of it is one for good.
+    written: in the module's own forward, or in its parent's. To go through all parameters while a call is
+    under way, as many models do in a forward to learn their dtype, is no read: it would bring the whole model
+    at once. A copy or a pickle of it is a plain dict.
 
     Args:
         original: What it stands in for; up to date again after `give_back`.
         groups: The group of each name that is watched.
-        calls: The calls under way; watched is only while there are any.
+        calls: The calls under way.
         before_read: Called before a tensor of the group is handed out.
     """
 
@@ -49,9 +49,24 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
         return self._original
 
     def __getitem__(self, name: str) -> torch.Tensor | None:
-        if self._calls and name in self._groups:
+        if name in self._groups:
             self._before_read(self._groups[name])
         return super().__getitem__(name)
+
+    def values(self) -> Any:
+        """As `dict.values`."""
+        self._before_all()
+        return super().values()
+
+    def items(self) -> Any:
+        """As `dict.items`."""
+        self._before_all()
+        return super().items()
+
+    def _before_all(self) -> None:
+        if not self._calls:
+            for group in self._groups.values():
+                self._before_read(group)
 
     def get(self, name: str, default: Any = None) -> Any:
         """As `dict.get`."""

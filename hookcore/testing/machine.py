@@ -28,7 +28,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 import hookcore
-from hookcore.errors import CheckpointError, PlanError, UnsupportedModelError
+from hookcore.errors import BudgetError, CheckpointError, PlanError, UnsupportedModelError
 from hookcore.testing.modules import module_trees
 from hookcore.testing.snapshot import ModelSnapshot
 from hookcore.testing.twins import Twins, is_hooked, promise
@@ -151,7 +151,7 @@ class HookMachine(Twins, RuleBasedStateMachine):
         before = ModelSnapshot.take(self.model)
         try:
             handle = hookcore.apply(target, [technique])
-        except (PlanError, UnsupportedModelError, CheckpointError):
+        except (PlanError, UnsupportedModelError, BudgetError, CheckpointError):
             before.assert_restored(self.model, same_storage=True)
         else:
             self.items.append(Item(handle, technique, target))

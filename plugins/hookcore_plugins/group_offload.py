@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 import torch
 from attrs import field, frozen
 
-from hookcore import Phase, Skipped, Technique, hookimpl, parse_device
+from hookcore import Phase, Skipped, Technique, hookimpl, parse_bytes, parse_device
 from hookcore.memory import (
     DeviceMover,
     Group,
     Placement,
+    StreamMover,
+    check_budget,
     check_movable,
     find_blocks,
+    has_streams,
     is_on,
     leaf_units,
     make_groups,
@@ -28,7 +31,10 @@ if TYPE_CHECKING:
 
     from hookcore import Binding, Component
 
-OffloadType = Literal["block_level", "leaf_level"]
+OffloadType = Literal["auto", "block_level", "leaf_level"]
+
+
+_LAYERS_AHEAD = 3  # one is seldom enough: neighbours differ in how long they compute and copy
 
 
 def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -50,20 +56,45 @@ def _device(value: torch.device | str | int) -> torch.device:
     return device
 
 
+def _budget(value: str | float | None) -> int | float | None:
+    if not isinstance(value, float):
+        return None if value is None else parse_bytes(value)
+    if not 0 < value <= 1:
+        raise ValueError(
+            f"memory_budget is {value!r}; give bytes, text such as '6GiB', or a share of the free memory "
+            "between 0 and 1"
+        )
+    return value
+
+
 @frozen
 class GroupOffload(Technique):
-    """Keeps weights on the offload device, and copies each group to the onload device for its calls.
+    """Keeps weights in host memory, and copies each group to the onload device for its calls.
 
-    The options are those of diffusers' `apply_group_offloading`.
+    On a device with streams, groups are copied ahead of their use while others compute, and those that a
+    memory budget has room for stay on the device: which ones is chosen after the first call has shown in what
+    order groups are used and how long computing and copying take. The host never waits for a copy.
+
+    The options of diffusers' `apply_group_offloading` have the same names and meanings here.
 
     Attributes:
         onload_device: Where the model computes; inputs are moved there, and outputs stay there.
         offload_device: Where the weights lie between their calls.
-        offload_type: "block_level": a group is one or more of the model's repeated blocks, and what is
-            outside of blocks stays for the whole call. "leaf_level": a group is one layer, which takes the
-            least memory and the most copies.
+        offload_type: "leaf_level": a group is one layer, which takes the least memory and the most copies.
+            "block_level": a group is one or more of the model's repeated blocks, and what is outside of
+            blocks stays for the whole call. "auto": by layers where copies run ahead of use, else by blocks.
         num_blocks_per_group: How many neighbouring blocks make a group, at block level.
         exclude_modules: FQNs of modules that stay on the onload device with all that is in them.
+        use_stream: Whether groups are copied ahead of use on a stream of their own; None: where that can be.
+        prefetch: How many groups are copied ahead where there is no budget to fill; None for one, or a few
+            where it is "auto".
+        memory_budget: Bytes of the device that all weights together may take, as a number, as text such as
+            "6GiB", or as a share of what is free (0.5). None for as little as the prefetch needs.
+        low_cpu_mem_usage: Whether weights lie in ordinary host memory and are copied through a little that is
+            page-locked, which costs the host the time of a second copy.
+        non_blocking: Taken for diffusers' sake: a stream is never waited for, and without one always.
+        record_stream: Taken for diffusers' sake: memory is never freed while it is used, so nothing need be
+            recorded.
     """
 
     name: ClassVar[str] = "group_offload"
@@ -72,9 +103,15 @@ class GroupOffload(Technique):
 
     onload_device: torch.device = field(converter=_device)
     offload_device: torch.device = field(default=torch.device("cpu"), converter=_device, kw_only=True)
-    offload_type: OffloadType = field(default="block_level", kw_only=True)
+    offload_type: OffloadType = field(default="auto", kw_only=True)
     num_blocks_per_group: int = field(default=1, kw_only=True)
     exclude_modules: tuple[str, ...] = field(default=(), converter=_names, kw_only=True)
+    use_stream: bool | None = field(default=None, kw_only=True)
+    prefetch: int | None = field(default=None, kw_only=True)
+    memory_budget: int | float | None = field(default=None, converter=_budget, kw_only=True)
+    low_cpu_mem_usage: bool = field(default=False, kw_only=True)
+    non_blocking: bool = field(default=False, kw_only=True)
+    record_stream: bool = field(default=False, kw_only=True)
 
     @offload_type.validator
     def _check_type(self, _attribute: Attribute[str], value: str) -> None:
@@ -89,11 +126,37 @@ class GroupOffload(Technique):
                 f"num_blocks_per_group is {value!r}, expected an int of 1 or more; 1 needs least memory"
             )
 
+    @prefetch.validator
+    def _check_prefetch(self, _attribute: Attribute[int | None], value: int | None) -> None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(
+                f"prefetch is {value!r}, expected an int of 0 or more, or None to have it chosen"
+            )
+
+    @use_stream.validator
+    def _check_stream(self, _attribute: Attribute[bool | None], value: bool | None) -> None:
+        if value and not self._can_stream:
+            raise ValueError(
+                f"use_stream=True needs an onload device with streams and offload_device='cpu', found "
+                f"{str(self.onload_device)!r} and {str(self.offload_device)!r}. Leave use_stream out to have "
+                "it chosen"
+            )
+
+    @memory_budget.validator
+    def _check_budget(self, _attribute: Attribute[int | None], value: float | None) -> None:
+        if value is not None and not self._streams:
+            raise ValueError(
+                f"memory_budget needs groups that are copied on a stream, which "
+                f"{str(self.onload_device)!r} {'is told not to do' if self._can_stream else 'cannot do'}. "
+                "Leave memory_budget out, or set exclude_modules= for what is to stay"
+            )
+
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
         """Lists the hooks at the component's entries and at the calls of all blocks or leaves.
 
         Raises:
             PlanError: A tensor has no data, or an excluded module doesn't exist.
+            BudgetError: The budget is less than one group and all that stays need.
             UnsupportedModelError: A tensor is of a kind that cannot be moved.
         """
         if not component.slots:
@@ -107,14 +170,40 @@ class GroupOffload(Technique):
         check_movable(
             component, [it for it in staying if not all(is_on(tensor, here) for tensor in it.tensors)]
         )
-        if self.offload_type == "block_level":
+        by_blocks = self.offload_type == "block_level" or (self.offload_type == "auto" and not self._streams)
+        if by_blocks:
             units = merge_neighbours(find_blocks(component), self.num_blocks_per_group)
         else:
             units = leaf_units(component)
         resident = [Group("excluded", staying, ())] if staying else []
-        mover = DeviceMover(self.onload_device, self.offload_device)
         groups = make_groups(component, units, moving)
-        yield from Placement(component, groups, resident, mover, self.onload_device).bindings()
+        mover: DeviceMover | StreamMover
+        if self._streams:
+            budget = self._budget
+            if budget is not None:
+                check_budget(budget, groups, resident, here)
+            ahead = _LAYERS_AHEAD if self.offload_type == "auto" else 1
+            if self.prefetch is not None:
+                ahead = self.prefetch
+            mover = StreamMover(here, budget, ahead, 0 if self.low_cpu_mem_usage else None)
+        else:
+            mover = DeviceMover(here, self.offload_device)
+        yield from Placement(component, groups, resident, mover, here).bindings()
+
+    @property
+    def _budget(self) -> int | None:
+        if isinstance(self.memory_budget, float):
+            free, _ = torch.get_device_module(self.onload_device).mem_get_info(self.onload_device)
+            return int(self.memory_budget * free)
+        return self.memory_budget
+
+    @property
+    def _can_stream(self) -> bool:
+        return has_streams(self.onload_device) and self.offload_device.type == "cpu"
+
+    @property
+    def _streams(self) -> bool:
+        return self._can_stream if self.use_stream is None else self.use_stream
 
 
 @hookimpl

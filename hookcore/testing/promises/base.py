@@ -12,7 +12,7 @@ from hypothesis import Phase as HypothesisPhase
 from hypothesis import strategies as st
 
 import hookcore
-from hookcore.errors import CheckpointError, PlanError, UnsupportedModelError
+from hookcore.errors import BudgetError, CheckpointError, PlanError, UnsupportedModelError
 from hookcore.testing.modules import module_trees
 from hookcore.testing.snapshot import ModelSnapshot
 from hookcore.testing.twins import Twins, promise
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _TestT = TypeVar("_TestT", bound="Callable[..., Any]")
 _EXAMPLES = 10
 SEED = 1
-REFUSALS = (PlanError, UnsupportedModelError, CheckpointError)
+REFUSALS = (PlanError, UnsupportedModelError, BudgetError, CheckpointError)
 """What a technique raises for a model that it is not for."""
 
 
@@ -68,7 +68,8 @@ class Promises(Twins):
     def models(self) -> st.SearchStrategy[ModelCase]:
         """The models to test on; random ones unless overridden.
 
-        What the technique refuses with PlanError, UnsupportedModelError or CheckpointError is passed over.
+        What the technique refuses (PlanError, UnsupportedModelError, BudgetError, CheckpointError) is passed
+        over.
         """
         return module_trees()
 

@@ -1,0 +1,49 @@
+"""What brings groups of weights to where they are used, and drops them: the interface of all movers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hookcore.memory.grouping import Group
+
+
+class GroupMover(Protocol):
+    """Brings and drops groups. Each method does all of it or, if it raises, nothing."""
+
+    def attach(self, group: Group, *, resident: bool) -> None:
+        """Puts a group where it lies between calls: for good on the onload device if it is resident."""
+
+    def detach(self, group: Group) -> None:
+        """Puts a group back where `attach` found it, with the values that it has now."""
+
+    def onload(self, group: Group) -> None:
+        """Brings a group, so that its modules can be called."""
+
+    def offload(self, group: Group) -> None:
+        """Drops what was brought; what a call changed in it is kept."""
+
+    def report(self, group: Group, *, resident: bool) -> Mapping[str, int]:
+        """Where the group's bytes lie between calls: a label for people to a number of bytes."""
+
+    def begin(self) -> None:
+        """Is told that an outermost call begins."""
+        return
+
+    def end(self) -> None:
+        """Is told that an outermost call has ended, and that nothing is held any more."""
+        return
+
+    def expose(self, group: Group) -> None:
+        """Is told that somebody gets at the group's tensors between calls, and may change them."""
+        return
+
+    def settle(self, group: Group) -> None:
+        """Is told that the group was detached for good."""
+        return
+
+    def reset(self) -> None:
+        """Forgets what it learned from earlier calls."""
+        return

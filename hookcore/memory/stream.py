@@ -1,0 +1,394 @@
+"""Groups copied ahead of use, on a stream of their own, into device memory that is allocated once.
+
+Weights lie in page-locked host memory, a group side by side, and are never copied back. The order of use is
+learned; whatever is expected next is copied as soon as there is room for it (see `engine`).
+
+Once a pass has shown the order and the times of use, the memory that streaming doesn't need goes to groups
+that stay (see `schedule`). These have their home on the device from then on.
+
+Streaming weights for each pass is FlexGen's idea (Sheng et al., 2023), prefetching them in a learned order
+FSDP's and DeepSpeed ZeRO-Infinity's (Rajbhandari et al., 2021).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import define
+
+from hookcore.errors import BudgetError
+from hookcore.memory.device import DeviceMover
+from hookcore.memory.engine import CopyEngine, Load
+from hookcore.memory.grouping import Group, spanning_groups
+from hookcore.memory.host import HostMemory, Staging
+from hookcore.memory.mover import GroupMover
+from hookcore.memory.order import LearnedOrder
+from hookcore.memory.packed import Packed
+from hookcore.memory.schedule import choose_layout
+from hookcore.memory.tensors import current_tensors, go_back, memory_seen_elsewhere, move_apart
+from hookcore.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from hookcore.memory.timing import PassTimes
+    from hookcore.target import TensorSlot
+
+_CPU = torch.device("cpu")
+_STAGED = 3  # of the largest group: one is filled while others are copied
+_AHEAD_OF_A_GUESS = 4  # groups; modules are often registered in another order than they run
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether a device runs copies and computing side by side, and lets one wait for the other."""
+    if device.type in ("cpu", "meta"):
+        return False
+    module = torch.get_device_module(device)
+    return all(hasattr(module, name) for name in ("Stream", "Event", "current_stream", "stream"))
+
+
+@define(eq=False)
+class _Member:
+    """A group and where it is.
+
+    Attributes:
+        parameters: Its parameters, as a group for the plain mover.
+        buffers: Its buffers, which always stay on the device.
+        homes: The device that each parameter came from.
+        packed: Its parameters.
+        left: Memory that parameters came from and that others see, too.
+        in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
+        stays: Whether it stays on the device, in memory of its own.
+    """
+
+    parameters: Group
+    buffers: Group
+    homes: dict[TensorSlot, torch.device]
+    packed: Packed
+    left: list[tuple[torch.Tensor, torch.Tensor]]
+    in_use: Load | None = None
+    stays: bool = False
+
+
+class StreamMover(GroupMover):
+    """Streams groups from page-locked host memory to a device that has streams.
+
+    Buffers stay on the device, where calls may change them; so do groups that are held while others come and
+    go. While gradients are recorded, nothing is copied ahead and no memory is used again: autograd keeps what
+    it needs.
+
+    Args:
+        onload_device: Where groups are used.
+        budget: Bytes of the device that all weights may take; None for as little as the prefetch needs.
+        prefetch: How many groups may be copied ahead of use where there is no budget to fill.
+        lock_limit: Bytes of host memory that may be locked; None for a share of what is free.
+    """
+
+    def __init__(
+        self,
+        onload_device: torch.device,
+        budget: int | None = None,
+        prefetch: int = 1,
+        lock_limit: int | None = None,
+    ) -> None:
+        index = onload_device.index
+        if index is None:
+            index = torch.get_device_module(onload_device).current_device()
+        self._device = torch.device(onload_device.type, index)
+        self._budget = budget
+        self._prefetched = prefetch
+        self._host = HostMemory(self._device, lock_limit)
+        self._plain = DeviceMover(self._device, _CPU)
+        self._members: dict[Group, _Member] = {}
+        self._fixed: dict[Group, int] = {}  # bytes on the device that the engine does not manage
+        self._order: LearnedOrder[Group] = LearnedOrder(())
+        self._ahead: dict[Group, Load] = {}
+        self._set_up: CopyEngine | None = None  # by the first call
+
+    # Between calls
+
+    def attach(self, group: Group, *, resident: bool) -> None:
+        """Moves a group's parameters to locked host memory, and its buffers to the device."""
+        if resident or any(tensor.is_inference() for slot in group.slots for tensor in current_tensors(slot)):
+            self._plain.attach(group, resident=resident)
+            self._fixed[group] = group.nbytes if resident else 0
+            return
+        parameters, buffers = _split(group)
+        self._plain.attach(buffers, resident=True)
+        try:
+            homes = {slot: it[0].device for slot in parameters.slots if (it := current_tensors(slot))}
+            left = memory_seen_elsewhere(parameters.slots)
+            packed = self._pack(parameters)
+        except BaseException:
+            self._plain.detach(buffers)
+            raise
+        self._fixed[group] = buffers.nbytes
+        self._members[group] = _Member(parameters, buffers, homes, packed, left, stays=not packed.tensors)
+
+    def detach(self, group: Group) -> None:
+        """Moves a group back to the device that it came from, into memory of its own."""
+        if self._set_up is not None:
+            self._set_up.synchronize()
+            self._drop_ahead()
+        member = self._members.get(group)
+        if member is None:
+            self._plain.detach(group)
+        else:
+            move_apart(member.homes)
+            go_back(member.left)
+            self._plain.detach(member.buffers)
+            self._host.release(member.packed.let_go())
+            del self._members[group]
+        del self._fixed[group]
+        if not self._members:
+            self._set_up = None
+
+    def reset(self) -> None:
+        """Forgets the order of use, and what was copied ahead."""
+        self._order.forget()
+        if self._set_up is not None:
+            self._drop_ahead()
+
+    def report(self, group: Group, *, resident: bool) -> dict[str, int]:
+        """Where the bytes of the group lie."""
+        here, there = f"resident on {self._device}", f"offloaded on {_CPU}"
+        if (member := self._members.get(group)) is None:
+            return {here if resident else there: group.nbytes}
+        staying = member.parameters.nbytes if member.stays else 0
+        return {here: member.buffers.nbytes + staying, there: member.parameters.nbytes - staying}
+
+    def expose(self, group: Group) -> None:
+        """Sees to it that a group's tensors can be changed: no copy reads them, and none has read them."""
+        member = self._members.get(group)
+        if member is not None and member.packed.copied is not None and not member.stays:
+            member.packed.copied.synchronize()
+            if group in self._ahead:
+                self._engine.give_back(self._ahead.pop(group))
+
+    # Calls
+
+    def begin(self) -> None:
+        """Begins an outermost call.
+
+        Raises:
+            BudgetError: The budget is too small.
+            torch.OutOfMemoryError: The device has less memory than the budget.
+        """
+        if self._set_up is None:
+            self._set_up = self._make_engine()
+        self._engine.begin()
+        times = self._engine.times
+        if times is not None and times.is_known:
+            self._learn_layout(times)
+        self._prefetch()
+
+    def end(self) -> None:
+        """Ends an outermost call; what the next one needs first is copied meanwhile."""
+        self._order.end_pass()
+        if self._engine.times is not None:
+            self._engine.times.end_pass()
+
+    def onload(self, group: Group) -> None:
+        """Has the group's parameters hold their values on the device, once its stream gets there."""
+        member = self._members.get(group)
+        if member is None:
+            self._plain.onload(group)
+            return
+        if member.stays:
+            member.packed.bring_given(self._device)
+            return
+        if not self._order.note(group):
+            self._drop_unexpected(group)
+        load = self._load_of(group, member)
+        if load is None:
+            self._plain.onload(member.parameters)
+            return
+        self._engine.wait_for(load)
+        member.packed.show(load.place.views)
+        member.in_use = load
+
+    def offload(self, group: Group) -> None:
+        """Has the group's parameters show host memory again, and copies what is used next."""
+        member = self._members.get(group)
+        if member is None:
+            self._plain.offload(group)
+            return
+        load, member.in_use = member.in_use, None
+        if load is None:
+            if not member.stays:
+                self._plain.offload(member.parameters)
+            return
+        packed, place = member.packed, load.place
+        changed, replaced = packed.is_changed, packed.replaced(place.addresses)
+        packed.show_host()
+        if changed:
+            packed.keep(place.views)
+        for tensor, data in replaced:  # the call gave it other data, as `weight.data = ...` does
+            tensor.data = data.to(_CPU)
+        self._engine.leave(load)
+        self._prefetch()
+
+    # How it is done
+
+    @property
+    def _engine(self) -> CopyEngine:
+        if self._set_up is None:
+            raise RuntimeError("groups can be moved during a call only")
+        return self._set_up
+
+    def _pack(self, parameters: Group) -> Packed:
+        packed = Packed(parameters.slots)
+        host = self._host.make(packed.nbytes)
+        packed.take(host)
+        self._host.lock(host)
+        packed.is_locked = host.is_pinned()
+        return packed
+
+    def _make_engine(self) -> CopyEngine:
+        """Allocates the memory on the device, and decides what stays from the start."""
+        sizes = {group: member.packed.nbytes for group, member in self._members.items() if not member.stays}
+        spanning = spanning_groups(sizes)
+        always = sum(sizes[group] for group in spanning)
+        coming = [nbytes for group, nbytes in sizes.items() if group not in spanning]
+        if self._budget is None:
+            count = self._prefetched + 1
+            windows = (sum(coming[at : at + count]) for at in range(len(coming)))
+            room = always + max(windows, default=0)
+        else:
+            fixed = sum(self._fixed.values())
+            _check_budget(self._budget, fixed + always + max(coming, default=0), self._device)
+            room = self._budget - fixed
+        everything = sum(sizes.values())
+        staying = list(sizes) if everything <= room else spanning
+        self._keep_on_device(staying)
+        engine = CopyEngine(self._device, min(room, everything) - sum(sizes[group] for group in staying))
+        self._order = LearnedOrder([group for group in sizes if group not in staying])
+        unlocked = [
+            it.packed.nbytes for it in self._members.values() if not (it.stays or it.packed.is_locked)
+        ]
+        if unlocked:
+            engine.staging = Staging(self._device, _STAGED * max(unlocked))
+        if self._budget is not None and staying is spanning:
+            engine.measure()
+        return engine
+
+    def _learn_layout(self, times: PassTimes) -> None:
+        """Divides memory by what the first pass has shown."""
+        self._engine.times = None
+        self._drop_ahead()
+        for member in self._members.values():
+            if not member.stays and not member.packed.is_home:
+                self._pack_again(member)
+        passing = {member.packed: group for group, member in self._members.items() if not member.stays}
+        uses = [use for use in times.uses() if use.group in passing]
+        unseen = passing.keys() - {use.group for use in uses}
+        room = self._engine.slab.memory.nbytes
+        layout = choose_layout(uses, room, max((it.nbytes for it in unseen), default=0))
+        if layout is not None and layout.resident:
+            self._engine.replace_slab(0)
+            self._keep_on_device([passing[packed] for packed in layout.resident])
+            self._engine.replace_slab(room - sum(packed.nbytes for packed in layout.resident))
+            self._order.leave_out({passing[packed] for packed in layout.resident})
+
+    def _keep_on_device(self, groups: Iterable[Group]) -> None:
+        """Has groups stay on the device, in memory of their own: a view of shared memory is copied whole."""
+        for group in groups:
+            member = self._members[group]
+            move_apart(dict.fromkeys(member.homes, self._device))
+            self._host.release(member.packed.let_go())
+            member.stays = True
+
+    def _load_of(self, group: Group, member: _Member) -> Load | None:
+        """The copy of a group's values as they are now; None if the plain mover has to bring it."""
+        load = self._ahead.pop(group, None)
+        is_home = member.packed.is_home
+        if load is not None and (torch.is_grad_enabled() or not is_home or member.packed.is_changed):
+            self._engine.give_back(load)
+            load = None
+        if load is None and not torch.is_grad_enabled():
+            if not is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
+                self._pack_again(member)
+            load = self._engine.take(member.packed)
+            if load is None:
+                self._drop_ahead()
+                load = self._engine.take(member.packed)
+            if load is not None:
+                self._engine.copy([load])
+        return load
+
+    def _pack_again(self, member: _Member) -> None:
+        """Takes the data that tensors were given into host memory of the group's own."""
+        if member.packed.copied is not None:
+            member.packed.copied.synchronize()
+        self._engine.slab.forget(member.packed)
+        self._host.release(member.packed.let_go())
+        member.packed = self._pack(member.parameters)
+
+    def _prefetch(self) -> None:
+        """Begins to copy what is used next, as far as there is room."""
+        if torch.is_grad_enabled():
+            return
+        loads = []
+        engine, order, ahead = self._engine, self._order, self._ahead
+        most = _AHEAD_OF_A_GUESS if order.is_guess else len(self._members)
+        while (group := order.ahead(len(ahead))) is not None and group not in ahead and len(ahead) < most:
+            member = self._members[group]
+            load = None if member.in_use else engine.take(member.packed)
+            if load is None:
+                break
+            ahead[group] = load
+            loads.append(load)
+        if loads:
+            engine.copy(loads)
+
+    def _drop_ahead(self) -> None:
+        for load in self._ahead.values():
+            self._engine.give_back(load)
+        self._ahead.clear()
+
+    def _drop_unexpected(self, used: Group) -> None:
+        """Keeps, of what was copied ahead, only what is still expected next."""
+        expected = {used}
+        while (group := self._order.ahead(len(expected) - 1)) in self._ahead and group not in expected:
+            expected.add(group)
+        for group in self._ahead.keys() - expected:
+            self._engine.give_back(self._ahead.pop(group))
+
+
+def check_budget(
+    budget: int, groups: Sequence[Group], resident: Iterable[Group], onload_device: torch.device
+) -> None:
+    """Refuses a budget in which not even one group after the other can be used.
+
+    Args:
+        budget: Bytes of the device that all weights may take.
+        groups: The groups that come and go.
+        resident: Those that stay.
+        onload_device: Where they are used; for the message.
+
+    Raises:
+        BudgetError: It is too small; names the smallest one that works.
+    """
+    sizes = {group: Packed(_split(group)[0].slots).nbytes for group in groups}
+    spanning = spanning_groups(groups)
+    least = sum(group.nbytes for group in resident)
+    least += sum(_split(group)[1].nbytes for group in groups)
+    least += sum(sizes.pop(group) for group in spanning) + max(sizes.values(), default=0)
+    _check_budget(budget, least, onload_device)
+
+
+def _check_budget(budget: int, least: int, device: torch.device) -> None:
+    if budget < least:
+        raise BudgetError(
+            f"memory_budget is {format_bytes(budget)} ({budget} B), but the weights that have to be on "
+            f"{str(device)!r} at once take {format_bytes(least)}. The smallest budget that works is "
+            f"{least} bytes"
+        )
+
+
+def _split(group: Group) -> tuple[Group, Group]:
+    """Its parameters, and its buffers."""
+    parameters = tuple(slot for slot in group.slots if not slot.is_buffer)
+    buffers = tuple(slot for slot in group.slots if slot.is_buffer)
+    return Group(group.name, parameters, group.holders), Group(group.name, buffers, ())

@@ -31,7 +31,7 @@ from hookcore.hookspecs import ForeignMechanism, ModelConventions, hookimpl
 from hookcore.loading import load
 from hookcore.plan import Plan, PlanStep
 from hookcore.registry import HookRegistry
-from hookcore.target import Component, TensorSlot
+from hookcore.target import Component, Target, TensorSlot
 from hookcore.technique import Binding, Claim, Phase, Resource, Skipped, Technique
 from hookcore.units import format_bytes, parse_bytes, parse_device, parse_dtype
 
@@ -62,6 +62,7 @@ __all__ = [
     "Resource",
     "Skipped",
     "Status",
+    "Target",
     "Technique",
     "TensorSlot",
     "UnsupportedModelError",

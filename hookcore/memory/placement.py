@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from hookcore.hook import Hook
 from hookcore.memory.grouping import Group, entries_of
-from hookcore.memory.reads import WatchedTensors
+from hookcore.memory.reads import stop_watching, watch
 from hookcore.technique import Binding, Claim, Resource
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Placement:
             for group in reversed(done):
                 self._mover.detach(group)
             raise
-        self._watch()
+        watch(self._groups, self._calls, self._before_read)
 
     def detach(self) -> None:
         """Puts all groups back where they were, and stops watching."""
@@ -97,7 +97,7 @@ class Placement:
             for group in reversed(done):
                 self._mover.attach(group, resident=group in self._resident)
             raise
-        self._stop_watching()
+        stop_watching(self._groups)
 
     def settle(self) -> None:
         """Tells the mover that all groups were detached for good."""
@@ -132,7 +132,7 @@ class Placement:
                 if group not in self._calls[-1]:
                     self._hold(group)
             if len(self._calls) == 1:
-                return _moved(args, self._onload_device), _moved(kwargs, self._onload_device)
+                return moved(args, self._onload_device), moved(kwargs, self._onload_device)
         except BaseException:
             self.leave()
             raise
@@ -174,25 +174,6 @@ class Placement:
 
     def _all_groups(self) -> Iterator[Group]:
         return itertools.chain(self._resident, self._groups)
-
-    def _watch(self) -> None:
-        group_at = {owner: group for group in self._groups for slot in group.slots for owner in slot.owners}
-        by_module: dict[nn.Module, dict[str, Group]] = {}
-        for (module, name), group in group_at.items():
-            by_module.setdefault(module, {})[name] = group
-        for module, groups in by_module.items():
-            for kind in ("_parameters", "_buffers"):
-                original = module.__dict__[kind]
-                if watched := {name: group for name, group in groups.items() if name in original}:
-                    module.__dict__[kind] = WatchedTensors(original, watched, self._calls, self._before_read)
-
-    def _stop_watching(self) -> None:
-        for group in self._groups:
-            for slot in group.slots:
-                for module, _ in slot.owners:
-                    for kind in ("_parameters", "_buffers"):
-                        if isinstance(module.__dict__[kind], WatchedTensors):
-                            module.__dict__[kind] = module.__dict__[kind].give_back()
 
 
 class _HoldHook(Hook):
@@ -243,16 +224,16 @@ class _PlacementHook(_HoldHook):
         return self._placement.report()
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
     """The value with all tensors in it on the device; a container in which none moves is the same object."""
     if isinstance(value, torch.Tensor | PackedSequence):
         return value.to(device)  # type: ignore[arg-type]  # PackedSequence is typed too narrowly
     if isinstance(value, list | tuple):
-        items = [_moved(item, device) for item in value]
+        items = [moved(item, device) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        moved = {key: _moved(item, device) for key, item in value.items()}
-        return value if all(moved[key] is value[key] for key in value) else type(value)(moved)
+        new = {key: moved(item, device) for key, item in value.items()}
+        return value if all(new[key] is value[key] for key in value) else type(value)(new)
     return value

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sized
+    from collections.abc import Callable, Iterable, Mapping, Sized
+
+    from torch import nn
 
     from hookcore.memory.grouping import Group
+
+_KINDS = ("_parameters", "_buffers")
 
 
 class WatchedTensors(dict[str, torch.Tensor | None]):
@@ -74,3 +78,27 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         return dict, (dict(self),)
+
+
+def watch(groups: Iterable[Group], calls: Sized, before_read: Callable[[Group], None]) -> None:
+    """Has all reads of the groups' tensors through their modules be watched."""
+    by_module: dict[nn.Module, dict[str, Group]] = {}
+    for group in groups:
+        for slot in group.slots:
+            for module, name in slot.owners:
+                by_module.setdefault(module, {})[name] = group
+    for module, group_of in by_module.items():
+        for kind in _KINDS:
+            original = module.__dict__[kind]
+            if watched := {name: group for name, group in group_of.items() if name in original}:
+                module.__dict__[kind] = WatchedTensors(original, watched, calls, before_read)
+
+
+def stop_watching(groups: Iterable[Group]) -> None:
+    """Gives the modules of the groups' tensors their own dicts back."""
+    for group in groups:
+        for slot in group.slots:
+            for module, _ in slot.owners:
+                for kind in _KINDS:
+                    if isinstance(watched := module.__dict__[kind], WatchedTensors):
+                        module.__dict__[kind] = watched.give_back()

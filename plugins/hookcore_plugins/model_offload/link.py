@@ -1,0 +1,118 @@
+"""Copies from host memory to a device, on a stream of their own where it has streams."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define
+
+from hookcore.memory import HostMemory, has_streams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hookcore.memory import Packed
+
+
+@define(eq=False)
+class Load:
+    """A copy of a component's weights on the device, or on its way there.
+
+    Attributes:
+        views: What each tensor is there.
+        ready: Recorded after the copy; None where the host has waited for it.
+        made_on: The stream to which its memory belongs.
+        used_on: The stream that computed with it last; None as long as none has.
+    """
+
+    views: Sequence[torch.Tensor]
+    ready: Any = None
+    made_on: Any = None
+    used_on: Any = None
+
+
+class Link:
+    """The way to a device.
+
+    Memory belongs to the stream that computes: what is freed there can be used again without waiting. So the
+    stream that copies waits for it before it fills memory, and it waits for that stream's copies before
+    memory is freed. The host waits for neither.
+
+    Args:
+        device: The device.
+
+    Attributes:
+        copies_ahead: Whether copies run beside computing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.copies_ahead = has_streams(device)
+        self._module: Any = torch.get_device_module(device) if self.copies_ahead else None
+        self._host: HostMemory | None = None
+        self._copying: Any = None
+
+    @property
+    def host(self) -> HostMemory | None:
+        """Makes memory to copy from; None where there is no use for memory that is locked."""
+        if self._host is None and self.copies_ahead:
+            self._host = HostMemory(self._device)
+        return self._host
+
+    @torch.inference_mode(False)  # what is made here outlives the mode
+    def copy(self, packed: Packed) -> Load:
+        """Begins a copy.
+
+        Raises:
+            torch.OutOfMemoryError: The device has no room for it.
+        """
+        memory = torch.empty(packed.nbytes, dtype=torch.uint8, device=self._device)
+        load = Load(packed.views(memory))
+        if not self.copies_ahead:
+            memory.copy_(packed.host)
+            return load
+        load.made_on = self._module.current_stream(self._device)
+        if self._copying is None:
+            self._copying = self._module.Stream(self._device)
+        self._copying.wait_stream(load.made_on)
+        with self._module.stream(self._copying):
+            memory.copy_(packed.host, non_blocking=True)
+        load.ready = self._module.Event()
+        load.ready.record(self._copying)
+        return load
+
+    def use(self, load: Load) -> None:
+        """Has what is computed from now on come after the copy and after what used it before."""
+        if not self.copies_ahead:
+            return
+        stream = self._module.current_stream(self._device)
+        if load.used_on is None:
+            stream.wait_event(load.ready)
+        elif load.used_on != stream:
+            stream.wait_stream(load.used_on)
+        load.used_on = stream
+
+    def leave(self, load: Load) -> None:
+        """Is told that the memory is about to be freed: its stream comes after all that fills or uses it."""
+        if not self.copies_ahead:
+            return
+        load.made_on.wait_event(load.ready)
+        if load.used_on is not None and load.used_on != load.made_on:
+            load.made_on.wait_stream(load.used_on)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of the device that tensors take."""
+        return int(self._module.memory_allocated(self._device))
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that tensors have taken."""
+        return int(self._module.max_memory_allocated(self._device))
+
+    @property
+    def room(self) -> int:
+        """Bytes of the device that tensors of this process could take besides."""
+        free, _ = self._module.mem_get_info(self._device)
+        return int(free + self._module.memory_reserved(self._device) - self.allocated)

@@ -20,12 +20,14 @@ class Load:
     """A copy of a component's weights on the device, or on its way there.
 
     Attributes:
+        memory: All of it, uint8.
         views: What each tensor is there.
         ready: Recorded after the copy; None where the host has waited for it.
         made_on: The stream to which its memory belongs.
         used_on: The stream that computed with it last; None as long as none has.
     """
 
+    memory: torch.Tensor
     views: Sequence[torch.Tensor]
     ready: Any = None
     made_on: Any = None
@@ -68,7 +70,7 @@ class Link:
             torch.OutOfMemoryError: The device has no room for it.
         """
         memory = torch.empty(packed.nbytes, dtype=torch.uint8, device=self._device)
-        load = Load(packed.views(memory))
+        load = Load(memory, packed.views(memory))
         if not self.copies_ahead:
             memory.copy_(packed.host)
             return load

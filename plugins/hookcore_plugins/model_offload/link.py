@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class Load:
     """A copy of a component's weights on the device, or on its way there.
 
+    When the last reference to it goes, the stream that its memory belongs to waits for all that fills or uses
+    it, also if that is because nobody keeps the model any more.
+
     Attributes:
         memory: All of it, uint8.
         views: What each tensor is there.
@@ -33,13 +36,21 @@ class Load:
     made_on: Any = None
     used_on: Any = None
 
+    def __del__(self) -> None:
+        """Has memory be used again only after its copy and its use."""
+        if self.made_on is None:
+            return
+        self.made_on.wait_event(self.ready)
+        if self.used_on is not None and self.used_on != self.made_on:
+            self.made_on.wait_stream(self.used_on)
+
 
 class Link:
     """The way to a device.
 
     Memory belongs to the stream that computes: what is freed there can be used again without waiting. So the
     stream that copies waits for it before it fills memory, and it waits for that stream's copies before
-    memory is freed. The host waits for neither.
+    memory is freed (see `Load`). The host waits for neither.
 
     Args:
         device: The device.
@@ -74,14 +85,15 @@ class Link:
         if not self.copies_ahead:
             memory.copy_(packed.host)
             return load
-        load.made_on = self._module.current_stream(self._device)
+        stream = self._module.current_stream(self._device)
         if self._copying is None:
             self._copying = self._module.Stream(self._device)
-        self._copying.wait_stream(load.made_on)
+        self._copying.wait_stream(stream)
         with self._module.stream(self._copying):
             memory.copy_(packed.host, non_blocking=True)
         load.ready = self._module.Event()
         load.ready.record(self._copying)
+        load.made_on = stream
         return load
 
     def use(self, load: Load) -> None:
@@ -94,14 +106,6 @@ class Link:
         elif load.used_on != stream:
             stream.wait_stream(load.used_on)
         load.used_on = stream
-
-    def leave(self, load: Load) -> None:
-        """Is told that the memory is about to be freed: its stream comes after all that fills or uses it."""
-        if not self.copies_ahead:
-            return
-        load.made_on.wait_event(load.ready)
-        if load.used_on is not None and load.used_on != load.made_on:
-            load.made_on.wait_stream(load.used_on)
 
     @property
     def allocated(self) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field, frozen
+from torch import nn
 
 from hookcore import (
     Binding,
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 
     import torch
     from attrs import Attribute
-    from torch import nn
 
     from hookcore import Component
 
@@ -88,7 +89,7 @@ class ModelOffload(Technique):
             raise ValueError("offload_last=True needs a sequence, whose last component it means")
 
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
-        """Lists the hooks at the component's entries.
+        """Lists the hooks at the component's entries, and at the calls of its parts.
 
         Raises:
             PlanError: A tensor has no data, or the sequence names a component that the target lacks.
@@ -112,8 +113,22 @@ class ModelOffload(Technique):
         claims = [Claim(Resource.PLACEMENT, slot.name) for slot in component.slots]
         first, *others = entries_of(component)
         yield Binding("", _ComponentHook(coordinator, weights, self.device), first, claims)
-        for entry in others:
-            yield Binding("", _EntryHook(coordinator, weights, self.device), entry)
+        for fqn, entry in [*(("", entry) for entry in others), *_parts(component)]:
+            yield Binding(fqn, _EntryHook(coordinator, weights, self.device), entry)
+
+
+def _parts(component: Component) -> Iterator[tuple[str, str]]:
+    """Calls of the outermost modules in a component; methods of it that nobody declares make these."""
+
+    def search(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            if type(child).forward is nn.Module.forward:  # a list: only what is in it can be called
+                yield from search(child)
+            elif next(itertools.chain(child.parameters(), child.buffers()), None) is not None:
+                yield child
+
+    for module in dict.fromkeys(search(component.module)):
+        yield component.fqns[module][0], "forward"
 
 
 class _EntryHook(Hook):

@@ -205,7 +205,6 @@ class ComponentWeights:
             self._copied.synchronize()
 
     def _drop(self) -> None:
-        self._link.leave(self._loaded)
         self._load = None
         self._stale.clear()
 

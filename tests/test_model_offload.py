@@ -205,7 +205,7 @@ def weights_of(model):
 def call(model, device="cpu"):
     """Calls it with an input that lies on a device; what is offloaded returns on its own."""
     with torch.no_grad():
-        return model(torch.ones(1, model[0].in_features, device=device))
+        return model(torch.ones(16, model[0].in_features, device=device))
 
 
 def on_simulator():
@@ -265,6 +265,17 @@ def counted(sim):
     gc.disable()
     yield sim
     gc.enable()
+
+
+def test_what_was_copied_ahead_goes_when_something_else_needs_the_room(counted):
+    there = stacks([1, 1, 6])
+    needed = weights_of(there["vae"]) + beside_weights(there["vae"])
+    hookcore.apply(there, [ModelOffload("sim")])
+    with counted.limited(memory=here() + needed):
+        for name in ["text", "denoiser", "vae", "denoiser"] * 2:
+            call(there[name])
+        call(there["text"])  # the denoiser comes early, and is expected again
+        call(there["vae"])
 
 
 @FEWER
@@ -372,11 +383,11 @@ def test_a_component_that_is_called_inside_of_another_comes_besides(sim):
     class Outer(nn.Module):
         def __init__(self, inner):
             super().__init__()
-            self.own = stack(16, 1)
+            self.weight = nn.Parameter(torch.ones(16, 16))
             self.inner = [inner]  # in a list, so that it is no part of this one
 
         def forward(self, x):
-            return self.own(self.inner[0](self.own(x)) * self.inner[0][0].weight.sum())
+            return self.inner[0](x @ self.weight) @ self.weight @ self.inner[0][0].weight
 
     inner = stack(16, 2)
     outer = Outer(inner)
@@ -392,19 +403,19 @@ def test_a_weight_that_another_component_reads_is_brought(sim):
     class Reader(nn.Module):
         def __init__(self, other):
             super().__init__()
-            self.scale = nn.Parameter(torch.ones(1))
+            self.scale = nn.Parameter(torch.ones(16))
             self.other = [other]
 
         def forward(self, x):
-            return x * self.scale * self.other[0][0].weight.sum()
+            return (x * self.scale) @ self.other[0][0].weight
 
     other = stack(16, 2)
     there = {"other": other, "reader": Reader(other)}
     with torch.no_grad():
-        expected = there["reader"](torch.ones(2))
+        expected = there["reader"](torch.ones(1, 16))
         hookcore.apply(there, [ModelOffload("sim")])
         for _ in range(2):
-            assert same_bits(there["reader"](torch.ones(2)).cpu(), expected)
+            assert same_bits(there["reader"](torch.ones(1, 16)).cpu(), expected)
             call(other)
 
 
@@ -476,6 +487,50 @@ def test_what_is_replanned_goes_on_with_the_others(sim):
 
 
 @pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_a_first_call_in_inference_mode_leaves_weights_that_can_be_trained(sim, device):
+    there = stacks([1])
+    hookcore.apply(there, [ModelOffload(device)])
+    with torch.inference_mode():
+        there["text"](torch.ones(1, 16))
+    assert not any(it.is_inference() for it in there["text"].parameters())
+    there["text"](torch.ones(1, 16)).sum().backward()
+    assert there["text"][0].weight.grad is not None
+
+
+def test_host_memory_is_not_let_go_while_a_copy_reads_it(sim):
+    """Of a component that was copied ahead, and is taken off or given other data before it ever ran."""
+    for change in ("remove", "other data"):
+        there = stacks([1, 6])
+        hookcore.apply(there, [ModelOffload("sim", ("text", "denoiser"), memory_budget="1MiB")])
+        kept = there["denoiser"][0].weight
+        call(there["text"])
+        if change == "remove":
+            hookcore.remove(there["denoiser"])
+        else:
+            kept.data = torch.full_like(kept, 2, device="cpu")
+            call(there["denoiser"])
+            offload(there)
+            assert (kept == 2).all()
+        sim.check()
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_other_data_given_while_it_is_on(sim, device):
+    there, bare = stacks([1, 2]), stacks([1, 2])
+    hookcore.apply(there, [ModelOffload(device)])
+    for _ in range(2):
+        for name, model in there.items():
+            call(model)
+            for it in (model, bare[name]):
+                it[0].weight.data = torch.full(it[0].weight.shape, 0.5)
+            assert same_bits(call(model).cpu(), call(bare[name]))
+            for it in (model, bare[name]):  # and again, before another one runs
+                it[0].weight.data = torch.full(it[0].weight.shape, 0.25)
+        for name, model in there.items():
+            assert same_bits(model[0].weight.detach().cpu(), bare[name][0].weight.detach())
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
 def test_weights_made_in_inference_mode_move_too(sim, device):
     with torch.inference_mode():
         made = stacks([1, 2])
@@ -484,25 +539,42 @@ def test_weights_made_in_inference_mode_move_too(sim, device):
     for _ in range(2):
         for name, model in made.items():
             with torch.inference_mode():
-                assert same_bits(model(torch.ones(1, model[0].in_features)).cpu(), call(bare[name]))
+                assert same_bits(model(torch.ones(16, model[0].in_features)).cpu(), call(bare[name]))
                 model[0].weight.mul_(2)
                 bare[name][0].weight.data.mul_(2)
+    offload(made)
+    assert {it.device.type for it in made["text"].parameters()} == {"cpu"}
     hookcore.remove(made)
     assert all(it.is_inference() and it.device.type == "cpu" for it in made["text"].parameters())
     assert same_bits(made["text"][0].weight, bare["text"][0].weight)
 
 
 def test_streams_of_the_users_own(sim):
+    """The host waits for nothing, so that only the streams' waiting for each other keeps it right."""
     there, bare = stacks([1, 2]), stacks([1, 2])
     hookcore.apply(there, [ModelOffload("sim")])
-    streams = [torch.Stream("sim") for _ in range(2)]
-    for at in range(8):
-        name = NAMES[at // 2 % 2]
-        stream = streams[at % 2]
-        stream.wait_stream(on_simulator().current_stream())
-        with stream:
-            found = call(there[name]).cpu()
-        assert same_bits(found, call(bare[name]))
+    streams = [torch.Stream("sim") for _ in range(3)]
+    found = []
+    for at in range(18):
+        with streams[at % 3]:
+            name = NAMES[at // 3 % 2]
+            found.append((name, call(there[name], "sim")))
+    on_simulator().synchronize()
+    for name, output in found:
+        assert same_bits(output.cpu(), call(bare[name]))
+
+
+def test_what_was_changed_on_one_stream_is_copied_back_on_another(sim):
+    there = stacks([1, 2])
+    hookcore.apply(there, [ModelOffload("sim")])
+    weight = there["text"][0].weight
+    with torch.Stream("sim"):
+        call(there["text"], "sim")
+        with torch.no_grad():
+            weight.fill_(3)
+    with torch.Stream("sim"):
+        call(there["denoiser"], "sim")
+    assert (weight == 3).all()
 
 
 def test_threads_may_call_different_components_at_once():

@@ -157,7 +157,7 @@ def _technique(item: Technique | str) -> Technique:
 
 
 def _refuse_foreign(component: Component) -> None:
-    found = plugins().find_foreign(component.module)
+    found = plugins().find_foreign(component)
     if found:
         first, *more = found
         others = f" (and {len(more)} more)" if more else ""

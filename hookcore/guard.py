@@ -46,7 +46,7 @@ class CallLock:
 
 
 class WeightGuard(Hook):
-    """Stands outside the hooks that swap weights at one entry.
+    """Stands outside the hooks that swap weights; one serves all entries that share a lock.
 
     Besides holding the lock it makes autograd save weights as tensors of their own: autograd saves a
     parameter itself, by reference, and would find in it after the call whatever the hooks left there.

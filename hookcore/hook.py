@@ -94,6 +94,6 @@ class Hook:
         return {}
 
 
-def overrides(hook: Hook, method: str) -> bool:
-    """Whether the hook's class brings its own version of one of `Hook`'s methods."""
-    return getattr(type(hook), method) is not getattr(Hook, method)
+def overrides(kind: type[Hook], method: str) -> bool:
+    """Whether a class of hooks brings its own version of one of `Hook`'s methods."""
+    return getattr(kind, method) is not getattr(Hook, method)

@@ -90,13 +90,21 @@ def hookcore_open_target(target: Any) -> Mapping[str, nn.Module] | None:
 
 
 @hookspec
-def hookcore_describe_model(model: nn.Module) -> ModelConventions | None:
-    """Returns what the model's library declares about it, or None. Answers of several plugins are merged."""
+def hookcore_describe_model(model: nn.Module, modules: Mapping[str, nn.Module]) -> ModelConventions | None:
+    """Returns what the model's library declares about it, or None. Answers of several plugins are merged.
+
+    `modules` are all in the tree, the model too, by FQN, so that not every plugin has to walk it.
+    """
 
 
 @hookspec
-def hookcore_find_foreign(model: nn.Module) -> Iterable[ForeignMechanism]:  # type: ignore[empty-body]
-    """Returns what already changes calls in this tree, such as another library's hooks."""
+def hookcore_find_foreign(  # type: ignore[empty-body]
+    model: nn.Module, modules: Mapping[str, nn.Module]
+) -> Iterable[ForeignMechanism]:
+    """Returns what already changes calls in this tree, such as another library's hooks.
+
+    `modules` are all in the tree, the model too, by FQN.
+    """
 
 
 @hookspec

@@ -6,14 +6,14 @@ import graphlib
 import heapq
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from hookcore.errors import ConflictError, OrderError, PluginError
 from hookcore.hook import Hook
 from hookcore.technique import Binding, Skipped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import nn
 
@@ -42,6 +42,9 @@ class Placed(Protocol):
 
 
 PlacedT = TypeVar("PlacedT", bound=Placed)
+
+_Holding = tuple[Placed, Binding, "Claim | None"]
+"""Who holds a thing, through which binding, by which claim; by none what its hook stands at."""
 
 
 @frozen(eq=False)
@@ -93,7 +96,8 @@ def make_step(technique: Technique, component: Component) -> PlanStep:
         if isinstance(item, Skipped):
             skipped.append(item)
         else:
-            bindings.append(_checked(item, technique, component))
+            _check(item, technique, component)
+            bindings.append(item)
     if len({id(binding.hook) for binding in bindings}) < len(bindings):
         raise PluginError(
             f"{technique.name} binds one hook object twice; each binding needs a hook of its own"
@@ -101,35 +105,26 @@ def make_step(technique: Technique, component: Component) -> PlanStep:
     return PlanStep(technique, component, tuple(bindings), tuple(skipped))
 
 
-def _checked(item: object, technique: Technique, component: Component) -> Binding:
+def _check(item: object, technique: Technique, component: Component) -> None:
     if not isinstance(item, Binding) or not isinstance(item.hook, Hook):
         raise PluginError(
             f"{technique.name}.bind() gave {item!r}; expected a Binding of a Hook, or a Skipped"
         )
-    if item.fqn not in component.modules:
+    module = component.modules.get(item.fqn)
+    if module is None:
         raise PluginError(
             f"{technique.name}.bind() names a module {item.fqn!r} that {component.label('')} lacks"
         )
-    if not callable(getattr(component.modules[item.fqn], item.entry, None)):
+    if not callable(getattr(module, item.entry, None)):
         raise PluginError(
             f"{technique.name}.bind() names an entry {item.entry!r} that "
-            f"{component.label(item.fqn)!r} ({type(component.modules[item.fqn]).__name__}) lacks"
+            f"{component.label(item.fqn)!r} ({type(module).__name__}) lacks"
         )
     for claim in item.claims:
         if claim.tensor is not None and claim.tensor not in component.slot_of:
             raise PluginError(
                 f"{technique.name}.bind() claims a tensor {claim.tensor!r} that {component.label('')} lacks"
             )
-    # Not attrs.evolve: on thousands of bindings it takes longer than all of these checks.
-    return Binding(
-        item.fqn,
-        item.hook,
-        item.entry,
-        item.claims,
-        item.forbids_below,
-        technique=technique.name,
-        component=component.name,
-    )
 
 
 def share_modules(first: Component, second: Component) -> bool:
@@ -192,13 +187,15 @@ def check_conflicts(new: Sequence[PlanStep], existing: Sequence[Placed]) -> None
         ConflictError: Names both bindings, the thing, and the remedy.
     """
     everything: list[Placed] = [*existing, *new]
-    holders: dict[object, tuple[Placed, Binding]] = {}
+    if len(everything) < 2:
+        return  # nothing is in conflict with itself
+    holders: dict[object, _Holding] = {}
     for placed in everything:
-        for binding in placed.bindings:
-            for key, claim in _claimed(placed.component, binding):
-                holder = holders.setdefault(key, (placed, binding))
-                if holder[0] is not placed:
-                    raise _conflict(holder, (placed, binding), claim)
+        held = _held(placed)
+        if twice := holders.keys() & held.keys():
+            key = next(key for key in held if key in twice)
+            raise _conflict(holders[key], held[key])
+        holders |= held
     for placed in everything:
         _check_incompatible(placed, everything)
         for binding in placed.bindings:
@@ -206,25 +203,30 @@ def check_conflicts(new: Sequence[PlanStep], existing: Sequence[Placed]) -> None
                 _check_hidden(placed, binding, everything)
 
 
-def _claimed(component: Component, binding: Binding) -> Iterator[tuple[object, Claim | None]]:
-    """Keys of all that a binding owns, each with the claim to it; None for the entry that it hooks."""
-    module = id(component.modules[binding.fqn])
-    yield ("applied", binding.technique, module, binding.entry), None
-    for claim in binding.claims:
-        if claim.tensor is None:
-            yield (claim.resource, module, binding.entry), claim
-        else:
-            slot = component.slot_of[claim.tensor]
-            for tensor in slot.tensors:
-                yield (claim.resource, id(tensor)), claim
-            for owner, name in slot.owners:  # since another tensor may stand there by now
-                yield (claim.resource, id(owner), name), claim
+def _held(placed: Placed) -> dict[object, _Holding]:
+    """All that a technique owns on a component: the entries that it hooks, and what it claims."""
+    held: dict[object, _Holding] = {}
+    component, name = placed.component, placed.technique.name
+    for binding in placed.bindings:
+        module = id(component.modules[binding.fqn])
+        held.setdefault(("applied", name, module, binding.entry), (placed, binding, None))
+        for claim in binding.claims:
+            holding = placed, binding, claim
+            if claim.tensor is None:
+                held.setdefault((claim.resource, module, binding.entry), holding)
+            else:
+                slot = component.slot_of[claim.tensor]
+                for tensor in slot.tensors:
+                    held.setdefault((claim.resource, id(tensor)), holding)
+                for owner, attribute in slot.owners:  # since another tensor may stand there by now
+                    held.setdefault((claim.resource, id(owner), attribute), holding)
+    return held
 
 
-def _conflict(
-    holder: tuple[Placed, Binding], claimant: tuple[Placed, Binding], claim: Claim | None
-) -> ConflictError:
+def _conflict(holder: _Holding, claimant: _Holding) -> ConflictError:
     first, second = holder[1], claimant[1]
+    claim = claimant[2]
+    name, other_name = (held[0].technique.name for held in (holder, claimant))
     label = claimant[0].component.label
     if claim is not None and claim.tensor is not None:
         what = f"the {claim.resource} of {label(claim.tensor)!r}"
@@ -233,15 +235,22 @@ def _conflict(
         if claim is not None:
             what = f"the {claim.resource} of {what}"
     remedy = "Call applied.remove() on the first, or leave the module out of one of them"
-    if first.technique == second.technique:
+    if name == other_name:
         reason = "it has already been applied there"
     else:
-        reason = f"{first.technique} already holds it"
+        reason = f"{name} already holds it"
         if any(claim.resource in {other.resource for other in second.claims} for claim in first.claims):
             reason += f", through its hook at {holder[0].component.label(first.fqn)!r}"
     return ConflictError(
-        f"{second.technique} cannot claim {what}: {reason}. {remedy}", first=first, second=second
+        f"{other_name} cannot claim {what}: {reason}. {remedy}",
+        first=_named(holder[0], first),
+        second=_named(claimant[0], second),
     )
+
+
+def _named(placed: Placed, binding: Binding) -> Binding:
+    """A binding that says whose it is, for an error."""
+    return evolve(binding, technique=placed.technique.name, component=placed.component.name)
 
 
 def _check_incompatible(placed: Placed, everything: Iterable[Placed]) -> None:
@@ -254,9 +263,13 @@ def _check_incompatible(placed: Placed, everything: Iterable[Placed]) -> None:
             raise ConflictError(
                 f"{placed.technique.name} does not work together with {other.technique.name} on "
                 f"{placed.component.label('')!r}. Apply only one of them, or each to modules of its own",
-                first=next(iter(other.bindings), None),
-                second=next(iter(placed.bindings), None),
+                first=_first(other),
+                second=_first(placed),
             )
+
+
+def _first(placed: Placed) -> Binding | None:
+    return _named(placed, placed.bindings[0]) if placed.bindings else None
 
 
 def _check_hidden(placed: Placed, binding: Binding, everything: Iterable[Placed]) -> None:
@@ -270,10 +283,12 @@ def _check_hidden(placed: Placed, binding: Binding, everything: Iterable[Placed]
                 continue
             for resource in binding.forbids_below:
                 if resource == "*" or resource in {claim.resource for claim in inner.claims}:
+                    outer_label = placed.component.label(binding.fqn)
+                    inner_label = other.component.label(inner.fqn)
                     raise ConflictError(
-                        f"{binding.technique} at {placed.component.label(binding.fqn)!r} hides the modules "
-                        f"below it, so that {inner.technique} at {other.component.label(inner.fqn)!r} would "
-                        "never run. Leave that module out of one of them",
-                        first=binding,
-                        second=inner,
+                        f"{placed.technique.name} at {outer_label!r} hides the modules below it, so that "
+                        f"{other.technique.name} at {inner_label!r} would never run. Leave that module out "
+                        "of one of them",
+                        first=_named(placed, binding),
+                        second=_named(other, inner),
                     )

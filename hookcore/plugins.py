@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from hookcore.plan import Plan
+    from hookcore.target import Component
 
 ALLOW_LIST = "HOOKCORE_PLUGINS"
 """Environment variable: comma separated names of the only plugins to load; empty loads none."""
@@ -137,24 +138,35 @@ class PluginHost:
         components: Mapping[str, nn.Module] | None = next(answers, None)
         return components
 
-    def describe(self, model: nn.Module) -> ModelConventions:
+    def describe(self, component: Component) -> ModelConventions:
         """Asks what the model's library declares about it, and merges the answers.
 
         Raises:
             PluginError: A plugin failed, or returned something else than `ModelConventions`.
             HookcoreError: A plugin refuses the model.
         """
-        answers = list(self._answers("hookcore_describe_model", _one(ModelConventions), model=model))
+        asked = self._answers(
+            "hookcore_describe_model",
+            _one(ModelConventions),
+            model=component.module,
+            modules=component.modules,
+        )
+        answers = list(asked)
         return functools.reduce(ModelConventions.merged, answers) if answers else ModelConventions()
 
-    def find_foreign(self, model: nn.Module) -> list[ForeignMechanism]:
+    def find_foreign(self, component: Component) -> list[ForeignMechanism]:
         """Asks what else already changes calls in this tree.
 
         Raises:
             PluginError: A plugin failed, or returned something else than `ForeignMechanism`s.
             HookcoreError: A plugin refuses the model.
         """
-        answers = self._answers("hookcore_find_foreign", _several(ForeignMechanism), model=model)
+        answers = self._answers(
+            "hookcore_find_foreign",
+            _several(ForeignMechanism),
+            model=component.module,
+            modules=component.modules,
+        )
         return [mechanism for answer in answers for mechanism in answer]
 
     def review(self, plan: Plan) -> list[str]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from hookcore.target import Component
     from hookcore.technique import Binding, Skipped, Technique
 
+    Key = tuple[nn.Module, str]  # an entry of a module
+
 CHANGING = threading.RLock()
 """Held from looking at what is attached until it is changed, so that no other thread changes it between."""
 
@@ -63,29 +65,33 @@ class Attachment:
         self.component = component
         self.bindings = bindings
         self.skipped = skipped
-        self.hooks_at: dict[tuple[nn.Module, str], list[Hook]] = {}
-        for module, binding in self.bound:
-            self.hooks_at.setdefault((module, binding.entry), []).append(binding.hook)
+        modules = component.modules
+        self._bound = [(modules[binding.fqn], binding) for binding in bindings]
+        self._kinds = {type(binding.hook) for binding in bindings}
+        self._to_prepare = self.overriding("attach", "detach")
+        self.hooks_at: dict[Key, tuple[Hook, ...]] = {}
+        for module, binding in self._bound:
+            key = module, binding.entry
+            self.hooks_at[key] = (*self.hooks_at.get(key, ()), binding.hook)
 
-    @property
-    def bound(self) -> Iterator[tuple[nn.Module, Binding]]:
-        """Each module with its binding."""
-        return ((self.component.modules[binding.fqn], binding) for binding in self.bindings)
+    def overriding(self, *methods: str) -> list[tuple[nn.Module, Binding]]:
+        """Each module with its binding, where the hook brings its own version of one of these methods."""
+        kinds = {kind for kind in self._kinds if any(overrides(kind, method) for method in methods)}
+        return [bound for bound in self._bound if type(bound[1].hook) in kinds] if kinds else []
 
     @property
     def prepares(self) -> bool:
         """Whether any of its hooks does something to a module besides standing in its calls."""
-        kinds = {type(binding.hook): binding.hook for binding in self.bindings}
-        return any(overrides(hook, "attach") or overrides(hook, "detach") for hook in kinds.values())
+        return bool(self._to_prepare)
 
     @property
     def intact(self) -> bool:
         """Whether every module is prepared that has to be."""
-        return not self.prepares or len(self._prepared) == len(self.bindings)
+        return len(self._prepared) == len(self._to_prepare)
 
     def put_on(self, undo: _Undo) -> None:
         """Attaches all hooks that are not."""
-        waiting = [(module, item.hook) for module, item in self.bound if id(item.hook) not in self._prepared]
+        waiting = [(at, item.hook) for at, item in self._to_prepare if id(item.hook) not in self._prepared]
         for module, hook in self._progress(waiting, "applying"):
             self._attach_one(module, hook)
             undo.then(partial(self._detach_one, module, hook))
@@ -98,7 +104,7 @@ class Attachment:
 
     def finish(self) -> None:
         """Does what hooks have left to do when they are gone for good."""
-        for module, binding in self.bound:
+        for module, binding in self.overriding("after_removal"):
             binding.hook.after_removal(module)
 
     def _attach_one(self, module: nn.Module, hook: Hook) -> None:
@@ -116,8 +122,9 @@ class Attachment:
 
     def losses(self) -> list[tuple[str, str]]:
         """What detaching could not give back exactly: module FQN and phrase."""
-        asked = ((binding.fqn, binding.hook.loss_on_detach(module)) for module, binding in self.bound)
-        return [(self.component.label(fqn), loss) for fqn, loss in asked if loss is not None]
+        asked = self.overriding("loss_on_detach")
+        found = ((binding.fqn, binding.hook.loss_on_detach(module)) for module, binding in asked)
+        return [(self.component.label(fqn), loss) for fqn, loss in found if loss is not None]
 
 
 _LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()
@@ -179,7 +186,7 @@ class HookRegistry:
         """
         with self._quiet(self._found):
             for item in attachments:
-                for module, binding in item.bound:
+                for module, binding in item.overriding("reset"):
                     binding.hook.reset(module)
 
     def replan(self) -> bool:
@@ -200,7 +207,7 @@ class HookRegistry:
     def _change_to(self, after: Sequence[Attachment], *, rebind: Sequence[Attachment] = ()) -> None:
         """The one way in which anything changes: off from outside in, on from inside out, or all undone."""
         before = self._found
-        touched = {key for item in (*before, *after) for key in _hooked_entries(item)}
+        hooked = [key for item in before for key in _hooked_entries(item)]
         try:
             self._move(before, after, rebind)
         except BaseException as error:
@@ -218,9 +225,8 @@ class HookRegistry:
                 item.attached = item in after
             self._found = list(after)
             _LIVE.update(after)
-            touched.update(key for item in after for key in _hooked_entries(item))
             _share_locks(after)
-            _set_stacks(touched, ordered(after))
+            _set_stacks(hooked, ordered(after))
 
     @staticmethod
     def _move(
@@ -302,7 +308,7 @@ def _rebind(items: Sequence[Attachment], others: Sequence[Attachment], undo: _Un
         item.take(step.component, step.bindings, step.skipped)
 
 
-def _entries(item: Attachment) -> list[tuple[nn.Module, str]]:
+def _entries(item: Attachment) -> list[Key]:
     """The entries through which users call an attachment's component."""
     root = item.component.module
     return [
@@ -310,7 +316,7 @@ def _entries(item: Attachment) -> list[tuple[nn.Module, str]]:
     ]
 
 
-def _hooked_entries(item: Attachment) -> list[tuple[nn.Module, str]]:
+def _hooked_entries(item: Attachment) -> list[Key]:
     return [*item.hooks_at, *(_entries(item) if item.technique.replans else ())]
 
 
@@ -327,23 +333,47 @@ def _share_locks(attachments: Iterable[Attachment]) -> None:
             item.lock = lock
 
 
-def _set_stacks(keys: Iterable[tuple[nn.Module, str]], attachments: Sequence[Attachment]) -> None:
-    """Gives each of these entries the hooks that the attachments, outermost first, have for it."""
-    replans: dict[tuple[nn.Module, str], list[Attachment]] = {}
+def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> None:
+    """Gives all entries the hooks that the attachments, outermost first, have for them.
+
+    Args:
+        hooked: The entries that had hooks; what no attachment hooks any more is given back.
+        attachments: What is attached now.
+    """
+    hooks_at: dict[Key, tuple[Hook, ...]] = {}
+    needed_at: dict[Key, tuple[Attachment, ...]] = {}
+    for item in attachments:
+        needed = dict.fromkeys(item.hooks_at, (item,))
+        shared = hooks_at.keys() & item.hooks_at.keys()
+        # What is outside of it comes first at a shared entry.
+        hooks_at |= item.hooks_at | {key: hooks_at[key] + item.hooks_at[key] for key in shared}
+        needed_at |= needed | {key: needed_at[key] + needed[key] for key in shared}
+    guards = {item.lock: WeightGuard(item.lock) for item in attachments}
+    for key, hooks in hooks_at.items():
+        for hook in hooks:
+            if hook.swaps_weights:
+                hooks_at[key] = (guards[needed_at[key][0].lock], *hooks)
+                break
+    for key, replanning in _replanning(attachments).items():
+        structures = tuple(item.structure for item in replanning if item.structure is not None)
+        hook = ReplanHook(key[1], structures, partial(_replan, replanning[0].component))
+        hooks_at[key] = (hook, *hooks_at.get(key, ()))
+        needed_at[key] = (*needed_at.get(key, ()), *replanning)
+    for key, hooks in hooks_at.items():
+        HookStack.set(*key, hooks, keeps_alive=needed_at[key])
+    for key in hooked:
+        if key not in hooks_at:
+            HookStack.set(*key, ())
+
+
+def _replanning(attachments: Iterable[Attachment]) -> dict[Key, list[Attachment]]:
+    """By entry of their components, what is bound anew when these have changed."""
+    found: dict[Key, list[Attachment]] = {}
     for item in attachments:
         if item.technique.replans:
             for key in _entries(item):
-                replans.setdefault(key, []).append(item)
-    for key in keys:
-        here = [item for item in attachments if key in item.hooks_at]
-        hooks = [hook for item in here for hook in item.hooks_at[key]]
-        if any(hook.swaps_weights for hook in hooks):
-            hooks.insert(0, WeightGuard(here[0].lock))
-        replanning = replans.get(key, [])
-        if replanning:
-            structures = tuple(item.structure for item in replanning if item.structure is not None)
-            hooks.insert(0, ReplanHook(key[1], structures, partial(_replan, replanning[0].component)))
-        HookStack.set(*key, hooks, keeps_alive=[*here, *replanning])
+                found.setdefault(key, []).append(item)
+    return found
 
 
 def _replan(component: Component) -> bool:

@@ -70,7 +70,7 @@ def _hooked(bindings: Sequence[Binding]) -> str:
 
 def _placed(item: Attachment) -> str:
     total: Counter[str] = Counter()
-    for module, binding in item.bound:
+    for module, binding in item.overriding("report"):
         total.update(binding.hook.report(module))
     return ", ".join(f"{format_bytes(size)} {label}" for label, size in total.items())
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from hookcore.hook import Hook, overrides
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
 _REDUCE = "__reduce_ex__"
 _DEEPCOPY = "__deepcopy__"
+_PRE, _POST, _AROUND = Hook.pre_forward, Hook.post_forward, Hook.around_forward
 
 
 class _Chain:
@@ -24,42 +25,32 @@ class _Chain:
     change, never at a call, and take effect all at once: a call under way ends with the hooks it began with.
     """
 
-    __slots__ = ("_module", "_parts")
+    __slots__ = ("_parts",)
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def _build(self, hooks: Sequence[Hook], innermost: Callable[..., Any]) -> None:
+    def _build(self, module: nn.Module, hooks: Sequence[Hook], innermost: Callable[..., Any]) -> None:
         """Sets the hooks, outermost first, around a call."""
-        own: list[Hook] = []
+        # Written out, without `overrides` and lists: this runs for each of thousands of modules.
+        pre: tuple[Callable[..., Any], ...] = ()
+        post: tuple[Callable[..., Any], ...] = ()
         call = innermost
-        for index, hook in enumerate(hooks):
-            own.append(hook)
-            if overrides(hook, "around_forward"):
+        for outer, hook in enumerate(hooks, start=1):
+            kind = type(hook)
+            if kind.pre_forward is not _PRE:
+                pre = (*pre, hook.pre_forward)
+            if kind.post_forward is not _POST:
+                post = (hook.post_forward, *post)
+            if kind.around_forward is not _AROUND:
                 inner = innermost
-                if rest := hooks[index + 1 :]:
-                    inner = _Chain(self._module)
-                    inner._build(rest, innermost)
-                call = partial(hook.around_forward, self._module, inner)
+                if rest := hooks[outer:]:
+                    inner = _Chain()
+                    inner._build(module, rest, innermost)
+                call = partial(hook.around_forward, module, inner)
+                hooks = hooks[:outer]
                 break
-        pre: list[Callable[..., Any]] = []
-        post: list[Callable[..., Any]] = []
-        outside = {id(None): 0}  # how many hooks stand outside a step; outside what is not in it, all do
-        for index, hook in enumerate(own):
-            for method, steps in (("pre_forward", pre), ("post_forward", post)):
-                if overrides(hook, method):
-                    steps.append(getattr(hook, method))
-                    outside[id(steps[-1])] = index
-        self._parts = (
-            self._module,
-            tuple(pre),
-            call,
-            tuple(reversed(post)),
-            partial(_tell, self._module, tuple(own), outside),
-        )
+        self._parts = module, pre, call, post, hooks
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        module, pre, call, post, tell = self._parts
+        module, pre, call, post, hooks = self._parts
         # The last step begun is where it failed: to know that costs nothing on the way.
         step: Any = None
         try:
@@ -74,16 +65,31 @@ class _Chain:
                 if changed is not None:
                     output = changed
         except BaseException as error:
-            tell(step, error)
+            _tell(module, hooks[: _entered(hooks, pre, post, step)], error)
             raise
         return output
 
 
-def _tell(
-    module: nn.Module, hooks: Sequence[Hook], outside: Mapping[int, int], step: object, error: BaseException
-) -> None:
-    """Tells the hooks that were entered and not yet left, from inside out."""
-    for hook in reversed(hooks[: outside.get(id(step), len(hooks))]):
+def _entered(
+    hooks: Sequence[Hook],
+    pre: Sequence[Callable[..., Any]],
+    post: Sequence[Callable[..., Any]],
+    failed: object,
+) -> int:
+    """How many hooks, counted from outside, had been entered and not yet left when a step failed."""
+    if failed is None:  # before the first step
+        return 0
+    for method, steps in (("pre_forward", pre), ("post_forward", reversed(post))):
+        overriding = (index for index, hook in enumerate(hooks) if overrides(type(hook), method))
+        for index, step in zip(overriding, steps, strict=True):
+            if step is failed:
+                return index
+    return len(hooks)
+
+
+def _tell(module: nn.Module, hooks: Sequence[Hook], error: BaseException) -> None:
+    """Tells hooks, outermost first, of an error, from inside out."""
+    for hook in reversed(hooks):
         try:
             hook.on_error(module, error)
         except Exception as another:  # noqa: BLE001 - the first error is the one to report
@@ -105,7 +111,7 @@ class HookStack(_Chain):
     __wrapped__: Callable[..., Any]
 
     def __init__(self, module: nn.Module, entry: str) -> None:
-        super().__init__(module)
+        self._module = module
         self._entry = entry
         self._replaced = module.__dict__.get(entry)
         self.hooks: tuple[Hook, ...] = ()
@@ -136,21 +142,18 @@ class HookStack(_Chain):
             hooks: The hooks.
             keeps_alive: What has to live as long as the hooks do.
         """
-        attributes = module.__dict__
         stack = HookStack.at(module, entry)
-        if stack is None and hooks:
-            attributes[entry] = stack = HookStack(module, entry)
-            _leave_out_of_copies(module)
-        if stack is not None:
-            # Also when no hook is left: whoever kept the stack then calls what it wraps.
+        if hooks:
+            if stack is None:
+                module.__dict__[entry] = stack = HookStack(module, entry)
+                _PlainReduction.begin(module, entry)
             stack.hooks = tuple(hooks)
             stack.keeps_alive = keeps_alive
-            stack._build(stack.hooks, stack.__wrapped__)
-            if not hooks:
+            stack._build(module, stack.hooks, stack.__wrapped__)
+        else:
+            if stack is not None:
                 stack._give_back()
-        if HookStack not in map(type, attributes.values()):
-            attributes.pop(_REDUCE, None)
-            attributes.pop(_DEEPCOPY, None)
+            _PlainReduction.end(module, entry)
 
     def _give_back(self) -> None:
         """Makes the entry what it was before, unless another library has put something there since."""
@@ -160,6 +163,10 @@ class HookStack(_Chain):
                 del attributes[self._entry]
             else:
                 attributes[self._entry] = self._replaced
+        # Whoever kept the stack calls what it wraps.
+        self.hooks = ()
+        self.keeps_alive = None
+        self._parts = self._module, (), self.__wrapped__, (), ()
 
     def __getattr__(self, name: str) -> Any:
         # Whatever else people ask of a method, such as __func__ and __self__.
@@ -172,16 +179,45 @@ class HookStack(_Chain):
         return getattr, (self._replaced, "__call__")
 
 
-def _leave_out_of_copies(module: nn.Module) -> None:
-    """Has copies and pickles of a module leave out its hooks."""
-    module.__dict__.setdefault(_REDUCE, partial(_reduce_without_hooks, module))
-    if hasattr(type(module), _DEEPCOPY):
-        module.__dict__.setdefault(_DEEPCOPY, partial(_deepcopy_without_hooks, module))
+class _PlainReduction:
+    """Stands in for the `__reduce_ex__` of a hooked module: reduces it to what it would be without hooks.
 
+    Attributes:
+        module: The module.
+        entries: Which of its entries have hooks.
+    """
 
-def _reduce_without_hooks(module: nn.Module, protocol: int) -> Any:
-    """Reduces a hooked module, for `copy.deepcopy` and pickle, to what it would be without hooks."""
-    return _without_hooks(type(module).__reduce_ex__(module, protocol))
+    __slots__ = ("entries", "module")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.entries: set[str] = set()
+
+    @staticmethod
+    def begin(module: nn.Module, entry: str) -> None:
+        """Has copies and pickles of a module leave out the hooks of an entry."""
+        attributes = module.__dict__
+        reduction = attributes.get(_REDUCE)
+        if reduction is None:
+            attributes[_REDUCE] = reduction = _PlainReduction(module)
+            if hasattr(type(module), _DEEPCOPY):
+                attributes.setdefault(_DEEPCOPY, partial(_deepcopy_without_hooks, module))
+        if isinstance(reduction, _PlainReduction):  # or else the instance had a way of its own
+            reduction.entries.add(entry)
+
+    @staticmethod
+    def end(module: nn.Module, entry: str) -> None:
+        """Has copies and pickles be the class's own once no other entry has hooks."""
+        attributes = module.__dict__
+        reduction = attributes.get(_REDUCE)
+        if isinstance(reduction, _PlainReduction):
+            reduction.entries.discard(entry)
+            if not reduction.entries:
+                del attributes[_REDUCE]
+                attributes.pop(_DEEPCOPY, None)
+
+    def __call__(self, protocol: int) -> Any:
+        return _without_hooks(type(self.module).__reduce_ex__(self.module, protocol))
 
 
 def _without_hooks(reduced: Any) -> Any:

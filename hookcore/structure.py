@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.modules import module as torch_module
 
 from hookcore.hook import Hook
+from hookcore.target import walk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -22,7 +23,7 @@ class Structure:
     def __init__(self, module: nn.Module) -> None:
         _listen()
         self._module = module
-        self._known = list(_parts(module))
+        self._known = _parts(module)
         self._modules = {id(part) for _, part in self._known}
         self._touched = False
         with _LOCK:
@@ -36,7 +37,7 @@ class Structure:
         """Whether the tree is another one now. Looks only if anything was registered in it."""
         if not self._touched:
             return False
-        now = list(_parts(self._module))
+        now = _parts(self._module)
         if len(now) != len(self._known) or any(
             name != known_name or found is not known
             for (name, found), (known_name, known) in zip(now, self._known, strict=True)
@@ -66,10 +67,13 @@ def _note(module: nn.Module, *_: object) -> None:
             structure.note(module)
 
 
-def _parts(module: nn.Module) -> Iterator[tuple[str, object]]:
-    for prefix, submodule in module.named_modules(remove_duplicate=False):
-        yield prefix, submodule
-        yield from dict.items(submodule._parameters)  # to look at them here is no read
+def _parts(module: nn.Module) -> list[tuple[str, object]]:
+    parts: list[tuple[str, object]] = []
+    for place in walk(module):
+        parts.append(place)
+        own: dict[str, Any] = place[1]._parameters
+        parts += dict.items(own)  # through dict, so that it doesn't count as a read
+    return parts
 
 
 class ReplanHook(Hook):

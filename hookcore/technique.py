@@ -39,7 +39,7 @@ class Resource(enum.StrEnum):
     CODE = "code"
 
 
-@frozen
+@frozen(slots=False)  # with a dict, making thousands of them takes half the time
 class Claim:
     """A thing that a binding needs to own alone.
 
@@ -57,7 +57,7 @@ def _claims(claims: Iterable[Claim]) -> tuple[Claim, ...]:
     return tuple(claims)
 
 
-@frozen
+@frozen(slots=False)
 class Binding:
     """One hook at one entry of one module.
 
@@ -68,8 +68,8 @@ class Binding:
         claims: What the binding needs to own alone.
         forbids_below: Resources that no other technique may hold in modules below this one, because its
             call hides theirs (a traced module does not call its children). `"*"` forbids any hook.
-        technique: Name of the technique; the plan fills it in.
-        component: Name of the component; the plan fills it in.
+        technique: Name of the technique, where an error carries the binding; a plan's steps name it.
+        component: Name of the component, likewise.
     """
 
     fqn: str
@@ -77,8 +77,8 @@ class Binding:
     entry: str = "forward"
     claims: tuple[Claim, ...] = field(default=(), converter=_claims)
     forbids_below: tuple[str, ...] = ()
-    technique: str = field(default="", kw_only=True)
-    component: str = field(default="", kw_only=True)
+    technique: str = field(default="", kw_only=True, eq=False)
+    component: str = field(default="", kw_only=True, eq=False)
 
 
 @frozen

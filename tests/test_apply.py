@@ -677,10 +677,10 @@ class Plugins:
     def open_target(self, target):
         return None
 
-    def describe(self, model):
+    def describe(self, component):
         return hookcore.ModelConventions()
 
-    def find_foreign(self, model):
+    def find_foreign(self, component):
         return list(self.foreign)
 
     def review(self, plan):

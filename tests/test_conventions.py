@@ -59,13 +59,14 @@ def folders(tmp_path_factory):
 
 def describe(hooks, model):
     """The one answer there is, or None."""
-    answers = hooks.hookcore_describe_model(model=model)
+    answers = hooks.hookcore_describe_model(model=model, modules=dict(model.named_modules()))
     assert len(answers) <= 1
     return answers[0] if answers else None
 
 
 def find(hooks, model):
-    return [mechanism for found in hooks.hookcore_find_foreign(model=model) for mechanism in found]
+    answers = hooks.hookcore_find_foreign(model=model, modules=dict(model.named_modules()))
+    return [mechanism for found in answers for mechanism in found]
 
 
 def build(hooks, model_class, folder, overrides=None):
@@ -103,10 +104,11 @@ import sys
 from torch import nn
 from hookcore_plugins import accelerate_hooks, diffusers_models, torch_modules, transformers_models
 model = nn.Linear(2, 2)
-assert diffusers_models.hookcore_describe_model(model) is None
-assert transformers_models.hookcore_describe_model(model) is None
+modules = {"": model}
+assert diffusers_models.hookcore_describe_model(model, modules) is None
+assert transformers_models.hookcore_describe_model(model, modules) is None
 for plugin in (accelerate_hooks, diffusers_models, torch_modules):
-    assert list(plugin.hookcore_find_foreign(model)) == []
+    assert list(plugin.hookcore_find_foreign(modules)) == []
 for plugin in (diffusers_models, transformers_models):
     assert plugin.hookcore_build_model(nn.Linear, None, {}) is None
 loaded = {"accelerate", "diffusers", "peft", "transformers", "torch._dynamo", "torch.distributed.fsdp"}

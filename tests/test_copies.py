@@ -1,6 +1,7 @@
 """Copies and pickles of hooked models are plain models; the original stays hooked."""
 
 import copy
+import functools
 import io
 import pickle
 import types
@@ -291,6 +292,36 @@ def test_what_is_not_copied_or_becomes_something_else_is_let_be():
     assert through_pickle(THE_ONLY) is THE_ONLY
     assert HookStack.at(THE_ONLY, "forward") is not None
     hookcore.remove(THE_ONLY)
+
+
+@pytest.mark.parametrize(("first", "last"), [("forward", "extra_repr"), ("extra_repr", "forward")])
+def test_copies_are_plain_until_the_last_hook_is_off_and_the_class_s_own_then(first, last):
+    model = nn.Linear(2, 2)
+    for entry in (first, last):
+        HookStack.set(model, entry, [PushingHook(entry)])
+    HookStack.set(model, first, [])
+    assert_plain(copy.deepcopy(model), nn.Linear(2, 2))
+    HookStack.set(model, last, [])
+    assert "__reduce_ex__" not in vars(model)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_nothing_stays_when_somebody_has_put_another_forward_in_place_of_the_hooks(wrapped):
+    model = nn.Linear(2, 2)
+    HookStack.set(model, "forward", [PushingHook("")])
+    model.forward = functools.wraps(model.forward)(lambda x: x) if wrapped else (lambda x: x)
+    HookStack.set(model, "forward", [])
+    del model.forward
+    assert vars(model).keys() == vars(nn.Linear(2, 2)).keys()
+
+
+def test_an_instance_with_a_reduction_of_its_own_keeps_it():
+    model = nn.Linear(2, 2)
+    model.__dict__["__reduce_ex__"] = own = lambda _protocol: (types.SimpleNamespace, ())
+    applied = hookcore.apply(model, calling())
+    assert type(copy.deepcopy(model)) is types.SimpleNamespace
+    applied.remove()
+    assert vars(model)["__reduce_ex__"] is own
 
 
 def test_a_parametrized_module_is_copied_plain():

@@ -154,6 +154,8 @@ class TestStreamedGroupsWithABudget(TechniqueContract):
         return GroupOffload(self.device, memory_budget=1500)
 
     def peak_bound(self, model):
+        if any(isinstance(module, Reassigned) for module in model.modules()):
+            return None  # what a call replaces is there as long as what replaces it
         return 1500
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -29,6 +30,7 @@ from hookcore.memory import (
     current_tensors,
     device,
     find_blocks,
+    is_on,
 )
 from hookcore.testing import models
 from hookcore.testing.modules import Counter, Recipe, Scaled, TreeModel, WeightReader, module_trees
@@ -770,3 +772,19 @@ def test_weights_of_the_same_memory_share_it_in_the_copy_too():
     with patch.object(F, "linear", linear):
         model(torch.ones(3, 4))
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "on"),
+    [
+        ("cpu", "cpu", True),
+        ("cuda:0", "cuda", True),
+        ("cuda:1", "cuda", True),
+        ("cuda:1", "cuda:1", True),
+        ("cuda:1", "cuda:0", False),
+        ("cuda:0", "cpu", False),
+        ("cpu", "cuda", False),
+    ],
+)
+def test_a_device_without_an_index_stands_for_any_of_its_type(there, asked, on):
+    assert is_on(SimpleNamespace(device=torch.device(there)), torch.device(asked)) is on

@@ -101,7 +101,10 @@ def edit(model, kept, position, how):
             setattr(model.get_submodule(owner), name, nn.Parameter(torch.full(old.shape, 0.25)))
             kept[fqn] = model.get_parameter(fqn)
         elif how == "a state dict":
-            model.load_state_dict({name: it.detach().cpu() / 2 for name, it in model.state_dict().items()})
+            with torch.inference_mode():  # in which a call may have made buffers
+                model.load_state_dict(
+                    {name: it.detach().cpu() / 2 for name, it in model.state_dict().items()}
+                )
 
 
 EDITS = [

@@ -110,3 +110,30 @@ def test_a_new_pass_starts_with_hope():
     assert not list(order.upcoming())
     order.end_pass()
     assert list(order.upcoming()) == list("xyz")
+
+
+@given(st.lists(st.permutations("abcdef"), min_size=2, max_size=5, unique_by=tuple), st.data())
+def test_orders_that_were_learned_are_known_again(orders, data):
+    order = LearnedOrder("")
+    for made in orders:
+        for used in made:
+            order.note(used)
+        order.end_pass()
+    for made in data.draw(st.lists(st.sampled_from(orders), max_size=6), "passes"):
+        before = order.misses
+        for used in made:
+            order.note(used)
+        order.end_pass()
+        assert order.misses - before < len(orders)  # one for each other order that began as this one
+
+
+@given(st.lists(things, max_size=8), st.sets(things))
+def test_what_is_left_out_is_expected_no_more(uses, left_out):
+    order = LearnedOrder("abcdef")
+    for used in uses:
+        order.note(used)
+    order.end_pass()
+    expected = [it for it in order.upcoming() if it not in left_out]
+    order.leave_out(left_out)
+    assert list(order.upcoming()) == expected
+    assert order.is_guess == (not uses)

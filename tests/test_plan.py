@@ -265,7 +265,10 @@ def test_a_conflict_names_both_sides_the_thing_and_the_remedy():
         "streams cannot claim the placement of 'unet.other.weight': moves already holds it, through its hook "
         "at 'unet.one'. Call applied.remove() on the first, or leave the module out of one of them"
     )
-    assert (caught.value.first, caught.value.second) == (first.bindings[0], second.bindings[0])
+    held, wanted = caught.value.first, caught.value.second
+    assert (held, wanted) == (first.bindings[0], second.bindings[0])
+    assert (held.technique, wanted.technique) == ("moves", "streams")
+    assert (held.component, wanted.component) == ("unet", "unet")
 
 
 def test_a_conflict_over_an_entry_names_the_entry():
@@ -313,6 +316,16 @@ def test_a_technique_does_not_conflict_with_itself():
     claims = [Claim(Resource.PLACEMENT, "one.weight")]
     bindings = [Binding("one", Hook(), claims=claims), Binding("other", Hook(), claims=claims)]
     check_conflicts([step(toy("moves", lambda _: bindings), on)], [])
+
+
+def test_the_third_technique_conflicts_with_the_first():
+    on = component(nn.Sequential(nn.Identity(), nn.Identity()))
+    steps = [
+        step(claiming(name, [Claim(Resource.MEMORY_FORMAT)], fqn), on)
+        for name, fqn in (("one", "0"), ("two", "1"), ("three", "0"))
+    ]
+    with pytest.raises(ConflictError, match="^three cannot claim .*: one already holds it"):
+        check_conflicts(steps, [])
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -424,7 +437,7 @@ def test_bindings_that_do_not_fit_are_refused(items, message):
         make_step(toy("bad", lambda _: items), component(nn.Sequential(nn.Linear(1, 1)), "vae"))
 
 
-def test_a_step_has_the_names_of_its_technique_and_component():
+def test_a_step_has_what_its_technique_bound():
     binding, skipped = (
         Binding("0", Hook(), claims=iter([Claim("placement", "0.weight")])),
         Skipped("", "root"),
@@ -432,9 +445,9 @@ def test_a_step_has_the_names_of_its_technique_and_component():
     made = make_step(
         toy("good", lambda _: iter([binding, skipped])), component(nn.Sequential(nn.Linear(1, 1)), "x")
     )
-    assert made.bindings[0].technique == "good"
-    assert made.bindings[0].component == "x"
-    assert made.bindings[0].hook is binding.hook
+    assert made.technique.name == "good"
+    assert made.component.name == "x"
+    assert made.bindings == (binding,)
     assert made.bindings[0].claims == (Claim("placement", "0.weight"),)
     assert made.skipped == (skipped,)
 

@@ -20,6 +20,9 @@ from torch import nn
 from hookcore.errors import CheckpointError, HookcoreWarning, PlanError, PluginError, UnsupportedModelError
 from hookcore.hookspecs import ModelConventions
 from hookcore.plugins import ALLOW_LIST, BLOCK_LIST, PluginHost, PluginInfo
+from hookcore.target import Component
+
+ANY_COMPONENT = Component("", nn.Identity(), lambda _: ModelConventions())
 
 DESCRIBE = """
 @hookimpl
@@ -164,7 +167,7 @@ def test_exactly_the_sound_and_permitted_plugins_are_active(drawn, allowed, disa
     assert {name: info.name for info in host.listing for name in info.techniques} == {
         name: plugin.name for plugin in active.values() for name in owners if owners[name] == plugin.module
     }
-    assert set(host.describe(nn.Identity()).block_classes) == {plugin.module for plugin in active.values()}
+    assert set(host.describe(ANY_COMPONENT).block_classes) == {plugin.module for plugin in active.values()}
     blocked = {one.plugin.module for one, row in zip(order, expected, strict=True) if row[-1] == "blocked"}
     assert not imported & blocked
 
@@ -186,7 +189,7 @@ def test_nothing_of_a_broken_plugin_stays_and_nothing_else_goes(fault):
     assert fault.said in host.listing[1].problem
     assert ("Traceback" in host.listing[1].problem) == fault.has_traceback
     assert set(host.techniques) == {"first", "last"}
-    assert host.describe(nn.Identity()).block_classes == (plugins[2].module, plugins[0].module)
+    assert host.describe(ANY_COMPONENT).block_classes == (plugins[2].module, plugins[0].module)
 
 
 @given(st.permutations(["hookcore", "aardvark", "zebra"]))
@@ -218,7 +221,7 @@ def test_a_name_whose_first_owner_is_broken_is_free_for_the_next():
         host = PluginHost.discover()
     assert [info.state for info in host.listing] == ["broken", "active", "broken"]
     assert host.listing[2].problem == "plugin 'same' of zebra 1.5 has this name already"
-    assert host.describe(nn.Identity()).block_classes == (plugins[1].module,)
+    assert host.describe(ANY_COMPONENT).block_classes == (plugins[1].module,)
     with pytest.raises(PluginError, match=r"^plugin 'same' of zebra"):
         host.open_target(object())
 
@@ -237,7 +240,7 @@ def test_one_module_under_two_names_is_one_plugin():
         host = PluginHost.discover()
     assert [info.state for info in host.listing] == ["active", "broken"]
     assert "already registered" in host.listing[1].problem
-    assert host.describe(nn.Identity()).block_classes == (plugin.module,)
+    assert host.describe(ANY_COMPONENT).block_classes == (plugin.module,)
 
 
 def test_a_class_is_a_plugin_whose_hooks_are_methods():
@@ -253,7 +256,7 @@ class Plugin:
     with installed([FakePlugin("p", source, object_name="Plugin")]):
         host = PluginHost.discover()
     assert host.listing[0].problem is None
-    assert host.describe(nn.Identity()).block_classes == ("Block", "Identity")
+    assert host.describe(ANY_COMPONENT).block_classes == ("Block", "Identity")
 
 
 @pytest.mark.parametrize("object_name", [None, "nothing", "a_number"])
@@ -333,8 +336,8 @@ def test_techniques_are_read_only(hosting):
 
 QUESTIONS = {
     "hookcore_open_target": ("target", lambda host: host.open_target(object())),
-    "hookcore_describe_model": ("model", lambda host: host.describe(nn.Identity())),
-    "hookcore_find_foreign": ("model", lambda host: host.find_foreign(nn.Identity())),
+    "hookcore_describe_model": ("model", lambda host: host.describe(ANY_COMPONENT)),
+    "hookcore_find_foreign": ("model", lambda host: host.find_foreign(ANY_COMPONENT)),
     "hookcore_review_plan": ("plan", lambda host: host.review(SimpleNamespace())),
     "hookcore_build_model": ("folder", lambda host: host.build_model(nn.Identity, "folder", {})),
 }
@@ -389,6 +392,24 @@ def test_a_hook_may_take_fewer_arguments_and_gets_what_it_names(hosting):
     assert built.weight.shape == (3, 2)
 
 
+def test_a_plugin_is_given_the_modules_of_the_tree(hosting):
+    inner = nn.Identity()
+    model = nn.ModuleDict({"one": nn.ModuleList([inner]), "other": inner})
+    source = hooked(
+        "hookcore_describe_model", "modules", "return ModelConventions(block_classes=modules)"
+    ) + hooked(
+        "hookcore_find_foreign",
+        "model, modules",
+        "assert modules[''] is model",
+        "return [ForeignMechanism(fqn, type(it).__name__, '') for fqn, it in modules.items()]",
+    )
+    host = hosting(source)
+    component = Component("", model, host.describe)
+    assert component.conventions.block_classes == ("", "one", "one.0")
+    found = [(it.fqn, it.what) for it in host.find_foreign(component)]
+    assert found == [("", "ModuleDict"), ("one", "ModuleList"), ("one.0", "Identity")]
+
+
 @given(st.lists(st.none() | st.integers(0, 5), max_size=3), st.sampled_from([None, 0, 1, 2]))
 def test_the_first_answer_counts_and_nobody_is_asked_after_it(answers, last):
     # Later plugins are asked earlier, unless they want to be the last.
@@ -425,7 +446,7 @@ def test_descriptions_are_merged(fields):
         for name, values in zip("abc", fields, strict=False)
     ]
     with installed(plugins):
-        found = PluginHost.discover().describe(nn.Identity())
+        found = PluginHost.discover().describe(ANY_COMPONENT)
     parts = [ModelConventions(*values) for values in reversed(fields)]
     assert found == (functools.reduce(ModelConventions.merged, parts) if parts else ModelConventions())
 
@@ -437,7 +458,7 @@ def test_foreign_mechanisms_and_notes_of_all_plugins_are_listed(hosting):
         ) + hooked("hookcore_review_plan", "plan", f"return [plan.name + '{word}', 'second']")
 
     host = hosting(source("x"), source("y"))
-    assert [mechanism.fqn for mechanism in host.find_foreign(nn.Identity())] == ["y", "x"]
+    assert [mechanism.fqn for mechanism in host.find_foreign(ANY_COMPONENT)] == ["y", "x"]
     assert host.review(SimpleNamespace(name="plan ")) == ["plan y", "second", "plan x", "second"]
 
 
@@ -520,4 +541,4 @@ def test_discovery_leaves_plugins_of_an_earlier_discovery_alone(tmp_path, monkey
     second = PluginHost.discover()
     assert [info.name for info in first.listing] == ["p"]
     assert second.listing == ()
-    assert first.describe(nn.Identity()) != second.describe(nn.Identity()) == ModelConventions()
+    assert first.describe(ANY_COMPONENT) != second.describe(ANY_COMPONENT) == ModelConventions()

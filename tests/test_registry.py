@@ -3,12 +3,14 @@
 import gc
 import weakref
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from techniques import Moving, Pushing, PushingHook, toy
 from torch import nn
 
 import hookcore
+import hookcore_plugins
 from hookcore import Binding, Hook, HookRegistry, Phase
 
 
@@ -61,6 +63,16 @@ def test_a_dropped_model_takes_its_techniques_with_it():
     del model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("technique", [Pushing(), Moving(), hookcore_plugins.GroupOffload("cpu")])
+def test_removing_leaves_no_cycles_for_the_garbage_collector(technique):
+    """Thousands of objects for each model would wait for it, and be looked at by it."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    hookcore.apply(model, [technique]).remove()  # the first time loads plugins
+    gc.collect()
+    hookcore.apply(model, [technique]).remove()
+    assert gc.collect() == 0
 
 
 def test_without_hooks_a_technique_is_on_as_long_as_its_handle_lives():

@@ -4,6 +4,8 @@ import copy
 import functools
 import gc
 import inspect
+import linecache
+import sys
 import weakref
 
 import pytest
@@ -265,6 +267,28 @@ def test_an_interrupt_in_a_hook_ends_the_call_like_one_in_the_entry():
     with pytest.raises(KeyboardInterrupt):
         module("x")
     assert world.log[-1] == "error 0 pre 1"
+
+
+def test_an_interrupt_before_the_first_hook_tells_none():
+    world = World(Scenario([Behaviour()]))
+    module = Named(world)
+    HookStack.set(module, "forward", [make_hook(world, 0)])
+
+    def interrupt(frame, event, _):
+        if frame.f_code is HookStack.__call__.__code__ and event == "line":
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            if line.strip() == "for step in pre:":
+                raise KeyboardInterrupt
+        return interrupt
+
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            module("x")
+    finally:
+        sys.settrace(before)
+    assert world.log == []
 
 
 class Silent(Hook):

@@ -12,7 +12,7 @@ from hookcore.memory.mover import GroupMover
 from hookcore.memory.tensors import by_memory, copy_memory, current_tensors, is_on, tensor_at, version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
     from hookcore.memory.grouping import Group
     from hookcore.target import TensorSlot
@@ -62,14 +62,16 @@ class DeviceMover(GroupMover):
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Moves a group to where it lies between calls."""
-        homes = {slot: tensors[0].device for slot in group.slots if (tensors := current_tensors(slot))}
-        _move(dict.fromkeys(homes, self._onload_device if resident else self._offload_device))
+        device = self._onload_device if resident else self._offload_device
+        found = {slot: tensors for slot in group.slots if (tensors := current_tensors(slot))}
+        homes = {slot: tensors[0].device for slot, tensors in found.items()}
+        _move((tensors, device) for tensors in found.values())
         self._homes.update(homes)
 
     def detach(self, group: Group) -> None:
         """Moves a group back to the device that it came from."""
         homes = {slot: self._homes[slot] for slot in group.slots if slot in self._homes}
-        _move(homes)
+        _move((current_tensors(slot), device) for slot, device in homes.items())
         for slot in homes:
             del self._homes[slot]
 
@@ -140,11 +142,12 @@ class DeviceMover(GroupMover):
                 module._buffers[name] = tensor.to(self._offload_device)
 
 
-def _move(devices: Mapping[TensorSlot, torch.device]) -> None:
-    """Moves each slot to a device for good; all of them or, if it raises, none."""
+def _move(devices: Iterable[tuple[list[torch.Tensor], torch.device]]) -> None:
+    """Moves the tensors of slots to a device for good; all of them or, if it raises, none."""
     moved: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for slot, device in devices.items():
-        for tensors in by_memory([it for it in current_tensors(slot) if not is_on(it, device)]):
-            moved += zip(tensors, copy_memory(tensors, device)[2], strict=True)
+    for of_slot, device in devices:
+        if elsewhere := [it for it in of_slot if not is_on(it, device)]:
+            for tensors in by_memory(elsewhere):
+                moved += zip(tensors, copy_memory(tensors, device)[2], strict=True)
     for tensor, view in moved:
         tensor.data = view

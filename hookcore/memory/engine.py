@@ -8,6 +8,7 @@ ever freed while the engine lives.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +16,13 @@ from attrs import define
 
 from hookcore.memory.packed import ALIGNMENT
 from hookcore.memory.slab import Slab
+from hookcore.memory.timing import PassTimes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hookcore.memory.packed import Packed
     from hookcore.memory.slab import Place
-    from hookcore.memory.timing import PassTimes
 
 
 @define(eq=False)
@@ -59,18 +60,28 @@ class CopyEngine:
     def __init__(self, device: torch.device, nbytes: int) -> None:
         self._device = device
         self._module: Any = torch.get_device_module(device)
-        with torch.inference_mode(False):
-            memory = torch.empty(nbytes // ALIGNMENT * ALIGNMENT, dtype=torch.uint8, device=device)
-        self.slab = Slab(memory)
-        self.times: PassTimes | None = None
         self._computing = self._module.current_stream(device)
         self._copying = self._module.Stream(device)
         self._left = self._module.Event()
-        self._left.record(self._computing)  # which the memory was allocated for
+        self.slab = self._make_slab(nbytes)
+        self.times: PassTimes | None = None
 
-    def make_timed_event(self) -> Any:
-        """Makes an event that can measure time."""
-        return self._module.Event(enable_timing=True)
+    def replace_slab(self, nbytes: int) -> None:
+        """Allocates other memory; the old one, in which nothing may be lent any more, is freed before."""
+        self._computing.wait_stream(self._copying)  # to which the freed memory goes back
+        del self.slab
+        self.slab = self._make_slab(nbytes)
+
+    def _make_slab(self, nbytes: int) -> Slab:
+        with torch.inference_mode(False):
+            memory = torch.empty(nbytes // ALIGNMENT * ALIGNMENT, dtype=torch.uint8, device=self._device)
+        self._left.record(self._computing)  # for which it was allocated
+        return Slab(memory)
+
+    def measure(self) -> None:
+        """Times uses and copies from now on."""
+        # What makes the events must not refer to the engine: in a cycle its memory would outlive it.
+        self.times = PassTimes(partial(self._module.Event, enable_timing=True))
 
     def begin(self) -> None:
         """Has the caller's stream compute from now on."""
@@ -81,19 +92,17 @@ class CopyEngine:
         self._left.record(stream)
 
     def take(self, packed: Packed) -> Load | None:
-        """Finds room in the ring for a group; None if there is none."""
-        start = self.slab.ring.take(packed.nbytes)
-        return None if start is None else self.load_at(packed, start)
-
-    def load_at(self, packed: Packed, start: int) -> Load:
-        """A copy of a group that goes to a place in the slab, not begun yet."""
+        """Finds room for a group, whose copy is not begun yet; None if there is none."""
+        start = self.slab.ranges.take(packed.nbytes)
+        if start is None:
+            return None
         if packed.copied is None or self.times is not None:
             packed.copied = self._module.Event(enable_timing=self.times is not None)
         return Load(packed, self.slab.place(packed, start), packed.copied)
 
     def give_back(self, load: Load) -> None:
-        """Gives back a load's room in the ring. What was begun may go on: copies run one after another."""
-        self.slab.ring.give_back(load.place.start, load.packed.nbytes)
+        """Gives back a load's room. What was begun may go on: copies run one after another."""
+        self.slab.ranges.give_back(load.place.start, load.packed.nbytes)
 
     def copy(self, loads: Iterable[Load]) -> None:
         """Begins copies, after all use so far of the memory that they fill."""

@@ -19,6 +19,7 @@ from attrs import frozen
 from torch import nn
 
 from hookcore.errors import PlanError
+from hookcore.target import own_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -36,7 +37,7 @@ _READ_THEIR_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.Tr
 """torch's modules that use weights of their children without calling these."""
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)  # with a dict, making thousands of them takes half the time
 class Group:
     """Tensors that move together.
 
@@ -90,14 +91,23 @@ def leaf_units(component: Component) -> tuple[Unit, ...]:
     Modules that read their children's weights without calling them are one unit with all that is below.
     Tensors of a module without a forward, such as a ParameterList, belong to the nearest module above it.
     """
-    owners = {fqn.rpartition(".")[0] for slot in component.slots for fqn in slot.fqns}
+    unit_of: dict[str, str] = {}
+    wholes: set[str] = set()  # places of which all that is below is in one unit
     units: dict[str, None] = {}
-    for fqn in itertools.chain.from_iterable(component.fqns.values()):
-        if fqn in owners:
-            above = [_first_fqn(component, prefix) for prefix in _prefixes(fqn)]
-            whole = [it for it in above if isinstance(component.modules[it], _READ_THEIR_CHILDREN)]
-            called = [it for it in above if _can_be_called(component.modules[it])]
-            units[whole[-1] if whole else called[0] if called else ""] = None
+    for fqn, module in component.places:
+        above = fqn.rpartition(".")[0]
+        if above in wholes:
+            wholes.add(fqn)
+            unit_of[fqn] = unit_of[above]
+        elif isinstance(module, _READ_THEIR_CHILDREN):
+            wholes.add(fqn)
+            unit_of[fqn] = component.fqns[module][0]
+        elif _can_be_called(module):
+            unit_of[fqn] = component.fqns[module][0]
+        else:
+            unit_of[fqn] = unit_of.get(above, "")
+        if next(own_tensors(module), None) is not None:
+            units[unit_of[fqn]] = None
     return tuple((fqn,) for fqn in units)
 
 
@@ -116,10 +126,15 @@ def make_groups(
     numbers = {fqn: number for number, unit in enumerate(units) for fqn in unit}
     rest = numbers.get("", len(units))
     all_units = [*units, ("",)]
+    user_of: dict[str, int] = {}  # the number of the deepest unit that each place is in
+    for fqn, module in component.places:
+        above = user_of[fqn.rpartition(".")[0]] if fqn else rest
+        user_of[fqn] = numbers.get(component.fqns[module][0], above)
     together: dict[tuple[int, ...], list[TensorSlot]] = {}
     for slot in slots:
-        using = {_user(component, fqn.rpartition(".")[0], numbers, rest) for fqn in slot.fqns}
-        together.setdefault(tuple(sorted(using)), []).append(slot)
+        using = [user_of[fqn.rpartition(".")[0]] for fqn in slot.fqns]
+        users = tuple(using) if len(using) == 1 else tuple(sorted(set(using)))
+        together.setdefault(users, []).append(slot)
     entries = [("", entry) for entry in entries_of(component)]
     groups = []
     for users, members in together.items():
@@ -135,7 +150,10 @@ def make_groups(
 def spanning_groups(groups: Iterable[Group]) -> list[Group]:
     """The groups that a call holds while calls below it hold others."""
     groups = list(groups)
-    above = {it for group in groups for fqn, _ in group.holders if fqn for it in list(_prefixes(fqn))[1:]}
+    held = [fqn for group in groups for fqn, _ in group.holders]
+    above = {fqn[:at] for fqn in held for at, char in enumerate(fqn) if char == "."}
+    if any(held):
+        above.add("")
     return [group for group in groups if any(fqn in above for fqn, _ in group.holders)]
 
 
@@ -149,6 +167,8 @@ def slots_below(component: Component, names: Collection[str]) -> tuple[TensorSlo
     Raises:
         PlanError: A name is no module's; says which ones are near.
     """
+    if not names:
+        return ()
     known = set(itertools.chain.from_iterable(component.fqns.values()))
     for name in names:
         if name not in known:
@@ -231,23 +251,6 @@ def _siblings(component: Component) -> Iterator[Unit]:
                     yield from search(child_fqn, child)
 
     yield from search("", component.module)
-
-
-def _user(component: Component, fqn: str, numbers: dict[str, int], rest: int) -> int:
-    """The number of the deepest unit that a module is in."""
-    for prefix in _prefixes(fqn):
-        number = numbers.get(_first_fqn(component, prefix))
-        if number is not None:
-            return number
-    return rest
-
-
-def _prefixes(fqn: str) -> Iterator[str]:
-    """An FQN and those of all modules above it, ending with the root's `""`."""
-    while fqn:
-        yield fqn
-        fqn = fqn.rpartition(".")[0]
-    yield ""
 
 
 def _first_fqn(component: Component, fqn: str) -> str:

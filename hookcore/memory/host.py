@@ -8,6 +8,9 @@ is what there is.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,8 @@ _SHARE = 0.8
 class HostMemory:
     """Makes host memory to copy weights from, and locks it as far as that is wise.
 
+    What is locked in place is unlocked at the latest when nobody refers to it any more.
+
     Args:
         device: The device that copies from it.
         lock_limit: Bytes that may be locked; None for a share of what is free now.
@@ -37,7 +42,10 @@ class HostMemory:
     def __init__(self, device: torch.device, lock_limit: int | None = None) -> None:
         self.locked = 0
         self._limit = free_host_bytes(_SHARE) if lock_limit is None else lock_limit
-        self._register, self._unregister = _registration(device)
+        runtime: Any = getattr(torch.get_device_module(device), "cudart", None)
+        self._runtime = None if runtime is None else runtime()
+        self._buffers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._unlock: dict[int, Callable[[], object]] = {}
 
     def make(self, nbytes: int) -> torch.Tensor:
         """Makes memory to be filled and then given to `lock`.
@@ -46,13 +54,22 @@ class HostMemory:
             A uint8 tensor, `(nbytes,)`.
         """
         with torch.inference_mode(False):
-            lock_now = self._register is None and self._may_lock(nbytes)
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=lock_now)
+            if self._runtime is None:
+                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._may_lock(nbytes))
+            # Pages of its own: locking is by pages, and one that is locked cannot be locked again.
+            buffer = (ctypes.c_ubyte * nbytes).from_buffer(mmap.mmap(-1, max(nbytes, 1)))
+            memory = torch.frombuffer(buffer, dtype=torch.uint8) if nbytes else torch.empty(0).byte()
+        self._buffers[memory.data_ptr()] = buffer
+        return memory
 
     def lock(self, memory: torch.Tensor) -> None:
         """Locks memory that `make` made, if there is no reason not to."""
-        if self._register is not None and memory.nbytes and self._may_lock(memory.nbytes):
-            self._register(memory.data_ptr(), memory.nbytes)
+        address = memory.data_ptr()
+        if self._runtime is not None and memory.nbytes and self._may_lock(memory.nbytes):
+            # What cannot be locked is copied all the same, only slower and with the host waiting.
+            self._runtime.cudaHostRegister(address, memory.nbytes, 0)
+            unlock = self._runtime.cudaHostUnregister
+            self._unlock[address] = weakref.finalize(self._buffers[address], unlock, address)
         if memory.is_pinned():
             self.locked += memory.nbytes
 
@@ -60,7 +77,7 @@ class HostMemory:
         """Unlocks memory. Nothing may be copying from it any more."""
         if memory.nbytes and memory.is_pinned():
             self.locked -= memory.nbytes
-            self._unregister(memory.data_ptr())
+            self._unlock.pop(memory.data_ptr(), lambda: None)()
 
     def _may_lock(self, nbytes: int) -> bool:
         return self.locked + nbytes <= self._limit
@@ -75,22 +92,3 @@ def free_host_bytes(share: float = 1.0) -> int:
     with contextlib.suppress(OSError, ValueError):  # "max" is no limit
         free.append(int(_CGROUP_LIMIT.read_text()) - int(_CGROUP_USED.read_text()))
     return int(max(0, min(free)) * share)
-
-
-def _registration(
-    device: torch.device,
-) -> tuple[Callable[[int, int], None] | None, Callable[[int], None]]:
-    """How the device's runtime locks memory in place and unlocks it; None and nothing if it cannot."""
-    runtime: Any = getattr(torch.get_device_module(device), "cudart", None)
-    if runtime is None:
-        return None, lambda _address: None
-    cudart = runtime()
-
-    def register(address: int, nbytes: int) -> None:
-        # What cannot be locked is copied all the same, only slower and with the host waiting.
-        cudart.cudaHostRegister(address, nbytes, 0)
-
-    def unregister(address: int) -> None:
-        cudart.cudaHostUnregister(address)
-
-    return register, unregister

@@ -156,3 +156,9 @@ class Packed:
         """Copies these to host memory, and waits for it."""
         for (_, home, _), view in zip(self._homes, views, strict=True):
             home.copy_(view)
+
+    def bring_given(self, device: torch.device) -> None:
+        """Moves to a device, where all tensors were, those that were given other data."""
+        for tensor in self.tensors:
+            if tensor.device != device:
+                tensor.data = tensor.data.to(device)

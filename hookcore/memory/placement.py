@@ -69,8 +69,11 @@ class Placement:
         claimed.setdefault(first, []).extend(self._resident)
         for (fqn, entry), groups in held.items():
             hook_class = _PlacementHook if (fqn, entry) == first else _HoldHook
-            slots = (slot for group in claimed.get((fqn, entry), ()) for slot in group.slots)
-            claims = (Claim(Resource.PLACEMENT, slot.name) for slot in slots)
+            claims = [
+                Claim(Resource.PLACEMENT, slot.name)
+                for group in claimed.get((fqn, entry), ())
+                for slot in group.slots
+            ]
             yield Binding(fqn, hook_class(self, tuple(groups)), entry, claims)
 
     def attach(self) -> None:

@@ -90,15 +90,15 @@ def watch(groups: Iterable[Group], calls: Sized, before_read: Callable[[Group], 
     for module, group_of in by_module.items():
         for kind in _KINDS:
             original = module.__dict__[kind]
-            if watched := {name: group for name, group in group_of.items() if name in original}:
-                module.__dict__[kind] = WatchedTensors(original, watched, calls, before_read)
+            if not group_of.keys().isdisjoint(original):
+                module.__dict__[kind] = WatchedTensors(original, group_of, calls, before_read)
 
 
 def stop_watching(groups: Iterable[Group]) -> None:
     """Gives the modules of the groups' tensors their own dicts back."""
-    for group in groups:
-        for slot in group.slots:
-            for module, _ in slot.owners:
-                for kind in _KINDS:
-                    if isinstance(watched := module.__dict__[kind], WatchedTensors):
-                        module.__dict__[kind] = watched.give_back()
+    watched = {owner[0] for group in groups for slot in group.slots for owner in slot.owners}
+    for module in watched:
+        for kind in _KINDS:
+            tensors = module.__dict__[kind]
+            if isinstance(tensors, WatchedTensors):
+                module.__dict__[kind] = tensors.give_back()

@@ -160,22 +160,24 @@ def choose_layout(uses: Sequence[Use[T]], budget: int, least_ring: int = 0) -> L
     if sum(sizes.values()) + least_ring <= budget:
         return Layout(tuple(sizes), least_ring, sum(use.compute for use in uses))
     best: Layout[T] | None = None
-    for resident in _candidates(uses, sizes, budget):
+    for resident in _candidates(uses, sizes, budget, least_ring):
         ring = budget - sum(sizes[group] for group in resident)
-        seconds = pass_seconds(uses, resident, ring) if ring >= least_ring else None
+        seconds = pass_seconds(uses, resident, ring)
         if seconds is not None and (best is None or seconds < best.seconds):
             best = Layout(tuple(group for group in sizes if group in resident), ring, seconds)
     return best
 
 
-def _candidates(uses: Sequence[Use[T]], sizes: dict[T, int], budget: int) -> Iterator[frozenset[T]]:
+def _candidates(
+    uses: Sequence[Use[T]], sizes: dict[T, int], budget: int, least_ring: int
+) -> Iterator[frozenset[T]]:
     tried = set()
-    small = _smallest(sizes, budget // 100)
+    small = _smallest(sizes, (budget - least_ring) // 100)
     for largest in _some(sorted(set(sizes.values()), reverse=True)):
         staying = small.union(group for group, nbytes in sizes.items() if nbytes > largest)
         spare = budget - sum(sizes[group] for group in staying)
         for times, spread in itertools.product(_ROOM, (_evenly_by_bytes, _evenly_in_time)):
-            quota = spare - int(times * largest)
+            quota = spare - max(int(times * largest), least_ring)
             if quota >= 0 and (chosen := staying | spread(uses, staying, quota)) not in tried:
                 tried.add(chosen)
                 yield chosen

@@ -10,7 +10,7 @@ from attrs import define, field, frozen
 from hookcore.memory.ranges import Ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from hookcore.memory.packed import Packed
 
@@ -35,34 +35,19 @@ class Place:
 
 @define(eq=False)
 class Slab:
-    """One stretch of device memory: at its end what stays, before it a ring for what comes and goes.
+    """One stretch of device memory, and who lies where in it.
 
     Attributes:
         memory: uint8, `(nbytes,)`.
-        ring: The ranges of the ring.
+        ranges: Its ranges, lent and free.
     """
 
     memory: torch.Tensor
-    ring: Ranges = field(init=False)
+    ranges: Ranges = field(init=False)
     _places: dict[Packed, dict[int, Place]] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.ring = Ranges(self.memory.nbytes)
-
-    def divide(self, residents: Iterable[Packed]) -> dict[Packed, int]:
-        """Gives groups places that they keep; the ring is what is left, and empty.
-
-        Returns:
-            Where each of them begins.
-        """
-        places = {}
-        stop = self.memory.nbytes
-        for packed in residents:
-            stop -= packed.nbytes
-            places[packed] = stop
-        self.ring = Ranges(stop)
-        self._places.clear()
-        return places
+        self.ranges = Ranges(self.memory.nbytes)
 
     @torch.inference_mode(False)  # what is made here outlives the mode
     def place(self, packed: Packed, start: int) -> Place:

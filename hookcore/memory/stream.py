@@ -26,13 +26,13 @@ from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
 from hookcore.memory.packed import Packed
 from hookcore.memory.schedule import choose_layout
-from hookcore.memory.tensors import current_tensors, move_apart
-from hookcore.memory.timing import PassTimes
+from hookcore.memory.tensors import current_tensors, go_back, memory_seen_elsewhere, move_apart
 from hookcore.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from hookcore.memory.timing import PassTimes
     from hookcore.target import TensorSlot
 
 _CPU = torch.device("cpu")
@@ -56,18 +56,18 @@ class _Member:
         buffers: Its buffers, which always stay on the device.
         homes: The device that each parameter came from.
         packed: Its parameters.
+        left: Memory that parameters came from and that others see, too.
         in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
-        stays: Where it stays, or will once its copy is there.
-        is_there: Whether it stays and has been shown there.
+        stays: Whether it stays on the device, in memory of its own.
     """
 
     parameters: Group
     buffers: Group
     homes: dict[TensorSlot, torch.device]
     packed: Packed
+    left: list[tuple[torch.Tensor, torch.Tensor]]
     in_use: Load | None = None
-    stays: Load | None = None
-    is_there: bool = False
+    stays: bool = False
 
 
 class StreamMover(GroupMover):
@@ -91,17 +91,19 @@ class StreamMover(GroupMover):
         prefetch: int = 1,
         lock_limit: int | None = None,
     ) -> None:
-        self._device = onload_device
+        index = onload_device.index
+        if index is None:
+            index = torch.get_device_module(onload_device).current_device()
+        self._device = torch.device(onload_device.type, index)
         self._budget = budget
         self._prefetched = prefetch
-        self._host = HostMemory(onload_device, lock_limit)
-        self._plain = DeviceMover(onload_device, _CPU)
+        self._host = HostMemory(self._device, lock_limit)
+        self._plain = DeviceMover(self._device, _CPU)
         self._members: dict[Group, _Member] = {}
         self._fixed: dict[Group, int] = {}  # bytes on the device that the engine does not manage
         self._order: LearnedOrder[Group] = LearnedOrder(())
         self._ahead: dict[Group, Load] = {}
         self._set_up: CopyEngine | None = None  # by the first call
-        self._settled: list[_Member] = []  # whose host memory can go once its last copy has ended
 
     # Between calls
 
@@ -115,12 +117,13 @@ class StreamMover(GroupMover):
         self._plain.attach(buffers, resident=True)
         try:
             homes = {slot: it[0].device for slot in parameters.slots if (it := current_tensors(slot))}
+            left = memory_seen_elsewhere(parameters.slots)
             packed = self._pack(parameters)
         except BaseException:
             self._plain.detach(buffers)
             raise
         self._fixed[group] = buffers.nbytes
-        self._members[group] = _Member(parameters, buffers, homes, packed)
+        self._members[group] = _Member(parameters, buffers, homes, packed, left)
 
     def detach(self, group: Group) -> None:
         """Moves a group back to the device that it came from, into memory of its own."""
@@ -132,30 +135,32 @@ class StreamMover(GroupMover):
             self._plain.detach(group)
         else:
             move_apart(member.homes)
+            go_back(member.left)
             self._plain.detach(member.buffers)
             self._host.release(member.packed.let_go())
             del self._members[group]
         del self._fixed[group]
         if not self._members:
             self._set_up = None
-            self._settled.clear()
 
     def reset(self) -> None:
-        """Forgets the order of use."""
+        """Forgets the order of use, and what was copied ahead."""
         self._order.forget()
+        if self._set_up is not None:
+            self._drop_ahead()
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
         """Where the bytes of the group lie."""
         here, there = f"resident on {self._device}", f"offloaded on {_CPU}"
         if (member := self._members.get(group)) is None:
             return {here if resident else there: group.nbytes}
-        staying = member.parameters.nbytes if member.stays is not None else 0
+        staying = member.parameters.nbytes if member.stays else 0
         return {here: member.buffers.nbytes + staying, there: member.parameters.nbytes - staying}
 
     def expose(self, group: Group) -> None:
         """Sees to it that a group's tensors can be changed: no copy reads them, and none has read them."""
         member = self._members.get(group)
-        if member is not None and member.packed.copied is not None and not member.is_there:
+        if member is not None and member.packed.copied is not None and not member.stays:
             member.packed.copied.synchronize()
             if group in self._ahead:
                 self._engine.give_back(self._ahead.pop(group))
@@ -182,9 +187,6 @@ class StreamMover(GroupMover):
         self._order.end_pass()
         if self._engine.times is not None:
             self._engine.times.end_pass()
-        for member in [it for it in self._settled if it.packed.copied.query()]:
-            self._settled.remove(member)
-            self._host.release(member.packed.let_go())
 
     def onload(self, group: Group) -> None:
         """Has the group's parameters hold their values on the device, once its stream gets there."""
@@ -192,8 +194,8 @@ class StreamMover(GroupMover):
         if member is None:
             self._plain.onload(group)
             return
-        if member.stays is not None:
-            self._show_where_it_stays(member, member.stays)
+        if member.stays:
+            member.packed.bring_given(self._device)
             return
         if not self._order.note(group):
             self._drop_unexpected(group)
@@ -213,7 +215,7 @@ class StreamMover(GroupMover):
             return
         load, member.in_use = member.in_use, None
         if load is None:
-            if member.stays is None:
+            if not member.stays:
                 self._plain.offload(member.parameters)
             return
         packed, views = member.packed, load.place.views
@@ -255,42 +257,40 @@ class StreamMover(GroupMover):
             fixed = sum(self._fixed.values())
             _check_budget(self._budget, fixed + always + max(passing, default=0), self._device)
             room = self._budget - fixed
-        engine = self._set_up = CopyEngine(self._device, min(room, sum(sizes.values())))
-        self._order = LearnedOrder(tuple(sizes))
-        if sum(sizes.values()) <= room:
-            self._lay_out(sizes)
-        else:
-            self._lay_out(spanning)
-            if self._budget is not None:
-                engine.times = PassTimes(engine.make_timed_event)
+        everything = sum(sizes.values())
+        staying = list(sizes) if everything <= room else spanning
+        self._keep_on_device(staying)
+        engine = CopyEngine(self._device, min(room, everything) - sum(sizes[group] for group in staying))
+        self._order = LearnedOrder([group for group in sizes if group not in staying])
+        if self._budget is not None and staying is spanning:
+            engine.measure()
         return engine
 
     def _learn_layout(self, times: PassTimes) -> None:
         """Divides memory by what the first pass has shown."""
         self._engine.times = None
-        uses = times.uses()
-        seen = {use.group for use in uses}
-        groups = {member.packed: group for group, member in self._members.items()}
-        staying = [group for group, member in self._members.items() if member.stays is not None]
-        unseen = (it.nbytes for it, group in groups.items() if it not in seen and group not in staying)
-        taken = sum(self._members[group].packed.nbytes for group in staying)
-        room = self._engine.slab.memory.nbytes - taken
-        layout = choose_layout([use for use in uses if use.group in groups], room, max(unseen, default=0))
-        if layout is not None:
-            self._lay_out([*staying, *(groups[it] for it in layout.resident)])
-
-    def _lay_out(self, staying: Iterable[Group]) -> None:
-        """Has groups stay, each at its place; what is left of the memory is the ring."""
         self._drop_ahead()
-        members = [self._members[group] for group in staying]
-        places = self._engine.slab.divide([member.packed for member in members])
-        loads = []
-        for member in members:
-            if member.stays is None:
-                member.stays = self._engine.load_at(member.packed, places[member.packed])
-                loads.append(member.stays)
-        self._order.leave_out(set(staying))
-        self._engine.copy(loads)
+        for member in self._members.values():
+            if not member.stays and not member.packed.is_home:
+                self._pack_again(member)
+        passing = {member.packed: group for group, member in self._members.items() if not member.stays}
+        uses = [use for use in times.uses() if use.group in passing]
+        unseen = passing.keys() - {use.group for use in uses}
+        room = self._engine.slab.memory.nbytes
+        layout = choose_layout(uses, room, max((it.nbytes for it in unseen), default=0))
+        if layout is not None and layout.resident:
+            self._engine.replace_slab(0)
+            self._keep_on_device([passing[packed] for packed in layout.resident])
+            self._engine.replace_slab(room - sum(packed.nbytes for packed in layout.resident))
+            self._order.leave_out({passing[packed] for packed in layout.resident})
+
+    def _keep_on_device(self, groups: Iterable[Group]) -> None:
+        """Has groups stay on the device, in memory of their own: a view of shared memory is copied whole."""
+        for group in groups:
+            member = self._members[group]
+            move_apart(dict.fromkeys(member.homes, self._device))
+            self._host.release(member.packed.let_go())
+            member.stays = True
 
     def _load_of(self, group: Group, member: _Member) -> Load | None:
         """The copy of a group's values as they are now; None if the plain mover has to bring it."""
@@ -348,25 +348,6 @@ class StreamMover(GroupMover):
             expected.add(group)
         for group in self._ahead.keys() - expected:
             self._engine.give_back(self._ahead.pop(group))
-
-    def _show_where_it_stays(self, member: _Member, load: Load) -> None:
-        """Has parameters hold their values where they stay, whatever they were given since."""
-        packed, views = member.packed, load.place.views
-        if member.is_there:
-            if packed.shows(views):
-                return
-            given = packed.replaced(views)
-        else:
-            self._engine.wait_for(load)
-            given = packed.replaced(views) if packed.is_changed or not packed.is_home else []
-            member.is_there = True
-            self._settled.append(member)
-        packed.show(views)
-        for tensor, data in given:
-            if data.shape == tensor.shape and data.dtype == tensor.dtype:
-                tensor.data.copy_(data)
-            else:
-                tensor.data = data.to(self._device)
 
 
 def check_budget(

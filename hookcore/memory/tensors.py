@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from hookcore.target import Component, TensorSlot
 
+_use_count = torch._C._storage_Use_Count
+
 
 def check_movable(component: Component, slots: Iterable[TensorSlot]) -> None:
     """Refuses tensors whose data cannot be exchanged by `tensor.data = other`.
@@ -25,19 +27,20 @@ def check_movable(component: Component, slots: Iterable[TensorSlot]) -> None:
         UnsupportedModelError: It is of a kind that wraps other tensors or has no plain memory.
     """
     for slot in slots:
-        where = component.label(slot.name)
         for tensor in slot.tensors:
-            if tensor.device.type == "meta":
+            if has_memory(tensor):
+                continue
+            where = component.label(slot.name)
+            if tensor.is_meta:
                 raise PlanError(
                     f"{where!r} is on the meta device and has no data to move. Load the weights first, "
                     "or use a technique that reads them from a checkpoint"
                 )
-            if not has_memory(tensor):
-                raise UnsupportedModelError(
-                    f"{where!r} is a {type(tensor).__name__} with layout {tensor.layout}; only plain, "
-                    "strided tensors can be moved. Move its module to where it computes, and exclude it"
-                )
-        if len({tensor.dtype for tensor in slot.tensors}) > 1:
+            raise UnsupportedModelError(
+                f"{where!r} is a {type(tensor).__name__} with layout {tensor.layout}; only plain, "
+                "strided tensors can be moved. Move its module to where it computes, and exclude it"
+            )
+        if len(slot.tensors) > 1 and len({tensor.dtype for tensor in slot.tensors}) > 1:
             names = " and ".join(repr(component.label(fqn)) for fqn in slot.fqns)
             raise UnsupportedModelError(
                 f"{names} share memory but differ in dtype. Give one of them memory of its own with .clone()"
@@ -46,8 +49,8 @@ def check_movable(component: Component, slots: Iterable[TensorSlot]) -> None:
 
 def current_tensors(slot: TensorSlot) -> list[torch.Tensor]:
     """The distinct tensors that are now where a slot's tensors were registered."""
-    found = (tensor_at(module, name) for module, name in slot.owners)
-    return list({id(tensor): tensor for tensor in found if tensor is not None}.values())
+    found = [tensor for owner in slot.owners if (tensor := tensor_at(*owner)) is not None]
+    return found if len(found) < 2 else list({id(tensor): tensor for tensor in found}.values())
 
 
 def tensor_at(module: nn.Module, name: str) -> torch.Tensor | None:
@@ -98,7 +101,8 @@ def extent(tensor: torch.Tensor) -> int:
 
 def is_on(tensor: torch.Tensor, device: torch.device) -> bool:
     """Whether it is there; a device without an index stands for any of its type."""
-    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+    there = tensor.device
+    return there == device or (device.index is None and there.type == device.type)
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
@@ -114,3 +118,25 @@ def move_apart(homes: Mapping[TensorSlot, torch.device]) -> None:
             moved += zip(tensors, copy_memory(tensors, device)[2], strict=True)
     for tensor, data in moved:
         tensor.data = data
+
+
+def memory_seen_elsewhere(slots: Iterable[TensorSlot]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The tensors whose storage is used by others than the slot's own tensors, with their data.
+
+    Such memory lives on when these tensors leave it, and whoever else looks at it is tied to them.
+    """
+    return [
+        (tensor, tensor.data)
+        for slot in slots
+        for tensors in by_memory(current_tensors(slot))
+        if _use_count(tensors[0].untyped_storage()._cdata) > len(tensors) + 1  # and the object just made
+        for tensor in tensors
+    ]
+
+
+def go_back(left: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Has tensors hold the data again that they left, with the values that they have now."""
+    for tensor, data in left:
+        if (tensor.shape, tensor.dtype, tensor.device) == (data.shape, data.dtype, data.device):
+            data.copy_(tensor.data)
+            tensor.data = data

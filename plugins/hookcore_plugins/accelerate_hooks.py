@@ -9,7 +9,7 @@ import torch
 from hookcore import ForeignMechanism, hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -17,10 +17,10 @@ _REMOVE = "call `accelerate.hooks.remove_hook_from_module(model, recurse=True)`"
 
 
 @hookimpl
-def hookcore_find_foreign(model: nn.Module) -> Iterator[ForeignMechanism]:
+def hookcore_find_foreign(modules: Mapping[str, nn.Module]) -> Iterator[ForeignMechanism]:
     """Finds modules with an `_hf_hook`: offloading, device maps, casting."""
-    for fqn, module in model.named_modules():
-        hook = vars(module).get("_hf_hook")
+    for fqn, module in modules.items():
+        hook = module.__dict__.get("_hf_hook")
         if hook is not None:
             parts = list(_parts(hook))
             names = ", ".join(type(part).__name__ for part in parts)

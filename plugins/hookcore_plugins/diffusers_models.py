@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @hookimpl
-def hookcore_describe_model(model: nn.Module) -> ModelConventions | None:
+def hookcore_describe_model(model: nn.Module, modules: Mapping[str, nn.Module]) -> ModelConventions | None:
     """Reads the class attributes that diffusers' own techniques read.
 
     Block classes and kept dtypes are collected from all diffusers models in the tree (a MultiControlNet
@@ -31,7 +31,7 @@ def hookcore_describe_model(model: nn.Module) -> ModelConventions | None:
     model_mixin = _model_mixin()
     if model_mixin is None:
         return None
-    declaring = [module for module in model.modules() if isinstance(module, model_mixin)]
+    declaring = [module for module in modules.values() if isinstance(module, model_mixin)]
     if not declaring:
         return None
     return ModelConventions(
@@ -45,15 +45,21 @@ def hookcore_describe_model(model: nn.Module) -> ModelConventions | None:
 
 
 @hookimpl
-def hookcore_find_foreign(model: nn.Module) -> Iterator[ForeignMechanism]:
+def hookcore_find_foreign(modules: Mapping[str, nn.Module]) -> Iterator[ForeignMechanism]:
     """Finds the hooks of `diffusers.hooks`: offloading, casting, caching, parallelism.
 
     A registry without hooks is none: every pipeline leaves one on its denoiser (`cache_context`).
     """
-    caching = [fqn for fqn, module in model.named_modules() if vars(module).get("_cache_config") is not None]
-    for fqn, module in model.named_modules():
-        registry = vars(module).get("_diffusers_hook")
-        for name, hook in registry.hooks.items() if registry is not None else ():
+    registries: dict[str, Any] = {
+        fqn: module._diffusers_hook
+        for fqn, module in modules.items()
+        if module.__dict__.get("_diffusers_hook") is not None
+    }
+    if not registries:
+        return
+    caching = [fqn for fqn, module in modules.items() if vars(module).get("_cache_config") is not None]
+    for fqn, registry in registries.items():
+        for name, hook in registry.hooks.items():
             yield ForeignMechanism(
                 fqn, f"a diffusers hook {name!r} ({type(hook).__name__})", _remedy(fqn, name, hook, caching)
             )

@@ -21,10 +21,15 @@ if TYPE_CHECKING:
 
 
 @hookimpl
-def hookcore_find_foreign(model: nn.Module) -> Iterator[ForeignMechanism]:
+def hookcore_find_foreign(modules: Mapping[str, nn.Module]) -> Iterator[ForeignMechanism]:
     """Finds compiled, traced, sharded and wrapped modules, and weights made anew before each call."""
     inside_script = set[nn.Module]()
-    for fqn, module in model.named_modules():
+    # Thousands of modules are of few classes, nearly all of which no mechanism has.
+    classes = _classes_of_mechanisms()
+    suspect = {kind for kind in set(map(type, modules.values())) if issubclass(kind, classes)}
+    for fqn, module in modules.items():
+        if not (type(module) in suspect or module._forward_pre_hooks or module._compiled_call_impl):
+            continue
         if module in inside_script:
             continue
         if isinstance(module, torch.jit.ScriptModule):
@@ -55,6 +60,19 @@ def hookcore_build_model(
     return model_class(**config_overrides)
 
 
+def _classes_of_mechanisms() -> tuple[type, ...]:
+    """Classes whose modules `_mechanisms` has something to say about, for what is imported of them."""
+    return (
+        torch.jit.ScriptModule,
+        nn.parallel.DistributedDataParallel,
+        nn.DataParallel,
+        LazyModuleMixin,
+        *_imported("torch._dynamo.eval_frame", "OptimizedModule"),
+        *_imported("torch.distributed.fsdp", "FullyShardedDataParallel"),
+        *_imported("torch.distributed.fsdp", "FSDPModule"),
+    )
+
+
 def _mechanisms(module: nn.Module, here: str) -> Iterator[tuple[str, str]]:
     """What changes calls of this one module, each with its remedy; `here` is an expression for the module."""
     if isinstance(module, torch.jit.ScriptModule):
@@ -62,7 +80,7 @@ def _mechanisms(module: nn.Module, here: str) -> Iterator[tuple[str, str]]:
             "a TorchScript module, whose code cannot be hooked",
             "apply to the Python module that it was scripted or traced from",
         )
-    elif _is_a(module, "torch._dynamo.eval_frame", "OptimizedModule"):
+    elif isinstance(module, _imported("torch._dynamo.eval_frame", "OptimizedModule")):
         yield (
             "a module compiled by torch.compile(model)",
             f"apply to `{here}._orig_mod`, then compile it again",
@@ -72,12 +90,12 @@ def _mechanisms(module: nn.Module, here: str) -> Iterator[tuple[str, str]]:
             "a module compiled in place by module.compile()",
             f"set `{here}._compiled_call_impl = None`, apply, then call `{here}.compile()` again",
         )
-    if _is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+    if isinstance(module, _imported("torch.distributed.fsdp", "FullyShardedDataParallel")):
         yield (
             "a FullyShardedDataParallel module, which moves its weights itself",
             f"apply to `{here}.module` before wrapping, or use FSDP's own `cpu_offload=CPUOffload(...)`",
         )
-    elif _is_a(module, "torch.distributed.fsdp", "FSDPModule"):
+    elif isinstance(module, _imported("torch.distributed.fsdp", "FSDPModule")):
         yield (
             "a module sharded by fully_shard(), which moves its weights itself",
             "apply to a model that is not sharded, or use FSDP's own `offload_policy=CPUOffloadPolicy()`",
@@ -116,10 +134,10 @@ def _weights_made_before_call(module: nn.Module, here: str) -> Iterator[tuple[st
             )
 
 
-def _is_a(module: nn.Module, defined_in: str, name: str) -> bool:
-    """Whether it is of a class of a torch module that is costly to import: not loaded means no."""
+def _imported(defined_in: str, name: str) -> tuple[type, ...]:
+    """A class of a torch module that is costly to import; no class while nobody has imported that."""
     loaded = sys.modules.get(defined_in)
-    return loaded is not None and isinstance(module, getattr(loaded, name))
+    return () if loaded is None else (getattr(loaded, name),)
 
 
 def _expression(fqn: str) -> str:

@@ -23,7 +23,7 @@ _ENTRY = re.compile(r"encode|decode|get_\w+_features")
 
 
 @hookimpl
-def hookcore_describe_model(model: nn.Module) -> ModelConventions | None:
+def hookcore_describe_model(model: nn.Module, modules: Mapping[str, nn.Module]) -> ModelConventions | None:
     """Reads the class attributes that transformers' own loading reads, from all its models in the tree.
 
     `generate` is no entry: what it calls is `forward`, once for each step.
@@ -31,7 +31,7 @@ def hookcore_describe_model(model: nn.Module) -> ModelConventions | None:
     base = _pretrained_model()
     if base is None:
         return None
-    declaring = [module for module in model.modules() if isinstance(module, base)]
+    declaring = [module for module in modules.values() if isinstance(module, base)]
     if not declaring:
         return None
     kept = _collect(declaring, "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")

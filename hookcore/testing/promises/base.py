@@ -68,7 +68,8 @@ class Promises(Twins):
     def models(self) -> st.SearchStrategy[ModelCase]:
         """The models to test on; random ones unless overridden.
 
-        What the technique refuses with PlanError, UnsupportedModelError, BudgetError or CheckpointError is passed over.
+        What the technique refuses (PlanError, UnsupportedModelError, BudgetError, CheckpointError) is passed
+        over.
         """
         return module_trees()
 

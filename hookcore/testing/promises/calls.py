@@ -31,6 +31,10 @@ _MODES = {
 }
 
 
+_CALLS_TO_LEARN = 3
+"""What a technique learns from its first calls may change where weights lie between calls."""
+
+
 class CallPromises(Promises):
     """Outputs, gradients, errors, routes, submodules, reset."""
 
@@ -133,7 +137,8 @@ class CallPromises(Promises):
         case, model, bare = self.draw_pair(data)
         before = ModelSnapshot.take(model, twin=bare)
         applied = self.apply(model)
-        self.call_both(case, model, bare)
+        for _ in range(_CALLS_TO_LEARN):
+            self.call_both(case, model, bare)
         fqns = dict(model.named_modules())
         failing = [fqn for fqn, module in fqns.items() if has_hooks(module)]
         other = data.draw(st.sampled_from(list(fqns)), label="fails, too, at")

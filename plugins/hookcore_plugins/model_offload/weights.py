@@ -218,8 +218,9 @@ class ComponentWeights:
         return self._stale.union(at for at, (it, version) in enumerate(counted) if it._version != version)
 
     def _was_given_data(self) -> bool:
-        tensors, views = self._packed.tensors, self._loaded.views
-        return any(tensors[at].data_ptr() != views[at].data_ptr() for at in self._stale)
+        both = ((self._packed.tensors[at], self._loaded.views[at]) for at in self._stale)
+        # What is empty is at no address, wherever it is.
+        return any(it.data_ptr() != view.data_ptr() or it.device != view.device for it, view in both)
 
     @staticmethod
     def _copy(positions: set[int], source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:

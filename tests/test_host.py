@@ -1,0 +1,103 @@
+"""Locked host memory: exact, within its limit, and locked in place where the runtime can."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hookcore.memory import host
+from hookcore.memory.host import HostMemory, free_host_bytes
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 100), max_size=10), st.integers(0, 300))
+def test_memory_is_locked_to_the_byte_and_within_the_limit(sim, sizes, limit):
+    before = sim.pinned_bytes()
+    memory = HostMemory(torch.device("sim"), limit)
+    made = []
+    for nbytes in sizes:
+        fits = memory.locked + nbytes <= limit
+        made.append(memory.make(nbytes))
+        memory.lock(made[-1])
+        assert made[-1].dtype is torch.uint8
+        assert made[-1].shape == (nbytes,)
+        assert made[-1].is_pinned() == (fits and nbytes > 0)
+    assert memory.locked == sum(it.nbytes for it in made if it.is_pinned()) <= limit
+    assert sim.pinned_bytes() - before == memory.locked
+    while made:
+        memory.release(made.pop())
+    assert memory.locked == 0
+    assert sim.pinned_bytes() == before
+
+
+class Runtime:
+    """A runtime that locks memory where it is."""
+
+    def __init__(self):
+        self.locked = {}
+
+    def cudaHostRegister(self, address, nbytes, _flags):  # noqa: N802 -- the runtime's name
+        self.locked[address] = nbytes
+
+    def cudaHostUnregister(self, address):  # noqa: N802
+        del self.locked[address]
+
+
+def test_memory_is_locked_in_place_once_it_is_filled(monkeypatch):
+    runtime = Runtime()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(cudart=lambda: runtime))
+    with patch.object(torch.Tensor, "is_pinned", lambda it: it.data_ptr() in runtime.locked):
+        memory = HostMemory(torch.device("cuda"), 1000)
+        first, second = memory.make(700), memory.make(400)
+        assert runtime.locked == {}
+        memory.lock(first)
+        memory.lock(second)  # more than the limit
+        assert runtime.locked == {first.data_ptr(): 700}
+        assert memory.locked == 700
+        memory.release(second)
+        memory.release(first)
+        assert runtime.locked == {}
+        assert memory.locked == 0
+        third = memory.make(300)
+        third.fill_(7)
+        memory.lock(third)
+        view = third[5:]
+        del third
+        assert len(runtime.locked) == 1
+        assert view.eq(7).all()
+        del view  # nobody has released it, nobody sees it any more
+        assert runtime.locked == {}
+        assert memory.make(0).nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (("100", "max", "7"), 102_400),
+        (("100", "50000", "20000"), 30_000),
+        (("1", "50000", "0"), 1024),
+        (("1", "5", "9"), 0),
+    ],
+)
+def test_what_is_free_is_what_the_control_group_leaves(tmp_path, monkeypatch, free, expected):
+    available, limit, used = free
+    for name, text in {
+        "_MEMINFO": f"MemTotal: 900 kB\nMemAvailable:   {available} kB\n",
+        "_CGROUP_LIMIT": f"{limit}\n",
+        "_CGROUP_USED": f"{used}\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(host, name, tmp_path / name)
+    assert free_host_bytes() == expected
+    assert free_host_bytes(0.5) == expected // 2
+
+
+def test_without_any_of_these_files_nothing_is_known_to_be_short(tmp_path, monkeypatch):
+    for name in ("_MEMINFO", "_CGROUP_LIMIT", "_CGROUP_USED"):
+        monkeypatch.setattr(host, name, tmp_path / "none")
+    assert free_host_bytes() > 1 << 60

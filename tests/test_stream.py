@@ -1,0 +1,444 @@
+"""Groups streamed to the simulated device: right whatever is called and edited, and never waited for."""
+
+from __future__ import annotations
+
+import contextlib
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import hookcore
+from hookcore import BudgetError
+from hookcore.memory import engine, stream
+from hookcore.testing import simulator
+from hookcore.testing.snapshot import same_bits
+from hookcore_plugins import GroupOffload, LayerwiseCasting
+
+FOR_EACH_EXAMPLE = settings(
+    max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+WIDTH = 16
+
+
+class Block(nn.Module):
+    """Layers of different sizes, registered in another order than they run."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+        self.up = nn.Linear(WIDTH, 4 * WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    """Two ways to call it, blocks that can be left out, a counter, and a weight that is used twice."""
+
+    def __init__(self, blocks=6):
+        super().__init__()
+        self.stem = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.head = nn.Linear(WIDTH, WIDTH)
+        self.head.weight = self.stem.weight
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x, skip=(), backwards=False, fails_at=None):
+        self.calls += 1
+        x = self.stem(x)
+        order = range(len(self.blocks))
+        for number in reversed(order) if backwards else order:
+            if number == fails_at:
+                raise BoomError
+            if number not in skip:
+                x = self.blocks[number](x)
+        return self.head(x)
+
+
+class BoomError(Exception):
+    pass
+
+
+def build(blocks=6, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Model(blocks)
+
+
+def weights(model):
+    return sum({it.data_ptr(): it.nbytes for it in model.parameters()}.values())
+
+
+def mover_of(applied):
+    return next(iter(applied._attachments)).bindings[0].hook._placement._mover
+
+
+X = torch.linspace(-1, 1, 3 * WIDTH).reshape(3, WIDTH)
+
+
+def call(model, device="sim", **options):
+    with torch.no_grad():
+        return model(X.to(device), **options)
+
+
+# Whatever is called and edited
+
+calls = st.fixed_dictionaries(
+    {},
+    optional={
+        "skip": st.sets(st.integers(0, 5), max_size=3),
+        "backwards": st.just(True),
+        "fails_at": st.integers(0, 5),
+    },
+)
+edits = st.sampled_from(["in place", "through data", "new data", "loaded", "held", "none"])
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("call"), calls),
+        st.tuples(st.just("call"), st.just({})),
+        st.tuples(st.just("edit"), st.tuples(edits, st.integers(0, 5))),
+        st.tuples(st.just("block"), st.integers(0, 5)),
+        st.tuples(st.just("gradients"), st.none()),
+        st.tuples(st.just("reset"), st.none()),
+        st.tuples(st.just("other_stream"), st.none()),
+    ),
+    max_size=12,
+)
+techniques = st.builds(
+    lambda level, budget, prefetch: GroupOffload(
+        "sim", offload_type=level, memory_budget=budget, prefetch=prefetch
+    ),
+    st.sampled_from(["auto", "block_level"]),
+    st.none() | st.integers(12_000, 60_000),
+    st.none() | st.integers(0, 5),
+)
+
+
+def edit(model, how, number, held):
+    module = model.blocks[number].up
+    with torch.no_grad():
+        if how == "in place":
+            module.weight.mul_(2)
+        elif how == "through data":
+            module.weight.data += 1
+        elif how == "new data":
+            module.weight.data = module.weight.data.cpu() / 2
+        elif how == "loaded":
+            model.load_state_dict({name: it.cpu() / 2 for name, it in model.state_dict().items()})
+        elif how == "held":  # as optimizers hold them
+            held[number].mul_(0.5)
+
+
+class Twins:
+    """A model with a technique and its bare twin, to which the same is done."""
+
+    def __init__(self, technique):
+        self.model, self.bare = build(), build()
+        self.applied = hookcore.apply(self.model, [technique])
+        self.held = [[block.up.bias for block in it.blocks] for it in (self.model, self.bare)]
+        self.outputs = []
+        self.module = torch.get_device_module("sim")
+        self.streams = [self.module.current_stream(), torch.Stream("sim")]
+
+    def call(self, options):
+        try:
+            expected = call(self.bare, "cpu", **options)
+        except BoomError:
+            with pytest.raises(BoomError):
+                call(self.model, **options)
+        else:
+            self.outputs.append((call(self.model, **options), expected))
+
+    def edit(self, what):
+        if what[0] == "held":  # nobody is told of it, so no copy may be under way
+            self.module.synchronize()
+        for it, held in zip((self.model, self.bare), self.held, strict=True):
+            edit(it, *what, held)
+
+    def block(self, number):
+        with torch.no_grad():
+            found = self.model.blocks[number](X.to("sim"))
+            self.outputs.append((found, self.bare.blocks[number](X)))
+
+    def gradients(self, _):
+        for it, x in ((self.model, X.to("sim")), (self.bare, X)):
+            it(x).square().sum().backward()
+        for ours, theirs in zip(self.model.parameters(), self.bare.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad.cpu(), theirs.grad)
+            ours.grad = theirs.grad = None
+
+    def reset(self, _):
+        self.applied.reset()
+
+    def other_stream(self, _):
+        self.module.synchronize()
+        self.streams.reverse()
+        self.module.set_stream(self.streams[0])
+
+    def finish(self):
+        self.module.set_stream(min(self.streams, key=lambda it: it.stream_id))
+        self.module.synchronize()
+        for ours, theirs in self.outputs:
+            assert same_bits(ours.cpu(), theirs)
+
+    def bytes_on_device(self):
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        here = {id(it): it.nbytes for it in tensors if it.device.type == "sim"}
+        return sum(here.values()) + mover_of(self.applied)._engine.slab.memory.nbytes
+
+    def remove(self):
+        self.applied.remove()
+        states = [it.state_dict() for it in (self.model, self.bare)]
+        for name, theirs in states[1].items():
+            assert states[0][name].device.type == "cpu", name
+            assert same_bits(states[0][name], theirs), name
+        assert self.model.head.weight is self.model.stem.weight
+
+
+@FOR_EACH_EXAMPLE
+@given(steps, techniques)
+def test_outputs_are_those_of_the_bare_model(sim, steps, technique):
+    twins = Twins(technique)
+    for kind, what in [*steps, ("call", {})]:
+        getattr(twins, kind)(what)
+    twins.finish()
+    if technique.memory_budget is not None:
+        assert twins.bytes_on_device() <= technique.memory_budget
+    twins.remove()
+
+
+@pytest.mark.parametrize("order", [["casting", "offload"], ["offload", "casting"]])
+@pytest.mark.parametrize("budget", [None, 12_000])
+def test_bytes_of_the_storage_dtype_travel(sim, order, budget):
+    model, bare = build(), build()
+    locked = simulator.pinned_bytes()
+    both = {"casting": LayerwiseCasting(), "offload": GroupOffload("sim", memory_budget=budget)}
+    hookcore.apply(bare, [LayerwiseCasting()])
+    hookcore.apply(model, [both[name] for name in order])
+    for _ in range(3):
+        found = call(model)
+    assert same_bits(found.cpu(), call(bare, "cpu"))
+    with sim.traced() as trace:
+        call(model)
+    copied = [it for it in trace.spans if it.engine == "copy in"]
+    assert copied
+    assert simulator.pinned_bytes() - locked < weights(build()) / 2
+
+
+# Speed
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """Raises where the host waits for the device."""
+
+    def waits(*_):
+        raise AssertionError("the host waited")
+
+    machine = simulator.state.get_machine()
+    with patch.object(machine, "host_waits", waits):
+        yield
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"offload_type": "block_level"}, {"memory_budget": 15_000}, {"memory_budget": 40_000}]
+)
+def test_in_the_long_run_each_group_is_copied_once_a_pass_and_nothing_is_waited_for(sim, options):
+    model = build()
+    applied = hookcore.apply(model, [GroupOffload("sim", **options)])
+    x = X.to("sim")
+    module = torch.get_device_module("sim")
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+        module.synchronize()
+        held = module.memory_allocated()
+        mover = mover_of(applied)
+        misses = mover._order.misses
+        with no_waiting(), sim.traced() as trace:
+            for _ in range(5):
+                output = model(x)
+                del output
+        assert module.memory_allocated() == held
+    copies = [it for it in trace.spans if it.engine == "copy in"]
+    assert not [it for it in trace.spans if it.engine == "copy out"]
+    streamed = [it for it in mover._members.values() if not it.stays]
+    uses = len(mover._order._order)
+    assert len(streamed) <= uses <= len(streamed) + 1  # the tied weight is used twice
+    # What is in memory at the end for the pass to come was so at the beginning.
+    assert len(copies) == 5 * uses
+    assert mover._order.misses == misses
+
+
+def test_the_next_group_is_copied_while_one_computes(sim):
+    """With room for one group only, each waits for the end of the one before; with more, it doesn't."""
+    durations = []
+    profile = simulator.DeviceProfile(name="slow", host_to_device=1e8, kernel_latency=1e-5)
+    for prefetch in (0, 2):
+        model = build(20)
+        applied = hookcore.apply(model, [GroupOffload("sim", offload_type="block_level", prefetch=prefetch)])
+        x = X.to("sim")
+        with torch.no_grad(), sim.limited(profile=profile):
+            model(x)
+            torch.get_device_module("sim").synchronize()
+            with sim.traced() as trace:
+                model(x)
+        durations.append(trace.duration)
+        applied.remove()
+    assert durations[1] < 0.8 * durations[0]
+
+
+def test_ways_to_call_are_known_again(sim):
+    model = build()
+    applied = hookcore.apply(model, [GroupOffload("sim")])
+    ways = [{}, {"backwards": True}, {"skip": {1, 4}}]
+    for _ in range(2):
+        for way in ways:
+            call(model, **way)
+    order = mover_of(applied)._order
+    for way in ways * 2:
+        before = order.misses
+        call(model, **way)
+        assert order.misses - before <= 2  # where this way leaves each of the others
+
+
+# Memory
+
+
+def test_the_budget_is_used_and_kept_to_the_byte(sim):
+    model = build(10)
+    total = weights(model)
+    module = torch.get_device_module("sim")
+    for budget in (total // 4, total // 2, 2 * total):
+        x = X.to("sim")
+        call(build(0).to("sim"))
+        before = module.memory_allocated()
+        applied = hookcore.apply(model, [GroupOffload("sim", memory_budget=budget)])
+        with torch.no_grad():
+            peaks = []
+            for _ in range(5):
+                model(x)
+                module.synchronize()
+                peaks.append(module.memory_allocated() - before)
+        mover = mover_of(applied)
+        assert max(peaks) <= budget
+        aligned = sum(it.packed.nbytes for it in mover._members.values())
+        assert max(peaks) > min(budget, aligned) * 0.97
+        applied.remove()
+        assert module.memory_allocated() == before
+        del x
+
+
+@given(blocks=st.integers(1, 4))
+@FOR_EACH_EXAMPLE
+def test_the_smallest_budget_is_named_and_works(sim, blocks):
+    model = build(blocks)
+    with pytest.raises(BudgetError, match=r"memory_budget is 10 B \(10 B\), .* on 'sim' at once") as raised:
+        hookcore.apply(model, [GroupOffload("sim", memory_budget=10)])
+    assert not hookcore.status(model).techniques
+    least = int(str(raised.value).rsplit("works is ", 1)[1].split()[0])
+    with pytest.raises(BudgetError):
+        hookcore.apply(model, [GroupOffload("sim", memory_budget=least - 1)])
+    hookcore.apply(model, [GroupOffload("sim", memory_budget=least)])
+    assert same_bits(call(model).cpu(), call(build(blocks), "cpu"))
+
+
+def test_a_share_of_what_is_free_is_a_budget(sim):
+    with sim.limited(memory="1MB"):
+        model = build()
+        applied = hookcore.apply(model, [GroupOffload("sim", memory_budget=0.02)])
+        call(model)
+        slab = mover_of(applied)._engine.slab.memory.nbytes
+    assert 10_000 < slab <= 20_000
+
+
+def test_originals_are_freed_group_by_group_and_locked_memory_is_exact(sim):
+    model = build(10)
+    total = weights(model)
+    originals = [StorageWeakRef(it.untyped_storage()) for it in model.parameters()]
+    locked = []
+    make = stream.HostMemory.make
+
+    def counted(memory, nbytes):
+        locked.append((nbytes, sum(not it.expired() for it in originals)))
+        return make(memory, nbytes)
+
+    with patch.object(stream.HostMemory, "make", counted):
+        hookcore.apply(model, [GroupOffload("sim", offload_type="block_level")])
+    remaining = [it for _, it in locked]
+    assert remaining == sorted(remaining, reverse=True)
+    assert remaining[-1] < len(originals) / 2
+    assert all(it.expired() for it in originals)
+    assert total <= simulator.max_pinned_bytes() <= 1.05 * total  # small weights begin at multiples of 64
+
+
+def test_memory_that_cannot_be_locked_is_copied_all_the_same(sim):
+    model = build()
+    with patch.object(stream, "HostMemory", lambda device, _limit: engine_host(device)):
+        hookcore.apply(model, [GroupOffload("sim")])
+    for _ in range(3):
+        assert same_bits(call(model).cpu(), call(build(), "cpu"))
+    assert simulator.pinned_bytes() == 0
+
+
+def engine_host(device):
+    from hookcore.memory.host import HostMemory
+
+    return HostMemory(device, 0)
+
+
+def test_options_that_cannot_be_are_refused():
+    with pytest.raises(
+        ValueError, match="memory_budget needs groups that are copied on a stream, which 'cpu'"
+    ):
+        GroupOffload("cpu", memory_budget="1GiB")
+    with pytest.raises(ValueError, match="use_stream=True needs an onload device with streams"):
+        GroupOffload("cpu", use_stream=True)
+    with pytest.raises(ValueError, match=r"memory_budget is 1\.5; give bytes, .* or a share"):
+        GroupOffload("cpu", memory_budget=1.5)
+    with pytest.raises(ValueError, match="prefetch is -1, expected an int of 0 or more"):
+        GroupOffload("cpu", prefetch=-1)
+
+
+# Each wait is needed
+
+
+def without_wait_for_copy(self, load):
+    if self.times is not None:
+        load.used = self.times.mark(self._computing)
+
+
+def without_event_after_use(self, load):
+    self.give_back(load)
+
+
+def without_wait_for_the_other_stream(self):
+    self._computing = self._module.current_stream(self._device)
+
+
+FAULTS = {
+    "use does not wait for its copy": ("wait_for", without_wait_for_copy),
+    "copy does not wait for the last use": ("leave", without_event_after_use),
+}
+
+
+@pytest.mark.parametrize("budget", [None, 15_000])
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_each_wait_is_missed(sim, fault, budget):
+    name, mutant = fault
+    model = build()
+    with patch.object(engine.CopyEngine, name, mutant), simulator.limited(strict=True):
+        hookcore.apply(model, [GroupOffload("sim", memory_budget=budget)])
+        with pytest.raises(simulator.RaceError):
+            for _ in range(3):
+                call(model)
+            simulator.check()
+    simulator.reset()
+    hookcore.remove(model)
+    simulator.reset()

@@ -31,9 +31,16 @@ from hookcore.hookspecs import ForeignMechanism, ModelConventions, hookimpl
 from hookcore.loading import load
 from hookcore.plan import Plan, PlanStep
 from hookcore.registry import HookRegistry
-from hookcore.target import Component, TensorSlot
+from hookcore.target import Component, Target, TensorSlot
 from hookcore.technique import Binding, Claim, Phase, Resource, Skipped, Technique
-from hookcore.units import format_bytes, parse_bytes, parse_device, parse_dtype
+from hookcore.units import (
+    format_bytes,
+    parse_bytes,
+    parse_device,
+    parse_dtype,
+    parse_module_names,
+    parse_onload_device,
+)
 
 __version__ = "0.1.0"
 
@@ -62,6 +69,7 @@ __all__ = [
     "Resource",
     "Skipped",
     "Status",
+    "Target",
     "Technique",
     "TensorSlot",
     "UnsupportedModelError",
@@ -72,6 +80,8 @@ __all__ = [
     "parse_bytes",
     "parse_device",
     "parse_dtype",
+    "parse_module_names",
+    "parse_onload_device",
     "plan",
     "remove",
     "status",

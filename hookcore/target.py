@@ -48,6 +48,20 @@ class TensorSlot:
 
 
 @frozen(eq=False)
+class Target:
+    """What the components have in common that were opened together, and those taken afresh from them.
+
+    Attributes:
+        names: The components' names.
+        shared: Where a technique keeps what its bindings to several components share, such as who of them
+            is in memory; under a key of its own, best the technique itself.
+    """
+
+    names: tuple[str, ...] = ()
+    shared: dict[Any, Any] = field(factory=dict, repr=False)
+
+
+@frozen(eq=False)
 class Component:
     """One named module that techniques are bound to, with what there is to know about it.
 
@@ -56,11 +70,13 @@ class Component:
     Attributes:
         name: Its name in the target (`"transformer"`), or `""` for a target that is a module itself.
         module: The module.
+        target: What it was opened from.
     """
 
     name: str
     module: nn.Module
     _describe: Callable[[Component], ModelConventions] = field(repr=False)
+    target: Target = field(factory=Target, repr=False)
 
     @cached_property
     def places(self) -> tuple[tuple[str, nn.Module], ...]:
@@ -101,7 +117,7 @@ class Component:
 
     def afresh(self) -> Component:
         """The same component, to be looked at again."""
-        return Component(self.name, self.module, self._describe)
+        return Component(self.name, self.module, self._describe, self.target)
 
     @cached_property
     def conventions(self) -> ModelConventions:
@@ -270,4 +286,5 @@ def open_components(
         raise PlanError(f"no component named {', '.join(map(repr, unknown))}; this target {there}")
     if not chosen:
         raise PlanError("there is no component to put techniques on")
-    return {name: Component(name, modules[name], describe) for name in chosen}
+    together = Target(tuple(chosen))
+    return {name: Component(name, modules[name], describe, together) for name in chosen}

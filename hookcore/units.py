@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b|b|)\s*", re.IGNORECASE)
 _FACTORS = {"": 1, "b": 1} | {
@@ -86,6 +86,36 @@ def parse_device(device: torch.device | str | int) -> torch.device:
         return torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"torch cannot use {device!r} as a device: {error}") from error
+
+
+def parse_onload_device(device: torch.device | str | int) -> torch.device:
+    """Reads a device that weights are moved to.
+
+    Raises:
+        ValueError: As `parse_device` would, or it holds no data.
+        TypeError: As `parse_device` would.
+    """
+    parsed = parse_device(device)
+    if parsed.type == "meta":
+        raise ValueError(
+            "weights cannot be moved to 'meta', which holds no data; name a device such as 'cuda'"
+        )
+    return parsed
+
+
+def parse_module_names(names: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Reads an option `exclude_modules`: FQNs, or one FQN.
+
+    Raises:
+        TypeError: One of them is no text.
+    """
+    if names is None:
+        return ()
+    parsed = (names,) if isinstance(names, str) else tuple(names)
+    for name in parsed:
+        if not isinstance(name, str):
+            raise TypeError(f"exclude_modules has {name!r}, expected FQNs of modules, such as 'blocks.0'")
+    return parsed
 
 
 def shortened(names: Sequence[str], shown: int = 5) -> str:

@@ -33,7 +33,7 @@ from hookcore.testing.modules import (
     module_trees,
     sequential,
 )
-from hookcore_plugins import DiskOffload, GroupOffload, LayerwiseCasting
+from hookcore_plugins import DiskOffload, GroupOffload, LayerwiseCasting, ModelOffload, SequentialOffload
 
 
 def nested(*leaves):
@@ -159,6 +159,20 @@ class TestStreamedGroupsWithABudget(TechniqueContract):
         return 1500
 
 
+class TestSequentialOffload(OnBoth):
+    def make(self):
+        return SequentialOffload(self.device)
+
+
+class TestModelOffload(OnBoth):
+    def make(self):
+        return ModelOffload(self.device)
+
+    def peak_bound(self, model):
+        """All of it, each weight where it can be read in wide steps, as many times as it has memory."""
+        return sum(-(-it.nbytes // 64) * 64 + 64 for it in (*model.parameters(), *model.buffers()))
+
+
 @frozen
 class Streamed(Technique):
     """Has `load` leave weights in their files."""
@@ -225,6 +239,8 @@ class Offloads(HookMachine):
             GroupOffload(self.device),
             GroupOffload(self.device, offload_type="leaf_level"),
             *([GroupOffload(self.device, memory_budget=2000)] if self.device == "sim" else []),
+            SequentialOffload(self.device),
+            ModelOffload(self.device),
         ]
 
 

@@ -260,3 +260,20 @@ def test_modules_mappings_and_what_plugins_open_are_targets():
 def test_what_cannot_be_opened_is_refused(target, names, error, message):
     with pytest.raises(error, match=message):
         opened(target, names)
+
+
+def test_components_that_were_opened_together_share_a_target_also_when_taken_afresh():
+    modules = {"one": nn.Linear(1, 1), "two": nn.Linear(1, 1), "three": nn.Linear(1, 1)}
+
+    def opened():
+        return open_components(
+            modules, ["two", "one"], open_target=lambda _: None, describe=lambda _: ModelConventions()
+        )
+
+    one, two = opened()["one"], opened()["two"]
+    assert one.target is not two.target
+    two, one = opened().values()
+    assert one.target is two.target
+    assert one.target.names == ("two", "one")
+    assert one.afresh().target is one.target
+    assert component(nn.Linear(1, 1)).target is not component(nn.Linear(1, 1)).target

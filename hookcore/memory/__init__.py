@@ -16,16 +16,18 @@ from hookcore.memory.grouping import (
     slots_below,
     spanning_groups,
 )
+from hookcore.memory.host import HostMemory
 from hookcore.memory.keys import find_entries
 from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
-from hookcore.memory.placement import Placement
-from hookcore.memory.reads import WatchedTensors
+from hookcore.memory.packed import Packed
+from hookcore.memory.placement import Placement, moved
+from hookcore.memory.reads import WatchedTensors, stop_watching, watch
 from hookcore.memory.schedule import Layout, Use, choose_layout, pass_seconds
 from hookcore.memory.stream import StreamMover, check_budget, has_streams
-from hookcore.memory.tensors import check_movable, current_tensors, is_on
+from hookcore.memory.tensors import check_movable, current_tensors, is_on, move_apart
 
 __all__ = [
     "Checkpoint",
@@ -33,10 +35,12 @@ __all__ = [
     "DiskMover",
     "Group",
     "GroupMover",
+    "HostMemory",
     "Layout",
     "MappedFile",
     "ModelDtypeHook",
     "Origin",
+    "Packed",
     "Placement",
     "StreamMover",
     "TensorEntry",
@@ -60,10 +64,14 @@ __all__ = [
     "map_checkpoint",
     "merge_neighbours",
     "models_with_dtype",
+    "move_apart",
+    "moved",
     "origin_of",
     "pass_seconds",
     "set_origin",
     "slots_below",
     "spanning_groups",
+    "stop_watching",
     "wanted_dtype",
+    "watch",
 ]

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from hookcore.hook import Hook
 from hookcore.memory.grouping import Group, entries_of
-from hookcore.memory.reads import WatchedTensors
+from hookcore.memory.reads import stop_watching, watch
 from hookcore.technique import Binding, Claim, Resource
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Placement:
             for group in reversed(done):
                 self._mover.detach(group)
             raise
-        self._watch()
+        watch(self._groups, self._calls, self._before_read)
 
     def detach(self) -> None:
         """Puts all groups back where they were, and stops watching."""
@@ -100,7 +100,7 @@ class Placement:
             for group in reversed(done):
                 self._mover.attach(group, resident=group in self._resident)
             raise
-        self._stop_watching()
+        stop_watching(self._groups)
 
     def settle(self) -> None:
         """Tells the mover that all groups were detached for good."""
@@ -135,7 +135,7 @@ class Placement:
                 if group not in self._calls[-1]:
                     self._hold(group)
             if len(self._calls) == 1:
-                return _moved(args, self._onload_device), _moved(kwargs, self._onload_device)
+                return moved(args, self._onload_device), moved(kwargs, self._onload_device)
         except BaseException:
             self.leave()
             raise
@@ -177,26 +177,6 @@ class Placement:
 
     def _all_groups(self) -> Iterator[Group]:
         return itertools.chain(self._resident, self._groups)
-
-    def _watch(self) -> None:
-        by_module: dict[nn.Module, dict[str, Group]] = {}
-        for group in self._groups:
-            for slot in group.slots:
-                for module, name in slot.owners:
-                    by_module.setdefault(module, {})[name] = group
-        for module, groups in by_module.items():
-            for kind in ("_parameters", "_buffers"):
-                original = module.__dict__[kind]
-                if not groups.keys().isdisjoint(original):
-                    module.__dict__[kind] = WatchedTensors(original, groups, self._calls, self._before_read)
-
-    def _stop_watching(self) -> None:
-        watched = {owner[0] for group in self._groups for slot in group.slots for owner in slot.owners}
-        for module in watched:
-            for kind in ("_parameters", "_buffers"):
-                tensors = module.__dict__[kind]
-                if isinstance(tensors, WatchedTensors):
-                    module.__dict__[kind] = tensors.give_back()
 
 
 class _HoldHook(Hook):
@@ -247,16 +227,16 @@ class _PlacementHook(_HoldHook):
         return self._placement.report()
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
     """The value with all tensors in it on the device; a container in which none moves is the same object."""
     if isinstance(value, torch.Tensor | PackedSequence):
         return value.to(device)  # type: ignore[arg-type]  # PackedSequence is typed too narrowly
     if isinstance(value, list | tuple):
-        items = [_moved(item, device) for item in value]
+        items = [moved(item, device) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        moved = {key: _moved(item, device) for key, item in value.items()}
-        return value if all(moved[key] is value[key] for key in value) else type(value)(moved)
+        new = {key: moved(item, device) for key, item in value.items()}
+        return value if all(new[key] is value[key] for key in value) else type(value)(new)
     return value

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sized
+    from collections.abc import Callable, Iterable, Mapping, Sized
+
+    from torch import nn
 
     from hookcore.memory.grouping import Group
+
+_KINDS = ("_parameters", "_buffers")
 
 
 class WatchedTensors(dict[str, torch.Tensor | None]):
@@ -74,3 +78,27 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         return dict, (dict(self),)
+
+
+def watch(groups: Iterable[Group], calls: Sized, before_read: Callable[[Group], None]) -> None:
+    """Has all reads of the groups' tensors through their modules be watched."""
+    by_module: dict[nn.Module, dict[str, Group]] = {}
+    for group in groups:
+        for slot in group.slots:
+            for module, name in slot.owners:
+                by_module.setdefault(module, {})[name] = group
+    for module, group_of in by_module.items():
+        for kind in _KINDS:
+            original = module.__dict__[kind]
+            if not group_of.keys().isdisjoint(original):
+                module.__dict__[kind] = WatchedTensors(original, group_of, calls, before_read)
+
+
+def stop_watching(groups: Iterable[Group]) -> None:
+    """Gives the modules of the groups' tensors their own dicts back."""
+    watched = {owner[0] for group in groups for slot in group.slots for owner in slot.owners}
+    for module in watched:
+        for kind in _KINDS:
+            tensors = module.__dict__[kind]
+            if isinstance(tensors, WatchedTensors):
+                module.__dict__[kind] = tensors.give_back()

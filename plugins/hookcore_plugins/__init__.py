@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from hookcore_plugins.disk_offload import DiskOffload
     from hookcore_plugins.group_offload import GroupOffload
     from hookcore_plugins.layerwise_casting import LayerwiseCasting
+    from hookcore_plugins.model_offload import ModelOffload
+    from hookcore_plugins.sequential_offload import SequentialOffload
 
-__all__ = ["DiskOffload", "GroupOffload", "LayerwiseCasting"]
+__all__ = ["DiskOffload", "GroupOffload", "LayerwiseCasting", "ModelOffload", "SequentialOffload"]
 
 _ROOMS = {
     "DiskOffload": "disk_offload",
     "GroupOffload": "group_offload",
     "LayerwiseCasting": "layerwise_casting",
+    "ModelOffload": "model_offload",
+    "SequentialOffload": "sequential_offload",
 }
 
 

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 import torch
 from attrs import field, frozen
 
-from hookcore import Phase, Skipped, Technique, hookimpl, parse_bytes, parse_device
+from hookcore import (
+    Phase,
+    Skipped,
+    Technique,
+    hookimpl,
+    parse_bytes,
+    parse_module_names,
+    parse_onload_device,
+)
 from hookcore.memory import (
     DeviceMover,
     Group,
@@ -25,7 +33,7 @@ from hookcore.memory import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from attrs import Attribute
 
@@ -35,25 +43,6 @@ OffloadType = Literal["auto", "block_level", "leaf_level"]
 
 
 _LAYERS_AHEAD = 3  # one is seldom enough: neighbours differ in how long they compute and copy
-
-
-def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    names = (value,) if isinstance(value, str) else tuple(value)
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"exclude_modules has {name!r}, expected FQNs of modules, such as 'blocks.0'")
-    return names
-
-
-def _device(value: torch.device | str | int) -> torch.device:
-    device = parse_device(value)
-    if device.type == "meta":
-        raise ValueError(
-            "weights cannot be moved to 'meta', which holds no data; name a device such as 'cuda'"
-        )
-    return device
 
 
 def _budget(value: str | float | None) -> int | float | None:
@@ -101,11 +90,13 @@ class GroupOffload(Technique):
     phase: ClassVar[Phase] = Phase.PLACE
     replans: ClassVar[bool] = True
 
-    onload_device: torch.device = field(converter=_device)
-    offload_device: torch.device = field(default=torch.device("cpu"), converter=_device, kw_only=True)
+    onload_device: torch.device = field(converter=parse_onload_device)
+    offload_device: torch.device = field(
+        default=torch.device("cpu"), converter=parse_onload_device, kw_only=True
+    )
     offload_type: OffloadType = field(default="auto", kw_only=True)
     num_blocks_per_group: int = field(default=1, kw_only=True)
-    exclude_modules: tuple[str, ...] = field(default=(), converter=_names, kw_only=True)
+    exclude_modules: tuple[str, ...] = field(default=(), converter=parse_module_names, kw_only=True)
     use_stream: bool | None = field(default=None, kw_only=True)
     prefetch: int | None = field(default=None, kw_only=True)
     memory_budget: int | float | None = field(default=None, converter=_budget, kw_only=True)

@@ -36,6 +36,7 @@ __all__ = [
     "max_memory_allocated",
     "mem_get_info",
     "memory_allocated",
+    "memory_reserved",
     "reset_peak_memory_stats",
     "set_device",
     "set_rng_state",
@@ -130,6 +131,11 @@ def _pool(device: AnyDevice) -> MemoryPool:
 def memory_allocated(device: AnyDevice = None) -> int:
     """Bytes in use, to the byte; with memory that `record_stream` still holds."""
     return _pool(device).allocated
+
+
+def memory_reserved(device: AnyDevice = None) -> int:
+    """Bytes in use: no others are kept."""
+    return memory_allocated(device)
 
 
 def max_memory_allocated(device: AnyDevice = None) -> int:

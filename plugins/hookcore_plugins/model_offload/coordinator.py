@@ -1,0 +1,185 @@
+"""Who is on the device: the component that runs, and the next one where there is room for both."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from hookcore import BudgetError, ConcurrentCallError, format_bytes
+from hookcore_plugins.model_offload.link import Link
+from hookcore_plugins.model_offload.order import ComponentOrder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from hookcore.memory import Group
+    from hookcore_plugins.model_offload.weights import ComponentWeights
+
+
+class Coordinator:
+    """Brings components for their calls and drops them when another one runs.
+
+    While a call is under way nothing goes off: what is called or read inside of it comes besides.
+
+    The next component comes while this one computes if a budget has room for both. Without a budget it comes
+    if this one has run before, and would have room for what it took then.
+
+    Args:
+        device: Where components run.
+        sequence: The order in which they are expected to run at first.
+        budget: Bytes that all their weights together may take; None for what is free.
+        goes_at_once: The component that goes off after its own call; None for none.
+
+    Attributes:
+        link: The way to the device.
+    """
+
+    def __init__(
+        self, device: torch.device, sequence: Sequence[str], budget: int | None, goes_at_once: str | None
+    ) -> None:
+        self.link = Link(device)
+        self._device = device
+        self._budget = budget
+        self._goes_at_once = goes_at_once
+        self._order = ComponentOrder(sequence)
+        # A model that nobody else keeps goes away, whatever becomes of those that it ran with.
+        self._attached: weakref.WeakValueDictionary[str, ComponentWeights] = weakref.WeakValueDictionary()
+        self._calls: list[ComponentWeights] = []
+        self._before = 0  # bytes allocated when the outermost call began
+        self._lock = threading.RLock()
+
+    def attach(self, weights: ComponentWeights) -> None:
+        """Takes a component in."""
+        with self._lock:
+            weights.attach(self._calls, partial(self._before_read, weights))
+            self._attached[weights.name] = weights
+
+    def detach(self, weights: ComponentWeights) -> None:
+        """Lets a component go, with its weights where they came from."""
+        with self._lock:
+            weights.detach()
+            del self._attached[weights.name]
+
+    def reset(self) -> None:
+        """Forgets in which order components ran."""
+        with self._lock:
+            self._order.forget()
+
+    def offload(self, weights: ComponentWeights) -> None:
+        """Has a component go off.
+
+        Raises:
+            ConcurrentCallError: It is being called.
+        """
+        with self._lock:
+            if weights.calls:
+                raise ConcurrentCallError(
+                    f"cannot offload {weights.name or 'the model'!r} during one of its calls. Do it after "
+                    "the call has returned"
+                )
+            weights.turn_off()
+
+    def enter(self, weights: ComponentWeights) -> None:
+        """Begins a call of a component.
+
+        Raises:
+            BudgetError: The budget is too small for it.
+            torch.OutOfMemoryError: The device has no room for it.
+        """
+        with self._lock:
+            if self._calls:
+                weights.turn_on()
+            else:
+                self._bring_alone(weights)
+            weights.calls += 1
+            self._calls.append(weights)
+
+    def leave(self, weights: ComponentWeights) -> None:
+        """Ends a call, whichever way it ended."""
+        with self._lock:
+            weights.calls -= 1
+            self._calls.remove(weights)
+            if self._calls:
+                return
+            if self.link.copies_ahead:
+                weights.needed = self.link.peak - self._before
+            if weights.name == self._goes_at_once:
+                weights.turn_off()
+
+    # How it is done
+
+    def _bring_alone(self, weights: ComponentWeights) -> None:
+        """Has a component be there, and no others but the one that comes next, if there is room."""
+        self._check_budget(weights)
+        self._order.note(weights.name)
+        following = self._following(weights)
+        for other in self._others(weights):
+            if other is not following:
+                other.turn_off()
+        if following is not None and not weights.is_loaded and not self._fits(weights, following):
+            following.turn_off()
+        try:
+            weights.turn_on()
+        except torch.OutOfMemoryError:
+            if following is None or not following.is_loaded:
+                raise
+            following.turn_off()
+            weights.turn_on()
+        if following is not None:
+            self._bring_ahead(weights, following)
+        if self.link.copies_ahead:
+            self._before = self.link.allocated
+
+    def _bring_ahead(self, weights: ComponentWeights, following: ComponentWeights) -> None:
+        """Begins to copy the next component if there is room; drops it if there no longer is."""
+        if not self._fits(weights, following):
+            following.turn_off()
+        elif not following.is_loaded and following.is_locked:
+            with contextlib.suppress(torch.OutOfMemoryError):  # it comes when it is called, then
+                following.begin_copy()
+
+    def _following(self, weights: ComponentWeights) -> ComponentWeights | None:
+        """The component that is to come while this one runs, if there is room."""
+        expected = self._order.expected
+        if expected is None or not self.link.copies_ahead or weights.name == self._goes_at_once:
+            return None
+        following = self._attached.get(expected)
+        return None if following is weights else following
+
+    def _others(self, weights: ComponentWeights) -> Iterator[ComponentWeights]:
+        return (other for other in list(self._attached.values()) if other is not weights)
+
+    def _fits(self, weights: ComponentWeights, following: ComponentWeights) -> bool:
+        """Whether there is room for a component besides the one that runs."""
+        if self._budget is not None:
+            return weights.nbytes + following.nbytes + self._staying() <= self._budget
+        if weights.needed is None:
+            return False
+        missing = sum(it.nbytes for it in (weights, following) if not it.is_loaded)
+        return weights.needed + missing <= self.link.room
+
+    def _check_budget(self, weights: ComponentWeights) -> None:
+        least = weights.nbytes + self._staying()
+        if self._budget is not None and least > self._budget:
+            raise BudgetError(
+                f"memory_budget is {format_bytes(self._budget)}, but {weights.name or 'the model'!r} and all "
+                f"buffers together take {format_bytes(least)}. The smallest budget with which it runs is "
+                f"{least} bytes"
+            )
+
+    def _staying(self) -> int:
+        return sum(it.staying for it in self._attached.values())
+
+    def _before_read(self, weights: ComponentWeights, group: Group) -> None:
+        """Has a tensor be right for whoever reads it outside of its component's calls."""
+        if weights.calls:
+            return
+        with self._lock:
+            if self._calls:
+                weights.turn_on()
+            weights.expose(group)

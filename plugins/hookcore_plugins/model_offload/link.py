@@ -1,0 +1,124 @@
+"""Copies from host memory to a device, on a stream of their own where it has streams."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define
+
+from hookcore.memory import HostMemory, has_streams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hookcore.memory import Packed
+
+
+@define(eq=False)
+class Load:
+    """A copy of a component's weights on the device, or on its way there.
+
+    When the last reference to it goes, the stream that its memory belongs to waits for all that fills or uses
+    it, also if that is because nobody keeps the model any more.
+
+    Attributes:
+        memory: All of it, uint8.
+        views: What each tensor is there.
+        ready: Recorded after the copy; None where the host has waited for it.
+        made_on: The stream to which its memory belongs.
+        used_on: The stream that computed with it last; None as long as none has.
+    """
+
+    memory: torch.Tensor
+    views: Sequence[torch.Tensor]
+    ready: Any = None
+    made_on: Any = None
+    used_on: Any = None
+
+    def __del__(self) -> None:
+        """Has memory be used again only after its copy and its use."""
+        if self.made_on is None:
+            return
+        self.made_on.wait_event(self.ready)
+        if self.used_on is not None and self.used_on != self.made_on:
+            self.made_on.wait_stream(self.used_on)
+
+
+class Link:
+    """The way to a device.
+
+    Memory belongs to the stream that computes: what is freed there can be used again without waiting. So the
+    stream that copies waits for it before it fills memory, and it waits for that stream's copies before
+    memory is freed (see `Load`). The host waits for neither.
+
+    Args:
+        device: The device.
+
+    Attributes:
+        copies_ahead: Whether copies run beside computing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.copies_ahead = has_streams(device)
+        self._module: Any = torch.get_device_module(device) if self.copies_ahead else None
+        self._host: HostMemory | None = None
+        self._copying: Any = None
+
+    @property
+    def host(self) -> HostMemory | None:
+        """Makes memory to copy from; None where there is no use for memory that is locked."""
+        if self._host is None and self.copies_ahead:
+            self._host = HostMemory(self._device)
+        return self._host
+
+    @torch.inference_mode(False)  # what is made here outlives the mode
+    def copy(self, packed: Packed) -> Load:
+        """Begins a copy.
+
+        Raises:
+            torch.OutOfMemoryError: The device has no room for it.
+        """
+        memory = torch.empty(packed.nbytes, dtype=torch.uint8, device=self._device)
+        load = Load(memory, packed.views(memory))
+        if not self.copies_ahead:
+            memory.copy_(packed.host)
+            return load
+        stream = self._module.current_stream(self._device)
+        if self._copying is None:
+            self._copying = self._module.Stream(self._device)
+        self._copying.wait_stream(stream)
+        with self._module.stream(self._copying):
+            memory.copy_(packed.host, non_blocking=True)
+        load.ready = self._module.Event()
+        load.ready.record(self._copying)
+        load.made_on = stream
+        return load
+
+    def use(self, load: Load) -> None:
+        """Has what is computed from now on come after the copy and after what used it before."""
+        if not self.copies_ahead:
+            return
+        stream = self._module.current_stream(self._device)
+        if load.used_on is None:
+            stream.wait_event(load.ready)
+        elif load.used_on != stream:
+            stream.wait_stream(load.used_on)
+        load.used_on = stream
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of the device that tensors take."""
+        return int(self._module.memory_allocated(self._device))
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that tensors have taken."""
+        return int(self._module.max_memory_allocated(self._device))
+
+    @property
+    def room(self) -> int:
+        """Bytes of the device that tensors of this process could take besides."""
+        free, _ = self._module.mem_get_info(self._device)
+        return int(free + self._module.memory_reserved(self._device) - self.allocated)

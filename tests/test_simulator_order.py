@@ -15,7 +15,7 @@ from attrs import define, field
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hookcore.testing.simulator.ordering import Access, History, Operation
+from hookcore.testing.simulator.ordering import Access, History, Operation, join
 
 STREAMS, BUFFERS, EVENTS = 3, 2, 2
 streams, buffers, events = (st.integers(0, count - 1) for count in (STREAMS, BUFFERS, EVENTS))
@@ -246,7 +246,18 @@ def runnable(program):
 @FOR_EACH_EXAMPLE
 @given(programs)
 @example([("allocate", 0, 0), ("fill", 0, 0), ("record", 0, 0), ("wait", 0, 1), ("read", 0, 1), ("free", 0)])
+@example([("allocate", 0, 0), ("record", 0, 0), ("fill", 0, 0), ("wait", 0, 1), ("read", 0, 1)])
 @example([("allocate", 0, 0), ("fill", 0, 0), ("fetch", 0, 0), ("refill", 0, 1)])
+@example(
+    [
+        ("allocate", 0, 0),
+        ("fill", 0, 0),
+        ("fetch", 0, 0),
+        ("refill", 0, 0),
+        ("fetch", 0, 0),
+        ("host_waits_stream", 0),
+    ]
+)
 @example([("allocate", 0, 0), ("fill", 0, 0), ("host_waits_stream", 0), ("host_writes",), ("fill", 0, 1)])
 def test_exactly_what_the_oracle_finds_is_found(sim, program):
     sim.reset()
@@ -276,19 +287,21 @@ def test_exactly_what_the_oracle_finds_is_found(sim, program):
 
 ranges = st.tuples(st.integers(0, 5), st.integers(1, 3)).map(lambda it: (it[0], it[0] + it[1]))
 accesses = st.lists(
-    st.tuples(st.integers(0, STREAMS - 1), ranges, st.booleans(), st.lists(streams, max_size=2)), max_size=12
+    st.tuples(streams, ranges, st.booleans(), st.lists(streams, max_size=2), st.lists(streams, max_size=1)),
+    max_size=12,
 )
 
 
 @given(accesses)
 def test_a_history_forgets_nothing_that_matters(program):
-    history, everything = History(), []
+    history, everything, host = History(), [], {}
     clocks = [{} for _ in range(STREAMS)]
-    for stream, (start, stop), writes, waits in program:
+    for stream, (start, stop), writes, waits, host_waits in program:
         clock = clocks[stream]
-        for other in waits:
-            for key, tick in clocks[other].items():
-                clock[key] = max(clock.get(key, 0), tick)
+        for other in host_waits:
+            join(host, clocks[other])
+        for known in (host, *(clocks[other] for other in waits)):
+            join(clock, dict(known))
         key = (0, stream)
         clock[key] = clock.get(key, 0) + 1
         operation = Operation("kernel", key, clock[key])
@@ -299,8 +312,16 @@ def test_a_history_forgets_nothing_that_matters(program):
         assert (history.conflict(start, stop, writes, clock) is not None) == races
         if races:
             break
-        history.record(Access(start, stop, writes, operation))
+        history.record(Access(start, stop, writes, operation), host)
         everything.append((operation, start, stop, writes))
+
+
+def test_a_history_forgets_what_the_host_knows_to_be_done():
+    history, key = History(), (0, 0)
+    for tick in range(1, 100):
+        read = Access(tick, tick + 2, False, Operation("kernel", key, tick))  # none covers another
+        history.record(read, {key: tick - tick % 10})
+        assert len(list(history)) <= 10
 
 
 def test_reads_of_many_streams_are_all_kept_until_a_write(sim):

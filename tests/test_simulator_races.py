@@ -158,6 +158,15 @@ def test_other_slots_of_one_slab_are_other_memory(sim, side, main, source):
     torch.get_device_module("sim").synchronize()
 
 
+def test_a_row_and_a_column_that_cross_share_memory(sim, side, main):
+    matrix = torch.ones(SIZE, SIZE, device="sim")
+    side.wait_stream(main)
+    matrix[:, 0] + 1
+    with race("overwritten while in use"), side:
+        matrix[SIZE - 1].zero_()
+    main.synchronize()
+
+
 def test_using_memory_on_another_stream_than_it_was_allocated_on(sim, side, main, source):
     torch.ones(1, device="sim")  # the main stream has something to do
     buffer = torch.empty(SIZE, SIZE, device="sim")
@@ -192,6 +201,26 @@ def test_a_copy_to_another_device_waits_for_both(sim):
     second = first.to("sim:1")
     assert second.device == torch.device("sim:1")
     assert (second + 1).cpu().equal(first.cpu() + 1)
+    second + 1
+    second.copy_(first + 2)
+    assert second.cpu().equal(first.cpu() + 2)
+
+
+def test_an_event_of_one_device_is_waited_for_on_another(sim):
+    first, second = sim.Stream("sim:0"), sim.Stream("sim:1")
+    source = torch.ones(SIZE).pin_memory()
+    here, there = torch.empty(SIZE).pin_memory(), torch.zeros(SIZE, device="sim:1")
+    torch.get_device_module("sim").synchronize("sim:1")
+    with first:
+        here.copy_(source.to("sim:0", non_blocking=True), non_blocking=True)
+    names = (f"on stream {second.stream_id} of sim:1", f"on stream {first.stream_id} of sim:0")
+    with race("read before it was written", *names), second:
+        there.copy_(here, non_blocking=True)
+    second.wait_event(first.record_event())
+    with second:
+        there.copy_(here, non_blocking=True)
+    second.synchronize()
+    assert there.eq(1).all()
 
 
 def test_reading_a_copy_to_the_host_too_early(sim, main):
@@ -207,6 +236,27 @@ def test_reading_a_copy_to_the_host_too_early(sim, main):
 def test_what_is_read_too_early_unseen_is_poison(sim, main):
     here = torch.ones(SIZE, device="sim").to("cpu", non_blocking=True)
     assert all(value != value for value in here.numpy())  # noqa: PLR0124 - NaN
+    main.synchronize()
+    assert here.eq(1).all()
+
+
+def test_a_copy_to_the_host_lands_when_the_host_knows_of_it(sim, side, main):
+    first, second = torch.ones(SIZE, device="sim"), torch.ones(SIZE, device="sim")
+    side.wait_stream(main)
+    here = first.to("cpu", non_blocking=True)
+    with side:
+        other = second.to("cpu", non_blocking=True)
+    side.synchronize()
+    assert (other.numpy() == 1).all()
+    assert not (here.numpy() == 1).any()
+    main.synchronize()
+    assert (here.numpy() == 1).all()
+
+
+def test_a_copy_to_the_host_brings_what_was_there_when_it_ran(main):
+    there = torch.ones(SIZE, device="sim")
+    here = there.to("cpu", non_blocking=True)
+    there.zero_()
     main.synchronize()
     assert here.eq(1).all()
 

@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 from safetensors.torch import save_model
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -94,6 +95,65 @@ def test_group_offload(left, name, options):
     before.assert_restored(model)
 
 
+class Replacing(nn.Module):
+    """Puts other tensors in the place of its own when it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("count", torch.zeros(3))
+
+    def forward(self, x):
+        self.count = self.count + 1
+        self.weight.data = self.weight.data * 2
+        return x * self.weight + self.count
+
+
+@pytest.mark.parametrize("options", GROUPS.values(), ids=GROUPS)
+def test_what_a_call_puts_in_the_place_of_weights_is_offloaded(left, options):
+    model, bare = nn.Sequential(Replacing(), Replacing()), nn.Sequential(Replacing(), Replacing())
+    applied = hookcore.apply(model, [GroupOffload("sim", **options)])
+    for _ in range(3):
+        with torch.no_grad():
+            assert model(torch.ones(3)).tolist() == bare(torch.ones(3)).tolist()
+        assert {it.device.type for it in model.state_dict().values()} == {"cpu"}
+        assert left() == 0
+    applied.remove()
+    assert all(map(same_bits, model.state_dict().values(), bare.state_dict().values()))
+
+
+def test_what_came_from_another_device_goes_back_there(sim):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).to("sim:1"))
+    applied = hookcore.apply(model, [GroupOffload("sim:0")])
+    assert {it.device.type for it in model.parameters()} == {"cpu"}
+    model(torch.ones(3))
+    applied.remove()
+    assert [str(it.device) for it in model.parameters()] == ["cpu", "cpu", "sim:1", "sim:1"]
+
+
+def test_what_is_moved_in_inference_mode_can_be_trained_after_it(sim):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).to("sim:1"))
+    with torch.inference_mode():
+        applied = hookcore.apply(model, [GroupOffload("sim:0", exclude_modules="0")])
+        model(torch.ones(3))
+    assert not any(it.is_inference() for it in model.parameters())
+    with torch.inference_mode():
+        applied.remove()
+    assert not any(it.is_inference() for it in model.parameters())
+    model[0](torch.ones(3)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_applying_that_runs_out_of_memory_changes_nothing(left, sim):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    before = ModelSnapshot.take(model)
+    taken = torch.get_device_module("sim").memory_allocated()
+    with sim.limited(memory=taken + 300), pytest.raises(torch.OutOfMemoryError):  # room for one of two
+        hookcore.apply(model, [GroupOffload("sim", exclude_modules=["0", "1"])])
+    before.assert_restored(model)
+    assert left() == 0
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_layerwise_casting(sim, name):
     case = CASES[name]()
@@ -144,14 +204,31 @@ class Alive(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("options", GROUPS.values(), ids=GROUPS)
+def with_diffusers(model, **options):
+    hooks = pytest.importorskip("diffusers.hooks")
+    hooks.apply_group_offloading(model, onload_device=torch.device("sim"), **options)
+
+
+WAYS = {
+    "bare": lambda model: model.to("sim"),
+    "blocks": lambda model: hookcore.apply(model, [GroupOffload("sim")]),
+    "leaves": lambda model: hookcore.apply(model, [GroupOffload("sim", offload_type="leaf_level")]),
+    "diffusers, blocks": lambda it: with_diffusers(it, offload_type="block_level", num_blocks_per_group=1),
+    "diffusers, leaves on a stream": lambda it: with_diffusers(
+        it, offload_type="leaf_level", use_stream=True
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", ["sd3", "unet", "t5", "cnn"])
-def test_peaks_are_those_of_an_independent_count(sim, name, options):
+def test_peaks_are_those_of_an_independent_count(sim, name, way):
     case = CASES[name]()
     model = case.build()
-    hookcore.apply(model, [GroupOffload("sim", **options)])
     with torch.no_grad(), Alive() as alive:
-        call(case, model, "forward")
+        way(model)
+        for _ in range(2):
+            call(case, model, "forward", "sim")
     assert alive.peak > 0
     assert torch.get_device_module("sim").max_memory_allocated() == alive.peak
 

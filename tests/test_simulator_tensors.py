@@ -6,6 +6,9 @@ import copy
 import io
 import operator
 import pickle
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
 from hookcore.testing.snapshot import same_bits
 
@@ -204,10 +208,12 @@ def test_what_is_not_supported_says_so(sim):
         there.to_sparse()
     with pytest.raises(RuntimeError):
         there.untyped_storage().resize_(0)
-    with pytest.raises(AssertionError, match=r"AMP with the `?sim`? backend"):
+    with pytest.raises(sim.UnsupportedOperationError, match="has no autocast, and was asked for one in"):
         torch.autocast("sim", dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError):
         torch.Generator("sim")
+    with pytest.raises(sim.UnsupportedOperationError, match="_thnn_fused_lstm_cell.default there is none"):
+        nn.LSTM(3, 3).to("sim")(there[None])
     with pytest.raises(RuntimeError, match="not resizable"):
         torch.add(there, 1, out=torch.ones(1, 3, device="sim"))
 
@@ -243,12 +249,48 @@ def test_modules_move_and_train(sim):
     assert {it.device.type for it in there.cpu().state_dict().values()} == {"cpu"}
 
 
-def test_gradients_on_the_second_device(sim):
-    weight = torch.ones(3, device="sim:1", requires_grad=True)
-    (weight * 2).sum().backward()
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("device", ["sim", "cpu"])
+def test_activation_checkpointing_works_there_and_beside_it(sim, device, reentrant):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 3)).to(device)
+    inputs = torch.ones(2, 3, device=device, requires_grad=True)
+    gradients = []
+    for run in (layer, lambda it: checkpoint(layer, it, use_reentrant=reentrant)):
+        torch.manual_seed(1)
+        inputs.grad = None
+        run(inputs).sum().backward()
+        gradients.append(inputs.grad.cpu())
+    assert same_bits(*gradients)
+
+
+@pytest.mark.parametrize("device", ["sim:0", "sim:1"])
+def test_backward_runs_where_and_on_the_stream_that_it_is_called(sim, device):
+    weight = torch.ones(3, device=device, requires_grad=True)
+    stream = sim.Stream(device)
+    stream.wait_stream(module().current_stream(device))
+    with stream, sim.traced() as trace:
+        (weight * 2).sum().backward()
+        (other,) = torch.autograd.grad((weight * 3).sum(), weight)
+    assert {span.stream for span in trace.spans} == {(stream.device_index, stream.stream_id)}
+    module().synchronize(device)
     assert weight.grad.tolist() == [2, 2, 2]
-    (gradient,) = torch.autograd.grad((weight * 3).sum(), weight)
-    assert gradient.tolist() == [3, 3, 3]
+    assert other.tolist() == [3, 3, 3]
+
+
+def test_backward_runs_also_where_it_ran_before_the_device_was_there():
+    code = """
+        import torch, hookcore.testing.simulator as sim
+        torch.ones(1, requires_grad=True).sum().backward()
+        sim.install()
+        weight = torch.ones(1, device="sim:1", requires_grad=True)
+        weight.sum().backward()
+        print(weight.grad.device)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "sim:1\n", result.stderr
 
 
 COPIES = {

@@ -13,7 +13,7 @@ from techniques import Moving, PushingHook, Recording
 from torch import nn
 
 import hookcore
-from hookcore import Binding, Phase, PlanError, Technique, structure
+from hookcore import Binding, Hook, Phase, PlanError, Technique, structure
 
 
 @frozen
@@ -118,6 +118,37 @@ def test_a_change_is_seen_by_the_next_call_once(change, keep_handle):
         assert (vars(module).get("_pile") or []).count("following") == expected
     hookcore.remove(model)
     assert not any(set(vars(module)) & {"_pile", "forward"} for module in model.modules())
+
+
+class Numbered(Hook):
+    """Notes its number when it runs."""
+
+    def __init__(self, number, ran):
+        self.number, self.ran = number, ran
+
+    def pre_forward(self, module, args, kwargs):
+        self.ran.append(self.number)
+
+
+@frozen
+class Renewed(Following):
+    """Binds a hook at the root, each time with another number."""
+
+    ran: list = field(factory=list, eq=False)
+
+    def bind(self, component):
+        self.bound.append(component)
+        yield Binding("", Numbered(len(self.bound), self.ran))
+
+
+def test_the_call_that_sees_a_change_goes_through_the_new_hooks_only():
+    model, technique = build(), Renewed()
+    hookcore.apply(model, [technique])
+    model(X)
+    replace_parameter(model)
+    model(X)
+    model(X)
+    assert technique.ran == [1, 2, 2]
 
 
 @pytest.mark.parametrize("change", NOT_CHANGES.values(), ids=NOT_CHANGES.keys())

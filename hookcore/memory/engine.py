@@ -21,6 +21,7 @@ from hookcore.memory.timing import PassTimes
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from hookcore.memory.host import Staging
     from hookcore.memory.packed import Packed
     from hookcore.memory.slab import Place
 
@@ -52,6 +53,7 @@ class CopyEngine:
     Attributes:
         slab: The memory.
         times: Where uses and copies are timed; None for nowhere.
+        staging: Through which memory that isn't locked is copied; None if all of it is.
 
     Raises:
         torch.OutOfMemoryError: The device has less memory.
@@ -65,6 +67,7 @@ class CopyEngine:
         self._left = self._module.Event()
         self.slab = self._make_slab(nbytes)
         self.times: PassTimes | None = None
+        self.staging: Staging | None = None
 
     def replace_slab(self, nbytes: int) -> None:
         """Allocates other memory; the old one, in which nothing may be lent any more, is freed before."""
@@ -112,11 +115,20 @@ class CopyEngine:
             for load in loads:
                 packed = load.packed
                 begun = times and times.mark(copying)
-                load.place.memory.copy_(packed.host, non_blocking=True)
+                staging = self._staging_for(packed)
+                source = packed.host if staging is None else staging.fill(packed.host)
+                load.place.memory.copy_(source, non_blocking=True)
                 load.ready.record(copying)
+                if staging is not None:
+                    staging.sent(source, load.ready)
                 packed.note_versions()
                 if times is not None:
                     times.copy(packed, begun, load.ready)
+
+    def _staging_for(self, packed: Packed) -> Staging | None:
+        """What a group has to be copied through, if it has to be and has room there."""
+        staging = None if packed.is_locked else self.staging
+        return None if staging is None or staging.nbytes < packed.nbytes else staging
 
     def wait_for(self, load: Load) -> None:
         """Has what is computed from now on come after a copy."""

@@ -11,10 +11,13 @@ import contextlib
 import ctypes
 import mmap
 import weakref
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from hookcore.memory.ranges import Ranges
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +84,44 @@ class HostMemory:
 
     def _may_lock(self, nbytes: int) -> bool:
         return self.locked + nbytes <= self._limit
+
+
+class Staging:
+    """A little locked memory, through which what cannot or shall not be locked is copied piece by piece.
+
+    Args:
+        device: The device that copies from it.
+        nbytes: Its size. More than the largest piece, or the host has to wait for each copy.
+    """
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        host = HostMemory(device)
+        self._memory = host.make(nbytes)
+        host.lock(self._memory)
+        self._ranges = Ranges(nbytes)
+        self._sent: deque[tuple[Any, int, int]] = deque()  # an event after the copy of each range
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self._ranges.size
+
+    def fill(self, source: torch.Tensor) -> torch.Tensor:
+        """Copies bytes into a free range, and returns that; waits for the oldest copy while there is none."""
+        while self._sent and self._sent[0][0].query():
+            self._free_oldest()
+        while (start := self._ranges.take(source.nbytes)) is None:
+            self._sent[0][0].synchronize()
+            self._free_oldest()
+        return self._memory[start : start + source.nbytes].copy_(source)
+
+    def sent(self, filled: torch.Tensor, copied: Any) -> None:
+        """Takes down what `fill` returned, with an event after its copy."""
+        self._sent.append((copied, int(filled.storage_offset()), filled.nbytes))
+
+    def _free_oldest(self) -> None:
+        _, start, nbytes = self._sent.popleft()
+        self._ranges.give_back(start, nbytes)
 
 
 def free_host_bytes(share: float = 1.0) -> int:

@@ -26,11 +26,13 @@ class Place:
         start: Its first byte.
         memory: Its bytes, uint8.
         views: What the group's tensors are there.
+        addresses: Of the views.
     """
 
     start: int
     memory: torch.Tensor
     views: Sequence[torch.Tensor]
+    addresses: Sequence[int]
 
 
 @define(eq=False)
@@ -49,7 +51,6 @@ class Slab:
     def __attrs_post_init__(self) -> None:
         self.ranges = Ranges(self.memory.nbytes)
 
-    @torch.inference_mode(False)  # what is made here outlives the mode
     def place(self, packed: Packed, start: int) -> Place:
         """Where a group lies that begins at a byte."""
         known = self._places.setdefault(packed, {})
@@ -57,9 +58,14 @@ class Slab:
         if found is None:
             if len(known) == _PLACES_KEPT:
                 known.clear()
-            memory = self.memory[start : start + packed.nbytes]
-            found = known[start] = Place(start, memory, packed.views(memory))
+            found = known[start] = self._make_place(packed, start)
         return found
+
+    @torch.inference_mode(False)  # what is made here outlives the mode
+    def _make_place(self, packed: Packed, start: int) -> Place:
+        memory = self.memory[start : start + packed.nbytes]
+        views = packed.views(memory)
+        return Place(start, memory, views, [view.data_ptr() for view in views])
 
     def forget(self, packed: Packed) -> None:
         """Forgets the places of a group that is packed anew."""

@@ -21,7 +21,7 @@ from hookcore.errors import BudgetError
 from hookcore.memory.device import DeviceMover
 from hookcore.memory.engine import CopyEngine, Load
 from hookcore.memory.grouping import Group, spanning_groups
-from hookcore.memory.host import HostMemory
+from hookcore.memory.host import HostMemory, Staging
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
 from hookcore.memory.packed import Packed
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hookcore.target import TensorSlot
 
 _CPU = torch.device("cpu")
+_STAGED = 3  # of the largest group: one is filled while others are copied
 _AHEAD_OF_A_GUESS = 4  # groups; modules are often registered in another order than they run
 
 
@@ -123,7 +124,7 @@ class StreamMover(GroupMover):
             self._plain.detach(buffers)
             raise
         self._fixed[group] = buffers.nbytes
-        self._members[group] = _Member(parameters, buffers, homes, packed, left)
+        self._members[group] = _Member(parameters, buffers, homes, packed, left, stays=not packed.tensors)
 
     def detach(self, group: Group) -> None:
         """Moves a group back to the device that it came from, into memory of its own."""
@@ -218,11 +219,11 @@ class StreamMover(GroupMover):
             if not member.stays:
                 self._plain.offload(member.parameters)
             return
-        packed, views = member.packed, load.place.views
-        changed, replaced = packed.is_changed, packed.replaced(views)
+        packed, place = member.packed, load.place
+        changed, replaced = packed.is_changed, packed.replaced(place.addresses)
         packed.show_host()
         if changed:
-            packed.keep(views)
+            packed.keep(place.views)
         for tensor, data in replaced:  # the call gave it other data, as `weight.data = ...` does
             tensor.data = data.to(_CPU)
         self._engine.leave(load)
@@ -241,27 +242,33 @@ class StreamMover(GroupMover):
         host = self._host.make(packed.nbytes)
         packed.take(host)
         self._host.lock(host)
+        packed.is_locked = host.is_pinned()
         return packed
 
     def _make_engine(self) -> CopyEngine:
         """Allocates the memory on the device, and decides what stays from the start."""
-        sizes = {group: member.packed.nbytes for group, member in self._members.items()}
+        sizes = {group: member.packed.nbytes for group, member in self._members.items() if not member.stays}
         spanning = spanning_groups(sizes)
         always = sum(sizes[group] for group in spanning)
-        passing = [nbytes for group, nbytes in sizes.items() if group not in spanning]
+        coming = [nbytes for group, nbytes in sizes.items() if group not in spanning]
         if self._budget is None:
             count = self._prefetched + 1
-            windows = (sum(passing[at : at + count]) for at in range(len(passing)))
+            windows = (sum(coming[at : at + count]) for at in range(len(coming)))
             room = always + max(windows, default=0)
         else:
             fixed = sum(self._fixed.values())
-            _check_budget(self._budget, fixed + always + max(passing, default=0), self._device)
+            _check_budget(self._budget, fixed + always + max(coming, default=0), self._device)
             room = self._budget - fixed
         everything = sum(sizes.values())
         staying = list(sizes) if everything <= room else spanning
         self._keep_on_device(staying)
         engine = CopyEngine(self._device, min(room, everything) - sum(sizes[group] for group in staying))
         self._order = LearnedOrder([group for group in sizes if group not in staying])
+        unlocked = [
+            it.packed.nbytes for it in self._members.values() if not (it.stays or it.packed.is_locked)
+        ]
+        if unlocked:
+            engine.staging = Staging(self._device, _STAGED * max(unlocked))
         if self._budget is not None and staying is spanning:
             engine.measure()
         return engine
@@ -323,18 +330,17 @@ class StreamMover(GroupMover):
         if torch.is_grad_enabled():
             return
         loads = []
-        most = _AHEAD_OF_A_GUESS if self._order.is_guess else len(self._members)
-        while (group := self._order.ahead(len(self._ahead))) is not None and group not in self._ahead:
+        engine, order, ahead = self._engine, self._order, self._ahead
+        most = _AHEAD_OF_A_GUESS if order.is_guess else len(self._members)
+        while (group := order.ahead(len(ahead))) is not None and group not in ahead and len(ahead) < most:
             member = self._members[group]
-            if member.in_use is not None or len(self._ahead) >= most:
-                break
-            load = self._engine.take(member.packed)
+            load = None if member.in_use else engine.take(member.packed)
             if load is None:
                 break
-            self._ahead[group] = load
+            ahead[group] = load
             loads.append(load)
         if loads:
-            self._engine.copy(loads)
+            engine.copy(loads)
 
     def _drop_ahead(self) -> None:
         for load in self._ahead.values():

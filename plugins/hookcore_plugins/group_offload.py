@@ -79,6 +79,8 @@ class GroupOffload(Technique):
             where it is "auto".
         memory_budget: Bytes of the device that all weights together may take, as a number, as text such as
             "6GiB", or as a share of what is free (0.5). None for as little as the prefetch needs.
+        low_cpu_mem_usage: Whether weights lie in ordinary host memory and are copied through a little that is
+            page-locked, which costs the host the time of a second copy.
         non_blocking: Taken for diffusers' sake: a stream is never waited for, and without one always.
         record_stream: Taken for diffusers' sake: memory is never freed while it is used, so nothing need be
             recorded.
@@ -98,6 +100,7 @@ class GroupOffload(Technique):
     use_stream: bool | None = field(default=None, kw_only=True)
     prefetch: int | None = field(default=None, kw_only=True)
     memory_budget: int | float | None = field(default=None, converter=_budget, kw_only=True)
+    low_cpu_mem_usage: bool = field(default=False, kw_only=True)
     non_blocking: bool = field(default=False, kw_only=True)
     record_stream: bool = field(default=False, kw_only=True)
 
@@ -171,7 +174,9 @@ class GroupOffload(Technique):
             if budget is not None:
                 check_budget(budget, groups, resident, here)
             ahead = _LAYERS_AHEAD if self.offload_type == "auto" else 1
-            mover = StreamMover(here, budget, ahead if self.prefetch is None else self.prefetch)
+            if self.prefetch is not None:
+                ahead = self.prefetch
+            mover = StreamMover(here, budget, ahead, 0 if self.low_cpu_mem_usage else None)
         else:
             mover = DeviceMover(here, self.offload_device)
         yield from Placement(component, groups, resident, mover, here).bindings()

@@ -7,6 +7,7 @@ this package imports neither torch nor hookcore before a test asks for the fixtu
 from __future__ import annotations
 
 import gc
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,7 +30,11 @@ def sim() -> Iterator[ModuleType]:
 
     simulator.install(devices=2)
     if simulator.snapshot():
-        gc.collect()  # what an earlier test left in cycles is freed before, not in, this one
+        # What an earlier test left in cycles is freed before, not in, this one; so is what the frames of a
+        # failed test hold, which pytest itself forgets only after the fixtures are set up.
+        for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+            vars(sys).pop(name, None)
+        gc.collect()
     simulator.reset()
     with simulator.limited(strict=True), simulator.watching_host():
         yield simulator

@@ -127,9 +127,9 @@ def statistics(target: Any) -> StatisticsTable:
     """
     status = hookcore.status(target)
     hooks = {
-        module: binding.hook
+        attachment.component.modules[binding.fqn]: binding.hook
         for attachment in status.attachments
-        for module, binding in attachment.bound
+        for binding in attachment.bindings
         if isinstance(binding.hook, StatisticsHook)
     }
     return StatisticsTable(

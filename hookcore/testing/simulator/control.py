@@ -143,16 +143,18 @@ def check() -> None:
 def reset() -> None:
     """Waits for everything, forgets what was found, and begins at time 0 with new peaks.
 
-    What is allocated stays so.
+    What is allocated stays so. The calling thread is at the default streams and at the first device again.
     """
     machine = state.get_machine()
     with machine.lock:
         machine.reset()
+    state.current.reset()
 
 
 def now() -> float:
-    """The host's virtual time, in seconds."""
-    return state.get_machine().host_time
+    """The host's virtual time since `reset`, in seconds."""
+    machine = state.get_machine()
+    return machine.host_time - machine.origin
 
 
 def pinned_bytes() -> int:

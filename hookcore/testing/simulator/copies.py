@@ -7,10 +7,10 @@ holds poison. A copy from the host must find its source unchanged when the host 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from attrs import define
+from attrs import define, field
 
 from hookcore.testing.simulator import state
 from hookcore.testing.simulator.errors import UnsupportedOperationError, Violation
@@ -124,7 +124,7 @@ def _to_device(machine: Machine, source: torch.Tensor, target: torch.Tensor, non
     _touch(machine, operation, stream, block, target, writes=True)
     if pinned is not None:
         _touch(machine, operation, stream, pinned, source, writes=False)
-        _land_what_it_reads(machine, source)
+        _complete_earlier(pinned, source, writes=False)
     if block is not None:
         block.fill(*extent(target), source.data_ptr())
     on_cpu(target, block).copy_(source.detach())
@@ -137,7 +137,7 @@ def _to_device(machine: Machine, source: torch.Tensor, target: torch.Tensor, non
         # The driver reads the source before it returns, but doesn't promise that the data has arrived.
         machine.host_time = max(machine.host_time, stream.free_at)
     else:
-        machine.in_flight.append(_FromPinned(operation, machine, pinned, source, checksum(source)))
+        _send(machine, _FromPinned(operation, pinned, source.detach(), machine, checksum(source)))
 
 
 def _to_host(machine: Machine, source: torch.Tensor, target: torch.Tensor, non_blocking: bool) -> None:
@@ -148,13 +148,13 @@ def _to_host(machine: Machine, source: torch.Tensor, target: torch.Tensor, non_b
     _touch(machine, operation, stream, block, source, writes=False)
     if pinned is not None:
         _touch(machine, operation, stream, pinned, target, writes=True)
+        _complete_earlier(pinned, target, writes=True)
     data = on_cpu(source, block)
     bandwidth = profile.pageable if pinned is None else profile.device_to_host
     machine.finish(operation, stream, "copy out", profile.copy_latency + source.nbytes / bandwidth)
     if non_blocking and pinned is not None:
-        copy = _ToPinned(operation, target.detach(), data.to(target.dtype, copy=True))
-        poison(copy.target)
-        machine.in_flight.append(copy)
+        poison(target.detach())
+        _send(machine, _ToPinned(operation, pinned, target.detach(), data.to(target.dtype, copy=True)))
         return
     machine.host_waits(stream.clock, stream.free_at)
     machine.raise_found()
@@ -174,58 +174,86 @@ def _touch(
         machine.touch(operation, stream, block, extent(tensor), writes=writes)
 
 
-def _land_what_it_reads(machine: Machine, source: torch.Tensor) -> None:
-    """Puts there what earlier copies to the host bring: the stream waited for them, if not the host."""
-    storage = source.untyped_storage().data_ptr()
-    for copy in machine.in_flight:
-        if isinstance(copy, _ToPinned) and copy.target.untyped_storage().data_ptr() == storage:
-            copy.arrive()
+def _complete_earlier(pinned: Block, tensor: torch.Tensor, *, writes: bool) -> None:
+    """Completes the copies that this one must come after: the stream waited for them, if not the host."""
+    start, stop = extent(tensor)
+    for copy in pinned.copies:
+        low, high = extent(copy.tensor)
+        if (writes or copy.writes) and low < stop and start < high:
+            copy.land()
+
+
+def _send(machine: Machine, copy: _PinnedCopy) -> None:
+    machine.in_flight.append(copy)
+    copy.pinned.copies += (copy,)
 
 
 @define(eq=False)
-class _FromPinned:
-    """A copy from pinned memory, which has to stay as it is until the copy is done."""
+class _PinnedCopy:
+    """A copy from or to pinned memory that the host has not waited for.
+
+    Attributes:
+        operation: What runs it.
+        pinned: The memory.
+        tensor: What of it.
+        writes: Whether it writes there.
+        landed: Whether it is known to be done.
+    """
 
     operation: Operation
-    machine: Machine
     pinned: Block
-    source: torch.Tensor
-    before: int
+    tensor: torch.Tensor
+    writes: ClassVar[bool]
+    landed: bool = field(default=False, init=False)
 
-    def land(self) -> Violation | None:
+    def land(self) -> None:
+        """Is told that it is done, if it has not been told before."""
+        if not self.landed:
+            self.landed = True
+            self.pinned.copies = tuple(it for it in self.pinned.copies if it is not self)
+            self._complete()
+
+    def _complete(self) -> None:
+        raise NotImplementedError
+
+
+@define(eq=False)
+class _FromPinned(_PinnedCopy):
+    """A copy from pinned memory, which has to stay as it is until the copy is done."""
+
+    machine: Machine
+    before: int
+    writes = False
+
+    def _complete(self) -> None:
         """Looks whether the source was changed."""
-        if checksum(self.source) == self.before:
-            return None
-        memory, tensors = self.machine.describe(self.pinned, *extent(self.source))
-        return Violation(
-            rule="host write too early",
-            memory=memory,
-            tensors=tensors,
-            operation="writing",
-            stream=None,
-            earlier=self.operation.name,
-            earlier_stream=self.operation.stream,
-            remedy=HOST_FIRST,
+        if checksum(self.tensor) == self.before:
+            return
+        memory, tensors = self.machine.describe(self.pinned, *extent(self.tensor))
+        self.machine.violations.append(
+            Violation(
+                rule="host write too early",
+                memory=memory,
+                tensors=tensors,
+                operation="writing",
+                stream=None,
+                earlier=self.operation.name,
+                earlier_stream=self.operation.stream,
+                remedy=HOST_FIRST,
+            )
         )
 
 
 @define(eq=False)
-class _ToPinned:
+class _ToPinned(_PinnedCopy):
     """A copy to pinned memory, which holds poison until the copy is done."""
 
-    operation: Operation
-    target: torch.Tensor
-    data: torch.Tensor | None
+    data: torch.Tensor
+    writes = True
 
-    def arrive(self) -> None:
+    def _complete(self) -> None:
         """Puts the data there."""
-        if self.data is not None:
-            self.target.copy_(self.data)
-            self.data = None
-
-    def land(self) -> None:
-        """Puts the data there."""
-        self.arrive()
+        self.tensor.copy_(self.data)
 
 
 def pin_memory(tensor: torch.Tensor, _device: torch.device | None = None) -> torch.Tensor:
@@ -242,4 +270,4 @@ def record_stream(tensor: torch.Tensor, stream: torch.Stream) -> None:
     """Keeps a tensor's memory, once it is freed, until a stream has done what it was given by then."""
     block = block_of(tensor)
     if block is not None:
-        block.recorded.add((stream.device_index, stream.stream_id))
+        block.recorded |= {(stream.device_index, stream.stream_id)}

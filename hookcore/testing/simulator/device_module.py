@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookcore.testing.simulator import state
+from hookcore.testing.simulator.errors import UnsupportedOperationError
 from hookcore.testing.simulator.streams import Event, Stream
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "device",
     "device_count",
     "empty_cache",
+    "get_amp_supported_dtype",
     "get_device_name",
     "get_device_properties",
     "get_rng_state",
@@ -156,6 +158,20 @@ def mem_get_info(device: AnyDevice = None) -> tuple[int, int]:
 
 def empty_cache() -> None:
     """Does nothing: memory that is freed is not kept."""
+
+
+class _NoDtypes(list[torch.dtype]):
+    """The types that autocast can compute in. Looking for one raises: torch would go on without autocast."""
+
+    def __contains__(self, dtype: object) -> bool:
+        raise UnsupportedOperationError(
+            f"the simulated device has no autocast, and was asked for one in {dtype}; cast the model instead"
+        )
+
+
+def get_amp_supported_dtype() -> list[torch.dtype]:
+    """None; torch asks for it also where autocast is off, as in activation checkpointing."""
+    return _NoDtypes()
 
 
 def get_device_name(device: AnyDevice = None) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Protocol
 from attrs import define, field
 
 if TYPE_CHECKING:
-    from hookcore.testing.simulator.errors import Violation
     from hookcore.testing.simulator.memory import MemoryPool
     from hookcore.testing.simulator.ordering import Clock, Operation, StreamKey
     from hookcore.testing.simulator.profiles import DeviceProfile
@@ -21,6 +20,7 @@ class StreamState:
         key: Its device and number.
         clock: What is done before its next operation.
         tick: How many operations it was given.
+        heard: The wait of the host, by its number, up to which the clock knows what the host knows.
         free_at: When its next operation can start, for what it has been told to wait for; seconds.
         end: When its last operation ends; seconds.
     """
@@ -28,6 +28,7 @@ class StreamState:
     key: StreamKey
     clock: Clock = field(factory=dict)
     tick: int = 0
+    heard: int = 0
     free_at: float = 0.0
     end: float = 0.0
 
@@ -57,5 +58,5 @@ class HostCopy(Protocol):
 
     operation: Operation
 
-    def land(self) -> Violation | None:
-        """Is told that the host now knows it to be done."""
+    def land(self) -> None:
+        """Is told that it is done, if it has not been told before."""

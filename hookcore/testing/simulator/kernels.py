@@ -77,7 +77,7 @@ class _Call:
             host = on_cpu(value, block, may_resize=not (written and self._facts.is_out))
             self.uses.append((value, host, written, block))
             return host
-        if isinstance(value, (list, tuple)) and any(isinstance(item, _Tensor) for item in value):
+        if isinstance(value, (list, tuple)):
             return [self.to_cpu(item, written) for item in value]
         return value
 
@@ -122,9 +122,15 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
     """
     facts = facts_of(operator)
     call = _Call(facts, args, kwargs)
-    names, written = facts.names, facts.written
-    host_args = [call.to_cpu(value, names[i] in written) for i, value in enumerate(args)]
-    host_kwargs = {name: call.to_cpu(value, name in written) for name, value in kwargs.items()}
+    written, tensors = facts.written, facts.tensors
+    host_args = [
+        call.to_cpu(value, name in written) if name in tensors else value
+        for name, value in zip(facts.names, args, strict=False)  # those at the end may be left out
+    ]
+    host_kwargs = {
+        name: call.to_cpu(value, name in written) if name in tensors else value
+        for name, value in kwargs.items()
+    }
     result_device = _take_device(call, host_kwargs)
     device = call.device
     if device is None:
@@ -144,11 +150,13 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
         for _, host, is_written, block in call.uses:
             if block is not None:
                 machine.touch(operation, stream, block, extent(host), writes=is_written)
-    out = operator(*host_args, **host_kwargs)
-    if type(out) is tuple:
-        results = tuple([call.to_device(it, i, result_device) for i, it in enumerate(out)])
-    else:
-        results = call.to_device(out, 0, result_device)
+    try:
+        out = operator(*host_args, **host_kwargs)
+    except NotImplementedError as error:  # an operator that torch calls on other devices only
+        raise UnsupportedOperationError(
+            f"the simulated device runs operators by the CPU's kernels, and for {facts.name} there is none"
+        ) from error
+    results = _results(call, out, result_device)
     if facts.is_out:
         _follow_resizing(call, device)
     with machine.lock:
@@ -159,6 +167,12 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
             machine.host_waits(stream.clock, stream.free_at)
             machine.raise_found()
     return results
+
+
+def _results(call: _Call, out: Any, device: int | None) -> Any:
+    if type(out) is tuple:
+        return tuple([call.to_device(it, i, device) for i, it in enumerate(out)])
+    return call.to_device(out, 0, device)
 
 
 def _take_device(call: _Call, host_kwargs: dict[str, Any]) -> int | None:
@@ -192,7 +206,8 @@ def _note_creation(machine: Machine, call: _Call, operation: Operation) -> None:
     for host in call.created:
         block = machine.blocks.get(host.untyped_storage().data_ptr())
         if block is not None:
-            block.history.record(Access(0, block.nbytes, True, operation))  # new: nobody to race with
+            access = Access(0, block.nbytes, True, operation)  # it is new: there is nobody to race with
+            block.history.record(access, machine.host_clock)
 
 
 def _duration(

@@ -49,6 +49,8 @@ class Machine:
     Attributes:
         host_clock: What the host knows to be done.
         host_time: The host's time, in seconds.
+        origin: When `reset` was called last; times that are told are counted from there.
+        host_waits_count: How often the host has waited.
         pinned: Page-locked host memory.
         blocks: Live blocks of devices, by address.
         pinned_blocks: Live blocks of page-locked memory, by address.
@@ -64,6 +66,8 @@ class Machine:
         self.devices = [Device(i, profile, MemoryPool(profile.memory)) for i in range(devices)]
         self.host_clock: Clock = {}
         self.host_time = 0.0
+        self.origin = 0.0
+        self.host_waits_count = 0
         self.pinned = MemoryPool()
         self.blocks: dict[int, Block] = {}
         self.pinned_blocks: dict[int, Block] = {}
@@ -85,7 +89,9 @@ class Machine:
         self.settle()
         self.raise_found()
         self.host_time += self.devices[stream.key[0]].profile.launch_latency
-        join(stream.clock, self.host_clock)
+        if stream.heard != self.host_waits_count:
+            join(stream.clock, self.host_clock)
+            stream.heard = self.host_waits_count
         stream.tick += 1
         stream.clock[stream.key] = stream.tick
         return Operation(name, stream.key, stream.tick)
@@ -108,14 +114,15 @@ class Machine:
         if earlier is not None:
             rule = _rule(earlier.writes, writes)
             self._found(rule, block, earlier, (operation.name, stream.key, WAIT_FIRST), now=True)
-        block.history.record(Access(*span, writes, operation))
+        block.history.record(Access(*span, writes, operation), self.host_clock)
 
     def finish(self, operation: Operation, stream: StreamState, engine: str, seconds: float) -> None:
         """Says which engine runs an operation, and how long it takes."""
         engines = self.devices[stream.key[0]].engines
         start = max(stream.free_at, self.host_time, engines.get(engine, 0.0))
         if self.trace is not None:
-            self.trace.add(operation, engine, max(stream.end, self.host_time), start, start + seconds)
+            times = (max(stream.end, self.host_time), start, start + seconds)
+            self.trace.add(operation, engine, *(time - self.origin for time in times))
         stream.free_at = stream.end = engines[engine] = start + seconds
 
     # What waits for what
@@ -135,12 +142,14 @@ class Machine:
         """Has the host wait for all that a clock knows, which is done at a time."""
         self.settle()
         join(self.host_clock, clock)
+        self.host_waits_count += 1
         self.host_time = max(self.host_time, time)
-        landed = [copy for copy in self.in_flight if copy.operation.is_before(self.host_clock)]
-        self.in_flight = [copy for copy in self.in_flight if copy not in landed]
-        for copy in landed:
-            if (violation := copy.land()) is not None:
-                self.violations.append(violation)
+        copies, self.in_flight = self.in_flight, []
+        for copy in copies:
+            if copy.operation.is_before(self.host_clock):
+                copy.land()
+            else:
+                self.in_flight.append(copy)
         for device in self.devices:
             device.memory.release(self.host_time)
 
@@ -154,8 +163,11 @@ class Machine:
 
     def synchronize(self, device: int) -> None:
         """Has the host wait for all streams of a device."""
-        for stream in list(self.devices[device].streams.values()):
-            self.host_waits(stream.clock, stream.free_at)
+        clock: Clock = {}
+        streams = self.devices[device].streams.values()
+        for stream in streams:
+            join(clock, stream.clock)
+        self.host_waits(clock, max(stream.free_at for stream in streams))
 
     # Memory
 
@@ -165,12 +177,13 @@ class Machine:
         block = Block(device, nbytes, address, keeper, stream.key, made_by)
         self.devices[device].memory.take(nbytes)
         self.blocks[address] = block
-        if stream.tick:
+        tick = stream.clock.get(stream.key, 0)
+        if tick > self.host_clock.get(stream.key, 0):
             # What the stream did so far may have used the same memory: others have to wait for it.
-            allocation = Operation(f"allocating it for {made_by}", stream.key, stream.tick)
-            block.history.record(Access(0, nbytes, True, allocation))
+            allocation = Operation(f"allocating it for {made_by}", stream.key, tick)
+            block.history.record(Access(0, nbytes, True, allocation), self.host_clock)
         if self.trace is not None:
-            self.trace.note_memory(device, self.host_time, self.devices[device].memory.allocated)
+            self._trace_memory(self.devices[device], self.trace)
         return block
 
     def make_room(self, device: int, nbytes: int) -> None:
@@ -236,7 +249,10 @@ class Machine:
         else:
             device.memory.give_back(block.nbytes)
         if self.trace is not None:
-            self.trace.note_memory(device.index, self.host_time, device.memory.allocated)
+            self._trace_memory(device, self.trace)
+
+    def _trace_memory(self, device: Device, trace: Trace) -> None:
+        trace.note_memory(device.index, self.host_time - self.origin, device.memory.allocated)
 
     # What was found
 
@@ -287,19 +303,23 @@ class Machine:
             raise RaceError(found)
 
     def reset(self) -> None:
-        """Waits for everything, and starts anew at time 0; what is allocated stays."""
+        """Waits for everything, and starts anew at time 0; what is allocated stays.
+
+        All is done now and everybody knows, so nothing has to be remembered. Time itself goes on, as events
+        from before may be waited for.
+        """
         for device in self.devices:
             self.synchronize(device.index)
         self.settle()
         self.violations.clear()
         for block in (*self.blocks.values(), *self.pinned_blocks.values()):
             block.history.forget()
-        self.host_time = 0.0
+        self.host_clock.clear()
+        self.origin = self.host_time
         for device in self.devices:
-            device.engines.clear()
             device.memory.peak = device.memory.allocated
             for stream in device.streams.values():
-                stream.free_at = stream.end = 0.0
+                stream.clock.clear()
         self.pinned.peak = self.pinned.allocated
 
 

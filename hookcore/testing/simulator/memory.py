@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
@@ -10,6 +11,8 @@ from attrs import define, field, frozen
 from hookcore.testing.simulator.ordering import Clock, History, join
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hookcore.testing.simulator.ordering import StreamKey
 
 _numbers = itertools.count(1)
@@ -29,6 +32,7 @@ class Block:
         history: Who touched it.
         recorded: Streams that `record_stream` named.
         sources: For ranges of bytes, the address of the host memory that was last copied there.
+        copies: Of page-locked memory, the copies from and to it that are on their way.
         number: Counts allocations.
     """
 
@@ -39,8 +43,9 @@ class Block:
     stream: StreamKey
     made_by: str
     history: History = field(factory=History)
-    recorded: set[StreamKey] = field(factory=set)
-    sources: dict[tuple[int, int], int] = field(factory=dict)
+    recorded: frozenset[StreamKey] = frozenset()
+    sources: Mapping[tuple[int, int], int] = MappingProxyType({})
+    copies: tuple[Any, ...] = ()
     number: int = field(factory=_numbers.__next__)
 
     def fill(self, start: int, stop: int, source: int) -> None:

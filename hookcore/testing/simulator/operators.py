@@ -43,6 +43,7 @@ class OperatorFacts:
         name: As torch writes it.
         names: Names of its arguments, in order.
         written: Names of the arguments that it changes.
+        tensors: Names of the arguments that are tensors, or may have some in them.
         results: For each result, the position and name of the argument that it is; None for a new tensor.
         is_view: Whether it only looks at memory in another way.
         is_out: Whether it resizes what it writes to.
@@ -55,6 +56,7 @@ class OperatorFacts:
     name: str
     names: tuple[str, ...]
     written: frozenset[str]
+    tensors: frozenset[str]
     results: tuple[tuple[int, str] | None, ...]
     is_view: bool
     is_out: bool
@@ -75,6 +77,7 @@ def facts_of(operator: OpOverload) -> OperatorFacts:
         name=str(operator),
         names=tuple(it.name for it in schema.arguments),
         written=frozenset(it.name for it in written),
+        tensors=frozenset(it.name for it in schema.arguments if "Tensor" in str(it.type)),
         results=tuple(_argument_returned(schema, it) for it in schema.returns),
         is_view=any(it.alias_info is not None and not it.alias_info.is_write for it in schema.returns),
         is_out=any(it.kwarg_only for it in written),

@@ -80,14 +80,20 @@ class History:
                 return earlier
         return None
 
-    def record(self, access: Access) -> None:
-        """Adds an access, and forgets those that it makes superfluous.
+    def record(self, access: Access, known: Clock) -> None:
+        """Adds an access, and forgets those that no later one can race with.
 
         Whatever comes after a write also comes after all that the write itself came after, so a write
         replaces the accesses of its bytes, and a read replaces reads of its bytes by its own stream.
+
+        Args:
+            access: The access.
+            known: What the host knows to be done, and so everything that it issues from now on.
         """
         if self._accesses:
-            self._accesses = [it for it in self._accesses if not _replaces(access, it)]
+            self._accesses = [
+                it for it in self._accesses if not (_replaces(access, it) or it.operation.is_before(known))
+            ]
         self._accesses.append(access)
 
     def forget(self) -> None:

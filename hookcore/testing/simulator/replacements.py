@@ -13,6 +13,24 @@ import torch
 from hookcore.testing.simulator import state
 from hookcore.testing.simulator.tensors import new_on_device, new_pinned
 
+_CAN_PIN = (
+    "arange",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "full",
+    "full_like",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randn",
+    "randn_like",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+
 
 def replace_functions() -> None:
     """Replaces the functions of torch that make storages or pinned memory without a dispatcher."""
@@ -20,7 +38,7 @@ def replace_functions() -> None:
 
     _device_constructors()  # it remembers the originals, by which `with torch.device(...)` knows them
     _replace_storage_constructor()
-    for name in ("empty", "empty_like", "empty_strided", "zeros"):
+    for name in _CAN_PIN:
         _let_pin(name)
     _run_backward_on_this_thread()
 
@@ -51,14 +69,15 @@ def _let_pin(name: str) -> None:
             raise RuntimeError(f"Only dense CPU tensors can be pinned, not one on {made.device}")
         with torch.no_grad():
             pinned = new_pinned(made)
-            if name == "zeros":
-                pinned.zero_()
+            if not name.startswith("empty"):
+                pinned.copy_(made)
         return pinned.requires_grad_(made.requires_grad)
 
     setattr(torch, name, constructor)
-    from torch.jit import _builtins
+    if name != "tensor":  # which is no operator
+        from torch.jit import _builtins
 
-    _builtins._register_builtin(constructor, f"aten::{name}")
+        _builtins._register_builtin(constructor, f"aten::{name}")
 
 
 def _run_backward_on_this_thread() -> None:

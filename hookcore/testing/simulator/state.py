@@ -25,6 +25,10 @@ class _Current(threading.local):
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes current what is so in a new thread."""
         self.device = 0
         self.streams: dict[int, int] = {}
 
@@ -68,10 +72,12 @@ def device_index(device: torch.device | str | int | None) -> int:
     Raises:
         SimulatorError: There is no such simulated device.
     """
+    if device is None:
+        return current.device
     if isinstance(device, int):
         index = device
     else:
-        found = torch.device(DEVICE_TYPE) if device is None else torch.device(device)
+        found = torch.device(device)
         if found.type != DEVICE_TYPE:
             raise SimulatorError(f"{found} is not a simulated device; expected {DEVICE_TYPE!r}")
         index = current.device if found.index is None else found.index

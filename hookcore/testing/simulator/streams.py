@@ -38,7 +38,9 @@ class Stream(torch.Stream):
         """Makes a stream, or a further object for one that there is."""
         index = state.device_index(device)
         if number is None:
-            number = state.get_machine().devices[index].add_stream().key[1]
+            machine = state.get_machine()
+            with machine.lock:
+                number = machine.devices[index].add_stream().key[1]
         return super().__new__(cls, stream_id=number, device_index=index, device_type=_PRIVATE_USE_1)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

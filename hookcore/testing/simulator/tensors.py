@@ -144,13 +144,11 @@ def new_on_device(host: torch.Tensor, device: int, made_by: str) -> torch.Tensor
 def _adopt(
     machine: Machine, host: torch.Tensor, storage: torch.UntypedStorage, device: int, made_by: str
 ) -> torch.Tensor:
-    address = storage.data_ptr()
+    address, nbytes = storage.data_ptr(), storage.nbytes()
     if not address:  # nothing in it: there is no block to know of
         storage = torch.UntypedStorage(1)  # type: ignore[no-untyped-call]
         address = storage.data_ptr()
-    block = machine.allocate(
-        current_stream_state(device), host.untyped_storage().nbytes(), address, storage, made_by
-    )
+    block = machine.allocate(current_stream_state(device), nbytes, address, storage, made_by)
     return strided(_flat(machine, block, host.dtype), host.size(), host.stride(), host.storage_offset())
 
 
@@ -235,4 +233,4 @@ def poison(host: torch.Tensor) -> None:
 def checksum(host: torch.Tensor) -> int:
     """A number that tells whether a CPU tensor's bytes have changed."""
     flat = host.detach().contiguous().view(-1).view(torch.uint8)
-    return zlib.crc32(flat.numpy().tobytes())
+    return zlib.crc32(flat.numpy().data)

@@ -153,7 +153,7 @@ class ComponentWeights:
         if self.is_on:
             load, changed = self._loaded, self._changed()
             self._link.use(load)
-            given = self._packed.replaced(load.views)
+            given = self._packed.replaced([view.data_ptr() for view in load.views])
             self._packed.show_host()
             self._copy(changed, load.views, self._packed.views(self._packed.host) if changed else ())
             for tensor, data in given:

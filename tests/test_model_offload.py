@@ -310,7 +310,9 @@ def test_methods_that_nobody_declares_bring_a_component_by_the_calls_that_they_m
     with torch.no_grad():
         expected = coder.encode(x)
         hookcore.apply({"coder": coder, "other": stack(16, 1)}, [ModelOffload("sim")])
-        assert same_bits(coder.encode(x).cpu(), expected)
+        found = coder.encode(x)
+    assert found.device.type == "sim"
+    assert same_bits(found.cpu(), expected)
 
 
 @FEWER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from unittest.mock import patch
 
 import pytest
@@ -392,6 +393,20 @@ def test_little_memory_is_locked_if_so_wished(sim, prefetch, budget, repeats):
     assert sim.pinned_bytes() - before <= 3 * largest
     applied.remove()
     assert sim.pinned_bytes() == before
+
+
+@pytest.mark.parametrize("budget", [None, 15_000])
+def test_a_model_may_go_away_with_its_hooks_on(sim, budget):
+    module = torch.get_device_module("sim")
+    before = module.memory_allocated(), sim.pinned_bytes()
+    model = build()
+    hookcore.apply(model, [GroupOffload("sim", memory_budget=budget)])
+    for _ in range(3):
+        call(model)  # the next one's first groups are on their way
+    del model
+    gc.collect()
+    sim.check()
+    assert (module.memory_allocated(), sim.pinned_bytes()) == before
 
 
 def test_options_that_cannot_be_are_refused():

@@ -12,6 +12,7 @@ FSDP's and DeepSpeed ZeRO-Infinity's (Rajbhandari et al., 2021).
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,6 +106,12 @@ class StreamMover(GroupMover):
         self._order: LearnedOrder[Group] = LearnedOrder(())
         self._ahead: dict[Group, Load] = {}
         self._set_up: CopyEngine | None = None  # by the first call
+
+    def __del__(self) -> None:
+        # A model that goes away with its hooks on: copies to memory that goes with it may still be under way.
+        if self._set_up is not None:
+            with contextlib.suppress(Exception):  # as the interpreter ends, there may be no device any more
+                self._set_up.synchronize()
 
     # Between calls
 

@@ -270,15 +270,49 @@ def counted(sim):
     gc.enable()
 
 
-def test_what_was_copied_ahead_goes_when_something_else_needs_the_room(counted):
-    there = stacks([1, 1, 6])
+def test_a_budget_that_the_device_has_not_got_only_keeps_components_from_coming_early(counted):
+    there = stacks([3, 3, 6])
     needed = weights_of(there["vae"]) + beside_weights(there["vae"])
-    hookcore.apply(there, [ModelOffload("sim")])
+    hookcore.apply(there, [ModelOffload("sim", memory_budget="1MiB")])
     with counted.limited(memory=here() + needed):
         for name in ["text", "denoiser", "vae", "denoiser"] * 2:
             call(there[name])
         call(there["text"])  # the denoiser comes early, and is expected again
         call(there["vae"])
+
+
+def test_what_came_early_goes_when_others_take_the_memory(counted):
+    there = stacks([2, 6])
+    beside = beside_weights(there["text"])
+    hookcore.apply(there, [ModelOffload("sim")])
+    for model in list(there.values()) * 2:
+        call(model)
+    call(there["text"])
+    assert here() > weights_of(there["denoiser"])
+    with counted.limited(memory=here() + beside - 1):  # as another process would
+        call(there["text"])
+    assert here() < weights_of(there["denoiser"])
+
+
+def test_methods_that_nobody_declares_bring_a_component_by_the_calls_that_they_make(sim):
+    class Coder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([stack(16, 1), stack(16, 2)])
+
+        def encode(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    coder = Coder()
+    x = torch.ones(1, 16)
+    with torch.no_grad():
+        expected = coder.encode(x)
+        hookcore.apply({"coder": coder, "other": stack(16, 1)}, [ModelOffload("sim")])
+        found = coder.encode(x)
+    assert found.device.type == "sim"
+    assert same_bits(found.cpu(), expected)
 
 
 @FEWER

@@ -143,6 +143,7 @@ class HostWatch:
 
 def calibrate(model: Model) -> Setting:
     """Finds the rate of computing at which a pass takes `COMPUTE_SECONDS`."""
+    _start_empty()
     module = copy.deepcopy(model.module).to(_DEVICE)
     profile = evolve(_PROFILE, flops_32=1e9)
     for _ in range(_CALIBRATIONS):
@@ -166,6 +167,17 @@ def calibrate(model: Model) -> Setting:
     )
 
 
+def _start_empty() -> None:
+    """Sees to it that nothing of an earlier run counts: hooks refer to models in cycles."""
+    sim.reset()  # copies that still run hold their source
+    gc.collect()
+    left = torch.get_device_module(_DEVICE).memory_allocated()
+    if left or sim.pinned_bytes():
+        raise RuntimeError(
+            f"{left} B of the device and {sim.pinned_bytes()} B of pinned memory are left over"
+        )
+
+
 def run_way(setting: Setting, ratio: float, put_on: PutOn) -> Run:
     """Runs a way from the start, on a copy of the model.
 
@@ -177,8 +189,8 @@ def run_way(setting: Setting, ratio: float, put_on: PutOn) -> Run:
     Raises:
         RaceError: It has a race.
     """
+    _start_empty()
     module = copy.deepcopy(setting.model.module)
-    gc.collect()
     with sim.limited(profile=setting.linked(ratio)):
         sim.reset()
         put_on(module, torch.device(_DEVICE))
@@ -207,8 +219,7 @@ def run_way(setting: Setting, ratio: float, put_on: PutOn) -> Run:
 
 def host_peak(setting: Setting, put_on: PutOn) -> int:
     """Most bytes, in all, of host memory for weights while a way is put on, those of the model included."""
-    gc.collect()
-    sim.reset()
+    _start_empty()
     with _no_messages(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         module = copy.deepcopy(setting.model.module)  # in here, or its end would not be seen
         put_on(module, torch.device(_DEVICE))

@@ -90,6 +90,12 @@ def test_equal_blocks_come_near_to_the_bound(blocks, ratio, share):
     assert layout.seconds <= (1.03 if ratio <= 1 else 1.08) * bound
 
 
+def test_the_largest_group_fits_however_small_the_others_are():
+    uses = [Use(number, nbytes, 1.0, 1.0) for number, nbytes in enumerate([1000, 200, 5] * 5)]
+    assert choose_layout(uses, 1000).resident == ()
+    assert choose_layout(uses, 999) is None
+
+
 def test_what_is_copied_is_spread_over_the_time_of_computing():
     """Large weights that compute for a moment only stay, those that compute for long are streamed."""
     quick = [Use(f"quick {number}", 100, 1.0, 100.0) for number in range(10)]

@@ -171,7 +171,10 @@ def choose_layout(uses: Sequence[Use[T]], budget: int, least_ring: int = 0) -> L
 def _candidates(
     uses: Sequence[Use[T]], sizes: dict[T, int], budget: int, least_ring: int
 ) -> Iterator[frozenset[T]]:
-    tried = set()
+    nothing: frozenset[T] = frozenset()
+    tried = {nothing}
+    if least_ring <= budget:
+        yield nothing  # where the budget is just enough for the largest group
     small = _smallest(sizes, (budget - least_ring) // 100)
     for largest in _some(sorted(set(sizes.values()), reverse=True)):
         staying = small.union(group for group, nbytes in sizes.items() if nbytes > largest)

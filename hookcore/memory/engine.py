@@ -71,7 +71,7 @@ class CopyEngine:
 
     def replace_slab(self, nbytes: int) -> None:
         """Allocates other memory; the old one, in which nothing may be lent any more, is freed before."""
-        self._computing.wait_stream(self._copying)  # to which the freed memory goes back
+        self.synchronize()  # freed memory goes back to the stream that it was allocated for
         del self.slab
         self.slab = self._make_slab(nbytes)
 
@@ -144,6 +144,6 @@ class CopyEngine:
         self.give_back(load)
 
     def synchronize(self) -> None:
-        """Has the host wait for all copies, and the caller's stream for all that was computed."""
+        """Has the host wait for all copies and for all that was computed."""
         self._copying.synchronize()
-        self._module.current_stream(self._device).wait_stream(self._computing)
+        self._computing.synchronize()

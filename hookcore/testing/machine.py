@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -266,14 +267,19 @@ class HookMachine(Twins, RuleBasedStateMachine):
     @precondition(lambda self: self.reads_true and any(True for _ in self.model.parameters()))
     @rule(data=st.data())
     def replace_a_parameter(self, data: st.DataObject) -> None:
-        """Puts another parameter with the same values in the place of one."""
-        fqns = [fqn for fqn, _ in self.model.named_parameters()]
+        """Puts another parameter with the same values in the place of one, made where the model began."""
+        first = self.build(self.case)
+        shared = Counter(it.untyped_storage().data_ptr() for it in (*first.parameters(), *first.buffers()))
+        alone = (fqn for fqn, it in first.named_parameters() if shared[it.untyped_storage().data_ptr()] == 1)
+        fqns = list(alone)  # to replace one of two that are tied would untie them
+        if not fqns:
+            return
         holder, _, name = data.draw(st.sampled_from(fqns), label="parameter").rpartition(".")
         value = getattr(self.twin.get_submodule(holder), name).detach()
-        for model in (self.model, self.twin):
+        for model, device in ((self.model, torch.device(self.home)), (self.twin, value.device)):
             module = model.get_submodule(holder)
             old = getattr(module, name)
-            new = value.to(old.device, copy=True)
+            new = value.to(device, copy=True)
             setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
     # What always holds

@@ -434,10 +434,6 @@ def without_event_after_use(self, load):
     self.give_back(load)
 
 
-def without_wait_for_the_other_stream(self):
-    self._computing = self._module.current_stream(self._device)
-
-
 FAULTS = {
     "use does not wait for its copy": ("wait_for", without_wait_for_copy),
     "copy does not wait for the last use": ("leave", without_event_after_use),

@@ -13,6 +13,7 @@ from hookcore.memory.grouping import (
     leaf_units,
     make_groups,
     merge_neighbours,
+    moving_and_staying,
     slots_below,
     spanning_groups,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "models_with_dtype",
     "move_apart",
     "moved",
+    "moving_and_staying",
     "origin_of",
     "pass_seconds",
     "set_origin",

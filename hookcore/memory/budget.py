@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, TypeVar
 
 from hookcore.errors import BudgetError
 from hookcore.units import format_bytes
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hookcore.memory.grouping import Group
+
+T = TypeVar("T", bound=Hashable)
 
 
 def largest_held(costs: Mapping[Group, int]) -> tuple[int, str]:
@@ -70,8 +73,8 @@ def choose_residents(
     tiny = spare // 1000
     residents = _fill([group for group in costs if costs[group] <= tiny], costs, spare)
     spare -= sum(costs[group] for group in residents)
-    rest = [group for group in costs if costs[group] > tiny]
-    chosen = {*residents, *_spread(rest, costs, spare)}
+    rest = {group: cost for group, cost in costs.items() if cost > tiny}
+    chosen = {*residents, *spread_evenly(rest, spare)}
     return [group for group in costs if group in chosen]
 
 
@@ -84,14 +87,19 @@ def _fill(groups: Sequence[Group], costs: Mapping[Group, int], spare: int) -> li
     return chosen
 
 
-def _spread(groups: Sequence[Group], costs: Mapping[Group, int], spare: int) -> list[Group]:
-    """Takes a group whenever its share of the quota has been saved up."""
-    total = sum(costs[group] for group in groups)
+def spread_evenly(sizes: Mapping[T, int], quota: int) -> list[T]:
+    """Takes one of them whenever its share of the quota has been saved up.
+
+    Args:
+        sizes: Bytes of each, in the order over which what is taken is spread.
+        quota: Bytes that may be taken in all.
+    """
+    total = sum(sizes.values())
     chosen = []
     saved = 0  # in units of 1 / total bytes, so that nothing is lost to rounding
-    for group in groups:
-        saved += costs[group] * spare
-        if costs[group] * total <= saved:
-            saved -= costs[group] * total
-            chosen.append(group)
+    for item, nbytes in sizes.items():
+        saved += nbytes * quota
+        if nbytes * total <= saved:
+            saved -= nbytes * total
+            chosen.append(item)
     return chosen

@@ -9,7 +9,15 @@ from attrs import define
 from torch import nn
 
 from hookcore.memory.mover import GroupMover
-from hookcore.memory.tensors import by_memory, copy_memory, current_tensors, is_on, tensor_at, version_of
+from hookcore.memory.tensors import (
+    by_memory,
+    copy_memory,
+    current_tensors,
+    is_on,
+    move_to_copies,
+    tensor_at,
+    version_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -143,11 +151,5 @@ class DeviceMover(GroupMover):
 
 
 def _move(devices: Iterable[tuple[list[torch.Tensor], torch.device]]) -> None:
-    """Moves the tensors of slots to a device for good; all of them or, if it raises, none."""
-    moved: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for of_slot, device in devices:
-        if elsewhere := [it for it in of_slot if not is_on(it, device)]:
-            for tensors in by_memory(elsewhere):
-                moved += zip(tensors, copy_memory(tensors, device)[2], strict=True)
-    for tensor, view in moved:
-        tensor.data = view
+    """Moves the tensors of slots that are elsewhere to a device; all of them or, if it raises, none."""
+    move_to_copies(([it for it in of_slot if not is_on(it, device)], device) for of_slot, device in devices)

@@ -1,9 +1,9 @@
-"""Copies to a device on a stream of their own, and the events that keep them right. The host waits for none.
+"""Copies to a device on a stream of their own, and the events that keep them right.
 
 There are two rules. A copy waits for the end of all use of the memory that it fills: whoever has used a
 group leaves an event on the computing stream, and copies that are begun later wait for the last of these. A
-use waits for its copy: each copy is followed by an event. No tensor needs `record_stream`, as no memory is
-ever freed while the engine lives.
+use waits for its copy: each copy is followed by an event. The host waits for neither, but for when memory is
+freed or changes its size. So no tensor needs `record_stream`.
 """
 
 from __future__ import annotations

@@ -19,10 +19,13 @@ from attrs import frozen
 from torch import nn
 
 from hookcore.errors import PlanError
+from hookcore.memory.tensors import check_movable, is_on
 from hookcore.target import own_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
+
+    import torch
 
     from hookcore.target import Component, TensorSlot
 
@@ -179,6 +182,28 @@ def slots_below(component: Component, names: Collection[str]) -> tuple[TensorSlo
             )
     chosen = {module for name in names for module in component.module.get_submodule(name).modules()}
     return tuple(slot for slot in component.slots if any(owner in chosen for owner, _ in slot.owners))
+
+
+def moving_and_staying(
+    component: Component, exclude_modules: Collection[str], onload_device: torch.device
+) -> tuple[list[TensorSlot], list[Group]]:
+    """Divides a component's tensors into those that come and go and, as a group, those that stay.
+
+    Args:
+        component: What the tensors belong to.
+        exclude_modules: FQNs of modules of which all stays on the onload device.
+        onload_device: Where it is used.
+
+    Raises:
+        PlanError: A tensor that has to be moved has no data, or a name is no module's.
+        UnsupportedModelError: A tensor that has to be moved is of a kind that cannot be.
+    """
+    staying = slots_below(component, exclude_modules)
+    kept = set(staying)
+    moving = [slot for slot in component.slots if slot not in kept]
+    away = [slot for slot in staying if not all(is_on(tensor, onload_device) for tensor in slot.tensors)]
+    check_movable(component, [*moving, *away])
+    return moving, [Group("excluded", staying, ())] if staying else []
 
 
 def entries_of(component: Component) -> tuple[str, ...]:

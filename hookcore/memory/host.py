@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hookcore.memory.packed import Packed
 from hookcore.memory.ranges import Ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from hookcore.target import TensorSlot
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
@@ -49,6 +52,15 @@ class HostMemory:
         self._runtime = None if runtime is None else runtime()
         self._buffers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._unlock: dict[int, Callable[[], object]] = {}
+
+    def pack(self, slots: Iterable[TensorSlot]) -> Packed:
+        """Copies the slots' tensors to memory of this kind, and has them show it."""
+        packed = Packed(slots)
+        memory = self.make(packed.nbytes)
+        packed.take(memory)
+        self.lock(memory)
+        packed.is_locked = memory.is_pinned()
+        return packed
 
     def make(self, nbytes: int) -> torch.Tensor:
         """Makes memory to be filled and then given to `lock`.

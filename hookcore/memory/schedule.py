@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from attrs import frozen
 
+from hookcore.memory.budget import spread_evenly
 from hookcore.memory.ranges import Ranges
 
 if TYPE_CHECKING:
@@ -203,17 +204,8 @@ def _some(sizes: list[int]) -> list[int]:
 
 
 def _evenly_by_bytes(uses: Sequence[Use[T]], staying: Collection[T], quota: int) -> set[T]:
-    """Takes a group whenever its share of the quota has been saved up."""
-    rest = {use.group: use.nbytes for use in uses if use.group not in staying}
-    total = sum(rest.values())
-    chosen = set()
-    saved = 0  # in units of 1 / total bytes, so that nothing is lost to rounding
-    for group, nbytes in rest.items():
-        saved += nbytes * quota
-        if nbytes * total <= saved:
-            saved -= nbytes * total
-            chosen.add(group)
-    return chosen
+    """Takes groups all along the pass."""
+    return set(spread_evenly({use.group: use.nbytes for use in uses if use.group not in staying}, quota))
 
 
 def _evenly_in_time(uses: Sequence[Use[T]], staying: Collection[T], quota: int) -> set[T]:

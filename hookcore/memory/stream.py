@@ -126,7 +126,7 @@ class StreamMover(GroupMover):
         try:
             homes = {slot: it[0].device for slot in parameters.slots if (it := current_tensors(slot))}
             left = memory_seen_elsewhere(parameters.slots)
-            packed = self._pack(parameters)
+            packed = self._host.pack(parameters.slots)
         except BaseException:
             self._plain.detach(buffers)
             raise
@@ -244,14 +244,6 @@ class StreamMover(GroupMover):
             raise RuntimeError("groups can be moved during a call only")
         return self._set_up
 
-    def _pack(self, parameters: Group) -> Packed:
-        packed = Packed(parameters.slots)
-        host = self._host.make(packed.nbytes)
-        packed.take(host)
-        self._host.lock(host)
-        packed.is_locked = host.is_pinned()
-        return packed
-
     def _make_engine(self) -> CopyEngine:
         """Allocates the memory on the device, and decides what stays from the start."""
         sizes = {group: member.packed.nbytes for group, member in self._members.items() if not member.stays}
@@ -330,7 +322,7 @@ class StreamMover(GroupMover):
             member.packed.copied.synchronize()
         self._engine.slab.forget(member.packed)
         self._host.release(member.packed.let_go())
-        member.packed = self._pack(member.parameters)
+        member.packed = self._host.pack(member.parameters.slots)
 
     def _prefetch(self) -> None:
         """Begins to copy what is used next, as far as there is room."""

@@ -112,9 +112,14 @@ def version_of(tensor: torch.Tensor) -> int | None:
 
 def move_apart(homes: Mapping[TensorSlot, torch.device]) -> None:
     """Gives each slot memory of its own on a device; all of them or, if it raises, none."""
+    move_to_copies((current_tensors(slot), device) for slot, device in homes.items())
+
+
+def move_to_copies(devices: Iterable[tuple[list[torch.Tensor], torch.device]]) -> None:
+    """Has the tensors of slots hold copies on a device; all of them or, if it raises, none."""
     moved: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for slot, device in homes.items():
-        for tensors in by_memory(current_tensors(slot)):
+    for of_slot, device in devices:
+        for tensors in by_memory(of_slot):
             moved += zip(tensors, copy_memory(tensors, device)[2], strict=True)
     for tensor, data in moved:
         tensor.data = data

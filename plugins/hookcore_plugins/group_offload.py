@@ -18,18 +18,15 @@ from hookcore import (
 )
 from hookcore.memory import (
     DeviceMover,
-    Group,
     Placement,
     StreamMover,
     check_budget,
-    check_movable,
     find_blocks,
     has_streams,
-    is_on,
     leaf_units,
     make_groups,
     merge_neighbours,
-    slots_below,
+    moving_and_staying,
 )
 
 if TYPE_CHECKING:
@@ -153,20 +150,13 @@ class GroupOffload(Technique):
         if not component.slots:
             yield Skipped("", "it has no parameters or buffers")
             return
-        staying = slots_below(component, self.exclude_modules)
-        kept = set(staying)
-        moving = [slot for slot in component.slots if slot not in kept]
         here = self.onload_device
-        check_movable(component, moving)
-        check_movable(
-            component, [it for it in staying if not all(is_on(tensor, here) for tensor in it.tensors)]
-        )
+        moving, resident = moving_and_staying(component, self.exclude_modules, here)
         by_blocks = self.offload_type == "block_level" or (self.offload_type == "auto" and not self._streams)
         if by_blocks:
             units = merge_neighbours(find_blocks(component), self.num_blocks_per_group)
         else:
             units = leaf_units(component)
-        resident = [Group("excluded", staying, ())] if staying else []
         groups = make_groups(component, units, moving)
         mover: DeviceMover | StreamMover
         if self._streams:

@@ -17,15 +17,12 @@ from hookcore import (
 )
 from hookcore.memory import (
     DeviceMover,
-    Group,
     Placement,
     StreamMover,
-    check_movable,
     has_streams,
-    is_on,
     leaf_units,
     make_groups,
-    slots_below,
+    moving_and_staying,
 )
 
 if TYPE_CHECKING:
@@ -66,13 +63,8 @@ class SequentialOffload(Technique):
         if not component.slots:
             yield Skipped("", "it has no parameters or buffers")
             return
-        staying = slots_below(component, self.exclude_modules)
-        kept = set(staying)
-        moving = [slot for slot in component.slots if slot not in kept]
-        away = [slot for slot in staying if not all(is_on(it, self.device) for it in slot.tensors)]
-        check_movable(component, [*moving, *away])
+        moving, resident = moving_and_staying(component, self.exclude_modules, self.device)
         groups = make_groups(component, leaf_units(component), moving)
-        resident = [Group("excluded", staying, ())] if staying else []
         mover: DeviceMover | StreamMover
         if has_streams(self.device):
             mover = StreamMover(self.device, prefetch=1)

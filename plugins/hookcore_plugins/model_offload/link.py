@@ -67,10 +67,10 @@ class Link:
         self._copying: Any = None
 
     @property
-    def host(self) -> HostMemory | None:
-        """Makes memory to copy from; None where there is no use for memory that is locked."""
-        if self._host is None and self.copies_ahead:
-            self._host = HostMemory(self._device)
+    def host(self) -> HostMemory:
+        """Makes memory to copy from, locked where there is a use for that."""
+        if self._host is None:
+            self._host = HostMemory(self._device, None if self.copies_ahead else 0)
         return self._host
 
     @torch.inference_mode(False)  # what is made here outlives the mode

@@ -77,7 +77,7 @@ class ComponentWeights:
     @property
     def is_locked(self) -> bool:
         """Whether the device copies it without the host's waiting."""
-        return bool(self._packed.host.is_pinned())
+        return self._packed.is_locked
 
     def attach(self, calls: Sized, before_read: Callable[[Group], None]) -> None:
         """Moves parameters to locked host memory and buffers to the device, and watches reads."""
@@ -184,21 +184,13 @@ class ComponentWeights:
         return self._load
 
     def _pack(self) -> None:
-        packed = Packed([slot for slot in self._homes if slot not in self._uncounted])
-        host = self._link.host
-        memory = torch.empty(packed.nbytes, dtype=torch.uint8) if host is None else host.make(packed.nbytes)
-        packed.take(memory)
-        if host is not None:
-            host.lock(memory)
-        self._packed = packed
-        self._position = {id(tensor): at for at, tensor in enumerate(packed.tensors)}
+        self._packed = self._link.host.pack([slot for slot in self._homes if slot not in self._uncounted])
+        self._position = {id(tensor): at for at, tensor in enumerate(self._packed.tensors)}
 
     def _release(self) -> None:
         """Unlocks host memory that no tensor shows, when no copy reads it any more."""
         self._wait()
-        memory = self._packed.let_go()
-        if self._link.host is not None:
-            self._link.host.release(memory)
+        self._link.host.release(self._packed.let_go())
 
     def _wait(self) -> None:
         if self._copied is not None:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import define
 
-from hookcore.memory.packed import ALIGNMENT
-from hookcore.memory.slab import Slab
+from hookcore.memory.slab import Pieces, Slab
 from hookcore.memory.timing import PassTimes
 
 if TYPE_CHECKING:
@@ -34,12 +33,14 @@ class Load:
         packed: What is copied.
         place: Where it goes.
         ready: Recorded after the copy.
-        used: Recorded at the beginning of its use, where times are measured.
+        asked: Recorded when it was needed, where times are measured.
+        used: Recorded after the wait for it, likewise.
     """
 
     packed: Packed
     place: Place
     ready: Any
+    asked: Any = None
     used: Any = None
 
 
@@ -48,7 +49,8 @@ class CopyEngine:
 
     Args:
         device: The device.
-        nbytes: Bytes of memory to allocate, now and once.
+        nbytes: Bytes of memory that copies may take.
+        in_pieces: Whether it is allocated for each of them, and not now and once.
 
     Attributes:
         slab: The memory.
@@ -59,27 +61,34 @@ class CopyEngine:
         torch.OutOfMemoryError: The device has less memory.
     """
 
-    def __init__(self, device: torch.device, nbytes: int) -> None:
+    def __init__(self, device: torch.device, nbytes: int, *, in_pieces: bool = False) -> None:
         self._device = device
         self._module: Any = torch.get_device_module(device)
         self._computing = self._module.current_stream(device)
         self._copying = self._module.Stream(device)
         self._left = self._module.Event()
+        self._in_pieces = in_pieces
         self.slab = self._make_slab(nbytes)
         self.times: PassTimes | None = None
         self.staging: Staging | None = None
 
-    def replace_slab(self, nbytes: int) -> None:
-        """Allocates other memory; the old one, in which nothing may be lent any more, is freed before."""
+    def replace_slab(self, nbytes: int, large: int | None = None) -> None:
+        """Allocates other memory; the old one, in which nothing may be lent any more, is freed before.
+
+        Args:
+            nbytes: Bytes.
+            large: Bytes from which groups lie at its end; None for all at its beginning.
+        """
         self.synchronize()  # freed memory goes back to the stream that it was allocated for
         del self.slab
-        self.slab = self._make_slab(nbytes)
+        self.slab = self._make_slab(nbytes, large)
 
-    def _make_slab(self, nbytes: int) -> Slab:
-        with torch.inference_mode(False):
-            memory = torch.empty(nbytes // ALIGNMENT * ALIGNMENT, dtype=torch.uint8, device=self._device)
+    def _make_slab(self, nbytes: int, large: int | None = None) -> Slab | Pieces:
+        if self._in_pieces:
+            return Pieces(self._device, nbytes)
+        slab = Slab(self._device, nbytes, large)
         self._left.record(self._computing)  # for which it was allocated
-        return Slab(memory)
+        return slab
 
     def measure(self) -> None:
         """Times uses and copies from now on."""
@@ -96,20 +105,24 @@ class CopyEngine:
 
     def take(self, packed: Packed) -> Load | None:
         """Finds room for a group, whose copy is not begun yet; None if there is none."""
-        start = self.slab.ranges.take(packed.nbytes)
-        if start is None:
+        place = self.slab.take(packed)
+        if place is None:
             return None
         if packed.copied is None or self.times is not None:
             packed.copied = self._module.Event(enable_timing=self.times is not None)
-        return Load(packed, self.slab.place(packed, start), packed.copied)
+        return Load(packed, place, packed.copied)
 
     def give_back(self, load: Load) -> None:
-        """Gives back a load's room. What was begun may go on: copies run one after another."""
-        self.slab.ranges.give_back(load.place.start, load.packed.nbytes)
+        """Gives back the room of a load that was not used. Its copy may still be under way."""
+        if self.slab.is_shared:  # copies run one after another, but others may have the memory next
+            self._computing.wait_event(load.ready)
+        self.slab.give_back(load.place)
 
     def copy(self, loads: Iterable[Load]) -> None:
         """Begins copies, after all use so far of the memory that they fill."""
         copying, times = self._copying, self.times
+        if self.slab.is_shared:  # with what was computed until this moment
+            self._left.record(self._computing)
         copying.wait_event(self._left)
         with self._module.stream(copying):
             for load in loads:
@@ -130,6 +143,10 @@ class CopyEngine:
         staging = None if packed.is_locked else self.staging
         return None if staging is None or staging.nbytes < packed.nbytes else staging
 
+    def mark(self) -> Any:
+        """An event on the computing stream, where times are measured."""
+        return None if self.times is None else self.times.mark(self._computing)
+
     def wait_for(self, load: Load) -> None:
         """Has what is computed from now on come after a copy."""
         self._computing.wait_event(load.ready)
@@ -140,8 +157,8 @@ class CopyEngine:
         """Has all later copies come after what was computed so far, with this load among others."""
         self._left.record(self._computing)
         if self.times is not None:
-            self.times.use(load.packed, load.packed.nbytes, load.used, self.times.mark(self._computing))
-        self.give_back(load)
+            self.times.use(load.packed, load.asked, load.used, self.times.mark(self._computing))
+        self.slab.give_back(load.place)
 
     def synchronize(self) -> None:
         """Has the host wait for all copies and for all that was computed."""

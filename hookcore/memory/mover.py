@@ -11,7 +11,14 @@ if TYPE_CHECKING:
 
 
 class GroupMover(Protocol):
-    """Brings and drops groups. Each method does all of it or, if it raises, nothing."""
+    """Brings and drops groups. Each method does all of it or, if it raises, nothing.
+
+    Attributes:
+        lingers: Whether a group is dropped only when another one is needed, or the outermost call ends, and
+            not at once at the end of the last call that holds it.
+    """
+
+    lingers: bool = True
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Puts a group where it lies between calls: for good on the onload device if it is resident."""

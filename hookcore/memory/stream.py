@@ -26,7 +26,7 @@ from hookcore.memory.host import HostMemory, Staging
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
 from hookcore.memory.packed import Packed
-from hookcore.memory.schedule import choose_layout
+from hookcore.memory.layout import choose_layout
 from hookcore.memory.tensors import current_tensors, go_back, memory_seen_elsewhere, move_apart
 from hookcore.units import format_bytes
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _CPU = torch.device("cpu")
 _STAGED = 3  # of the largest group: one is filled while others are copied
+_FOR_PIECES = 2  # sizes of the largest group; in so little room, gaps would cost more than allocating does
 _AHEAD_OF_A_GUESS = 4  # groups; modules are often registered in another order than they run
 
 
@@ -82,7 +83,8 @@ class StreamMover(GroupMover):
     Args:
         onload_device: Where groups are used.
         budget: Bytes of the device that all weights may take; None for as little as the prefetch needs.
-        prefetch: How many groups may be copied ahead of use where there is no budget to fill.
+        prefetch: For how many groups ahead of use there is room, where there is no budget to fill.
+        most_ahead: How many groups may be copied ahead of use; None for as many as there is room for.
         lock_limit: Bytes of host memory that may be locked; None for a share of what is free.
     """
 
@@ -92,6 +94,7 @@ class StreamMover(GroupMover):
         budget: int | None = None,
         prefetch: int = 1,
         lock_limit: int | None = None,
+        most_ahead: int | None = None,
     ) -> None:
         index = onload_device.index
         if index is None:
@@ -99,6 +102,7 @@ class StreamMover(GroupMover):
         self._device = torch.device(onload_device.type, index)
         self._budget = budget
         self._prefetched = prefetch
+        self._most_ahead = most_ahead
         self._host = HostMemory(self._device, lock_limit)
         self._plain = DeviceMover(self._device, _CPU)
         self._members: dict[Group, _Member] = {}
@@ -205,15 +209,19 @@ class StreamMover(GroupMover):
         if member.stays:
             member.packed.bring_given(self._device)
             return
+        asked = self._engine.mark()
         if not self._order.note(group):
             self._drop_unexpected(group)
         load = self._load_of(group, member)
         if load is None:
             self._plain.onload(member.parameters)
             return
+        load.asked = asked
         self._engine.wait_for(load)
         member.packed.show(load.place.views)
         member.in_use = load
+        if self._most_ahead:
+            self._prefetch()
 
     def offload(self, group: Group) -> None:
         """Has the group's parameters show host memory again, and copies what is used next."""
@@ -226,7 +234,14 @@ class StreamMover(GroupMover):
             if not member.stays:
                 self._plain.offload(member.parameters)
             return
-        packed, place = member.packed, load.place
+        self._end_use(member.packed, load)
+        del load  # memory of its own is free before more is allocated
+        self._prefetch()
+
+    # How it is done
+
+    def _end_use(self, packed: Packed, load: Load) -> None:
+        place = load.place
         changed, replaced = packed.is_changed, packed.replaced(place.addresses)
         packed.show_host()
         if changed:
@@ -234,9 +249,6 @@ class StreamMover(GroupMover):
         for tensor, data in replaced:  # the call gave it other data, as `weight.data = ...` does
             tensor.data = data.to(_CPU)
         self._engine.leave(load)
-        self._prefetch()
-
-    # How it is done
 
     @property
     def _engine(self) -> CopyEngine:
@@ -261,14 +273,19 @@ class StreamMover(GroupMover):
         everything = sum(sizes.values())
         staying = list(sizes) if everything <= room else spanning
         self._keep_on_device(staying)
-        engine = CopyEngine(self._device, min(room, everything) - sum(sizes[group] for group in staying))
+        ring = min(room, everything) - sum(sizes[group] for group in staying)
+        in_pieces = ring <= _FOR_PIECES * max(coming, default=0)
+        engine = CopyEngine(self._device, ring, in_pieces=in_pieces)
+        self.lingers = not in_pieces
+        if ring < max(coming, default=0) + min(coming, default=0):
+            self._most_ahead = 0  # whatever came early would lie beside the activations of others
         self._order = LearnedOrder([group for group in sizes if group not in staying])
         unlocked = [
             it.packed.nbytes for it in self._members.values() if not (it.stays or it.packed.is_locked)
         ]
         if unlocked:
             engine.staging = Staging(self._device, _STAGED * max(unlocked))
-        if self._budget is not None and staying is spanning:
+        if self._budget is not None and staying is spanning and self._most_ahead != 0:
             engine.measure()
         return engine
 
@@ -282,12 +299,15 @@ class StreamMover(GroupMover):
         passing = {member.packed: group for group, member in self._members.items() if not member.stays}
         uses = [use for use in times.uses() if use.group in passing]
         unseen = passing.keys() - {use.group for use in uses}
-        room = self._engine.slab.memory.nbytes
-        layout = choose_layout(uses, room, max((it.nbytes for it in unseen), default=0))
-        if layout is not None and layout.resident:
+        room, least = self._engine.slab.size, max((it.nbytes for it in unseen), default=0)
+        layout = choose_layout(
+            uses, room, least, ahead=self._most_ahead, anywhere=self._engine.slab.is_shared
+        )
+        if layout is not None and (layout.resident or layout.large):
             self._engine.replace_slab(0)
             self._keep_on_device([passing[packed] for packed in layout.resident])
-            self._engine.replace_slab(room - sum(packed.nbytes for packed in layout.resident))
+            ring = room - sum(packed.nbytes for packed in layout.resident)
+            self._engine.replace_slab(ring, layout.large)
             self._order.leave_out({passing[packed] for packed in layout.resident})
 
     def _keep_on_device(self, groups: Iterable[Group]) -> None:
@@ -331,6 +351,8 @@ class StreamMover(GroupMover):
         loads = []
         engine, order, ahead = self._engine, self._order, self._ahead
         most = _AHEAD_OF_A_GUESS if order.is_guess else len(self._members)
+        if self._most_ahead is not None:
+            most = min(most, self._most_ahead)
         while (group := order.ahead(len(ahead))) is not None and group not in ahead and len(ahead) < most:
             member = self._members[group]
             load = None if member.in_use else engine.take(member.packed)

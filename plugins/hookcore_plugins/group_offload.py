@@ -72,8 +72,8 @@ class GroupOffload(Technique):
         num_blocks_per_group: How many neighbouring blocks make a group, at block level.
         exclude_modules: FQNs of modules that stay on the onload device with all that is in them.
         use_stream: Whether groups are copied ahead of use on a stream of their own; None: where that can be.
-        prefetch: How many groups are copied ahead where there is no budget to fill; None for one, or a few
-            where it is "auto".
+        prefetch: How many groups may be copied ahead of use. None for as many as there is room for: in the
+            budget or, without one, room for one, or a few where it is "auto".
         memory_budget: Bytes of the device that all weights together may take, as a number, as text such as
             "6GiB", or as a share of what is free (0.5). None for as little as the prefetch needs.
         low_cpu_mem_usage: Whether weights lie in ordinary host memory and are copied through a little that is
@@ -166,7 +166,8 @@ class GroupOffload(Technique):
             ahead = _LAYERS_AHEAD if self.offload_type == "auto" else 1
             if self.prefetch is not None:
                 ahead = self.prefetch
-            mover = StreamMover(here, budget, ahead, 0 if self.low_cpu_mem_usage else None)
+            lock_limit = 0 if self.low_cpu_mem_usage else None
+            mover = StreamMover(here, budget, ahead, lock_limit, self.prefetch)
         else:
             mover = DeviceMover(here, self.offload_device)
         yield from Placement(component, groups, resident, mover, here).bindings()

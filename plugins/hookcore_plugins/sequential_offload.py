@@ -67,7 +67,7 @@ class SequentialOffload(Technique):
         groups = make_groups(component, leaf_units(component), moving)
         mover: DeviceMover | StreamMover
         if has_streams(self.device):
-            mover = StreamMover(self.device, prefetch=1)
+            mover = StreamMover(self.device, prefetch=0, most_ahead=0)
         else:
             mover = DeviceMover(self.device, torch.device("cpu"))
         yield from Placement(component, groups, resident, mover, self.device).bindings()

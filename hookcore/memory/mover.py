@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
 
     from hookcore.memory.grouping import Group
+    from hookcore.memory.timeline import Timeline
 
 
 class GroupMover(Protocol):
@@ -45,5 +48,13 @@ class GroupMover(Protocol):
         return
 
     def reset(self) -> None:
-        """Forgets what it learned from earlier calls."""
+        """Forgets what it learned and counted in earlier calls."""
         return
+
+    def run_report(self) -> object:
+        """What it counted since it was made or last reset: an attrs object; None for nothing."""
+        return None
+
+    def recording(self, timeline: Timeline, component: str) -> AbstractContextManager[None]:
+        """Times on a device, if it uses streams there, what it does until the end of the block."""
+        return nullcontext()

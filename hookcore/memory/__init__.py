@@ -28,7 +28,7 @@ from hookcore.memory.packed import Packed
 from hookcore.memory.placement import Placement, moved
 from hookcore.memory.reads import WatchedTensors, stop_watching, watch
 from hookcore.memory.schedule import Layout, Use, choose_layout, pass_seconds
-from hookcore.memory.stream import StreamMover, check_budget, has_streams
+from hookcore.memory.stream import StreamMover, has_streams
 from hookcore.memory.tensors import check_movable, current_tensors, is_on, move_apart
 from hookcore.memory.timeline import Recorder, Span, Timeline, record_timeline
 
@@ -53,7 +53,6 @@ __all__ = [
     "Timeline",
     "Use",
     "WatchedTensors",
-    "check_budget",
     "check_movable",
     "choose_layout",
     "choose_residents",

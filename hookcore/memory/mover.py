@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from hookcore.memory.grouping import Group
@@ -30,6 +30,15 @@ class GroupMover(Protocol):
 
     def report(self, group: Group, *, resident: bool) -> Mapping[str, int]:
         """Where the group's bytes lie between calls: a label for people to a number of bytes."""
+
+    def needs(self, groups: Sequence[Group], resident: Sequence[Group]) -> Mapping[str, int]:
+        """Bytes of each device that weights will take at once, computed before anything is attached.
+
+        Args:
+            groups: The groups that come and go.
+            resident: Those that stay.
+        """
+        return {}
 
     def begin(self) -> None:
         """Is told that an outermost call begins."""

@@ -113,6 +113,10 @@ class Placement:
         """Has the mover forget what it learned from earlier calls."""
         self._mover.reset()
 
+    def needs(self) -> Mapping[str, int]:
+        """Bytes of each device that weights will take at once."""
+        return self._mover.needs(self._groups, self._resident)
+
     def run_report(self) -> object:
         """What the mover counted."""
         return self._mover.run_report()
@@ -235,6 +239,10 @@ class _PlacementHook(_HoldHook):
     def report(self, module: nn.Module) -> Mapping[str, int]:
         """Where the component's bytes lie between calls."""
         return self._placement.report()
+
+    def needs(self, module: nn.Module) -> Mapping[str, int]:
+        """What the whole component will take."""
+        return self._placement.needs()
 
     def run_report(self, module: nn.Module) -> object:
         """What the mover counted."""

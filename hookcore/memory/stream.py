@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import define, evolve
 
-from hookcore.errors import BudgetError
+from hookcore.memory.allotment import Allotment, allot
+from hookcore.memory.budget import largest_held
 from hookcore.memory.counts import StreamReport
 from hookcore.memory.device import DeviceMover
 from hookcore.memory.engine import CopyEngine, Load
@@ -30,10 +31,9 @@ from hookcore.memory.packed import Packed
 from hookcore.memory.schedule import choose_layout
 from hookcore.memory.tensors import current_tensors, go_back, memory_seen_elsewhere, move_apart
 from hookcore.memory.timeline import Recorder
-from hookcore.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from hookcore.memory.timeline import Timeline
     from hookcore.memory.timing import PassTimes
@@ -124,7 +124,7 @@ class StreamMover(GroupMover):
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Moves a group's parameters to locked host memory, and its buffers to the device."""
-        if resident or any(tensor.is_inference() for slot in group.slots for tensor in current_tensors(slot)):
+        if resident or _is_inference(group):
             self._plain.attach(group, resident=resident)
             self._fixed[group] = group.nbytes if resident else 0
             return
@@ -172,6 +172,23 @@ class StreamMover(GroupMover):
             return {here if resident else there: group.nbytes}
         staying = member.parameters.nbytes if member.stays else 0
         return {here: member.buffers.nbytes + staying, there: member.parameters.nbytes - staying}
+
+    def needs(self, groups: Sequence[Group], resident: Sequence[Group]) -> dict[str, int]:
+        """What the first call will allocate: the ring, what stays, and buffers.
+
+        What autograd keeps comes besides, as does what is used outside of the calls that hold it.
+
+        Raises:
+            BudgetError: The budget is too small.
+        """
+        uncounted = {group: group.nbytes for group in groups if _is_inference(group)}
+        parts = {group: _split(group) for group in groups if group not in uncounted}
+        parameters = [mine for mine, _ in parts.values()]
+        fixed = sum(group.nbytes for group in (*resident, *(buffers for _, buffers in parts.values())))
+        sizes = {mine: Packed(mine.slots).nbytes for mine in parameters if mine.slots}
+        allotment = self._allot(sizes, fixed)
+        staying = sum(group.nbytes for group in allotment.staying)
+        return {str(self._device): fixed + staying + allotment.ring + largest_held(uncounted)[0]}
 
     def run_report(self) -> StreamReport:
         """What was counted since the last reset, with the bytes that are taken now."""
@@ -293,31 +310,29 @@ class StreamMover(GroupMover):
     def _make_engine(self) -> CopyEngine:
         """Allocates the memory on the device, and decides what stays from the start."""
         sizes = {group: member.packed.nbytes for group, member in self._members.items() if not member.stays}
-        spanning = spanning_groups(sizes)
-        always = sum(sizes[group] for group in spanning)
-        coming = [nbytes for group, nbytes in sizes.items() if group not in spanning]
-        if self._budget is None:
-            count = self._prefetched + 1
-            windows = (sum(coming[at : at + count]) for at in range(len(coming)))
-            room = always + max(windows, default=0)
-        else:
-            fixed = sum(self._fixed.values())
-            _check_budget(self._budget, fixed + always + max(coming, default=0), self._device)
-            room = self._budget - fixed
-        everything = sum(sizes.values())
-        staying = list(sizes) if everything <= room else spanning
-        self._keep_on_device(staying)
-        engine = CopyEngine(self._device, min(room, everything) - sum(sizes[group] for group in staying))
+        allotment = self._allot(sizes, sum(self._fixed.values()))
+        self._keep_on_device(allotment.staying)
+        engine = CopyEngine(self._device, allotment.ring)
         engine.timeline = self._recorder
-        self._order = LearnedOrder([group for group in sizes if group not in staying])
+        self._order = LearnedOrder([group for group in sizes if group not in allotment.staying])
         unlocked = [
             it.packed.nbytes for it in self._members.values() if not (it.stays or it.packed.is_locked)
         ]
         if unlocked:
             engine.staging = Staging(self._device, _STAGED * max(unlocked))
-        if self._budget is not None and staying is spanning:
+        if self._budget is not None and len(allotment.staying) < len(sizes):
             engine.measure()
         return engine
+
+    def _allot(self, sizes: Mapping[Group, int], fixed: int) -> Allotment[Group]:
+        return allot(
+            sizes,
+            spanning_groups(sizes),
+            fixed=fixed,
+            budget=self._budget,
+            prefetch=self._prefetched,
+            device=self._device,
+        )
 
     def _learn_layout(self, times: PassTimes) -> None:
         """Divides memory by what the first pass has shown."""
@@ -413,35 +428,9 @@ class StreamMover(GroupMover):
             self._engine.give_back(self._ahead.pop(group))
 
 
-def check_budget(
-    budget: int, groups: Sequence[Group], resident: Iterable[Group], onload_device: torch.device
-) -> None:
-    """Refuses a budget in which not even one group after the other can be used.
-
-    Args:
-        budget: Bytes of the device that all weights may take.
-        groups: The groups that come and go.
-        resident: Those that stay.
-        onload_device: Where they are used; for the message.
-
-    Raises:
-        BudgetError: It is too small; names the smallest one that works.
-    """
-    sizes = {group: Packed(_split(group)[0].slots).nbytes for group in groups}
-    spanning = spanning_groups(groups)
-    least = sum(group.nbytes for group in resident)
-    least += sum(_split(group)[1].nbytes for group in groups)
-    least += sum(sizes.pop(group) for group in spanning) + max(sizes.values(), default=0)
-    _check_budget(budget, least, onload_device)
-
-
-def _check_budget(budget: int, least: int, device: torch.device) -> None:
-    if budget < least:
-        raise BudgetError(
-            f"memory_budget is {format_bytes(budget)} ({budget} B), but the weights that have to be on "
-            f"{str(device)!r} at once take {format_bytes(least)}. The smallest budget that works is "
-            f"{least} bytes"
-        )
+def _is_inference(group: Group) -> bool:
+    """Whether a tensor of it was made in inference mode; torch counts no changes of these."""
+    return any(tensor.is_inference() for slot in group.slots for tensor in current_tensors(slot))
 
 
 def _split(group: Group) -> tuple[Group, Group]:

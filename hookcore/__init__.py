@@ -31,6 +31,7 @@ from hookcore.hookspecs import ForeignMechanism, ModelConventions, hookimpl
 from hookcore.loading import load
 from hookcore.plan import Plan, PlanStep
 from hookcore.registry import HookRegistry
+from hookcore.run_report import RunEntry, RunReport
 from hookcore.target import Component, Target, TensorSlot
 from hookcore.technique import Binding, Claim, Phase, Resource, Skipped, Technique
 from hookcore.units import (
@@ -67,6 +68,8 @@ __all__ = [
     "PlanStep",
     "PluginError",
     "Resource",
+    "RunEntry",
+    "RunReport",
     "Skipped",
     "Status",
     "Target",

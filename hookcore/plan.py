@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import graphlib
 import heapq
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from attrs import evolve, field, frozen
 
 from hookcore.errors import ConflictError, OrderError, PluginError
-from hookcore.hook import Hook
+from hookcore.hook import Hook, overrides
 from hookcore.technique import Binding, Skipped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import nn
 
@@ -63,6 +64,15 @@ class PlanStep:
     bindings: tuple[Binding, ...]
     skipped: tuple[Skipped, ...] = ()
 
+    @property
+    def needs(self) -> Mapping[str, int]:
+        """Bytes of each device that weights will take at once, where the technique can say so."""
+        total: Counter[str] = Counter()
+        for binding in self.bindings:
+            if overrides(type(binding.hook), "needs"):
+                total.update(binding.hook.needs(self.component.modules[binding.fqn]))
+        return dict(total)
+
 
 @frozen(eq=False)
 class Plan:
@@ -76,6 +86,17 @@ class Plan:
 
     steps: tuple[PlanStep, ...]
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def needs(self) -> Mapping[str, int]:
+        """Bytes of each device that weights will take at once, of all components together.
+
+        It is said of the dtypes that they have now: what casting saves comes off.
+        """
+        total: Counter[str] = Counter()
+        for step in self.steps:
+            total.update(step.needs)
+        return dict(total)
 
     def __str__(self) -> str:
         from hookcore.report import plan_table

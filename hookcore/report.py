@@ -37,7 +37,9 @@ def plan_table(plan: Plan) -> str:
         (step.component.label(""), step.technique.name, step.technique.phase.name, _hooked(step.bindings))
         for step in plan.steps
     ]
-    return "\n".join([table(rows), *_skipped(plan.steps), *(f"note: {note}" for note in plan.notes)])
+    needs = [f"weights need {format_bytes(size)} of {device}" for device, size in plan.needs.items()]
+    notes = [f"note: {note}" for note in plan.notes]
+    return "\n".join([table(rows), *needs, *_skipped(plan.steps), *notes])
 
 
 def attachment_table(attachments: Sequence[Attachment]) -> str:

@@ -8,6 +8,7 @@ import torch
 from attrs import define
 from torch import nn
 
+from hookcore.memory.budget import largest_held
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.tensors import (
     by_memory,
@@ -20,7 +21,7 @@ from hookcore.memory.tensors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from hookcore.memory.grouping import Group
     from hookcore.target import TensorSlot
@@ -121,6 +122,14 @@ class DeviceMover(GroupMover):
         """All of its bytes, under where they lie."""
         where = f"resident on {self._onload_device}" if resident else f"offloaded on {self._offload_device}"
         return {where: group.nbytes}
+
+    def needs(self, groups: Sequence[Group], resident: Sequence[Group]) -> dict[str, int]:
+        """What stays, and the most that calls nested in each other hold at once."""
+        held, _ = largest_held({group: group.nbytes for group in groups})
+        nbytes = held + sum(group.nbytes for group in resident)
+        if self._onload_device == self._offload_device:  # of which it holds copies
+            nbytes += sum(group.nbytes for group in groups)
+        return {str(self._onload_device): nbytes}
 
     def _rebind(self, brought: _Brought) -> bool:
         """Gives tensors their own memory back; says whether the copy may have been changed."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from hookcore.memory.grouping import Group
+    from hookcore.memory.timeline import Timeline
 
 
 class GroupMover(Protocol):
@@ -28,6 +31,15 @@ class GroupMover(Protocol):
     def report(self, group: Group, *, resident: bool) -> Mapping[str, int]:
         """Where the group's bytes lie between calls: a label for people to a number of bytes."""
 
+    def needs(self, groups: Sequence[Group], resident: Sequence[Group]) -> Mapping[str, int]:
+        """Bytes of each device that weights will take at once, computed before anything is attached.
+
+        Args:
+            groups: The groups that come and go.
+            resident: Those that stay.
+        """
+        return {}
+
     def begin(self) -> None:
         """Is told that an outermost call begins."""
         return
@@ -45,5 +57,13 @@ class GroupMover(Protocol):
         return
 
     def reset(self) -> None:
-        """Forgets what it learned from earlier calls."""
+        """Forgets what it learned and counted in earlier calls."""
         return
+
+    def run_report(self) -> object:
+        """What it counted since it was made or last reset: an attrs object; None for nothing."""
+        return None
+
+    def recording(self, timeline: Timeline, component: str) -> AbstractContextManager[None]:
+        """Times on a device, if it uses streams there, what it does until the end of the block."""
+        return nullcontext()

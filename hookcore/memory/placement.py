@@ -24,8 +24,10 @@ from hookcore.technique import Binding, Claim, Resource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from hookcore.memory.mover import GroupMover
+    from hookcore.memory.timeline import Timeline
     from hookcore.target import Component
 
 
@@ -110,6 +112,18 @@ class Placement:
     def reset(self) -> None:
         """Has the mover forget what it learned from earlier calls."""
         self._mover.reset()
+
+    def needs(self) -> Mapping[str, int]:
+        """Bytes of each device that weights will take at once."""
+        return self._mover.needs(self._groups, self._resident)
+
+    def run_report(self) -> object:
+        """What the mover counted."""
+        return self._mover.run_report()
+
+    def recording(self, timeline: Timeline) -> AbstractContextManager[None]:
+        """Has the mover time what it does until the end of the block."""
+        return self._mover.recording(timeline, self._component.name)
 
     def report(self) -> dict[str, int]:
         """Bytes by where they lie between calls."""
@@ -225,6 +239,18 @@ class _PlacementHook(_HoldHook):
     def report(self, module: nn.Module) -> Mapping[str, int]:
         """Where the component's bytes lie between calls."""
         return self._placement.report()
+
+    def needs(self, module: nn.Module) -> Mapping[str, int]:
+        """What the whole component will take."""
+        return self._placement.needs()
+
+    def run_report(self, module: nn.Module) -> object:
+        """What the mover counted."""
+        return self._placement.run_report()
+
+    def recording(self, timeline: Timeline) -> AbstractContextManager[None]:
+        """Times what is moved until the end of the block."""
+        return self._placement.recording(timeline)
 
 
 def moved(value: Any, device: torch.device) -> Any:

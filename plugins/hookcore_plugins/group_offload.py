@@ -20,7 +20,6 @@ from hookcore.memory import (
     DeviceMover,
     Placement,
     StreamMover,
-    check_budget,
     find_blocks,
     has_streams,
     leaf_units,
@@ -160,13 +159,12 @@ class GroupOffload(Technique):
         groups = make_groups(component, units, moving)
         mover: DeviceMover | StreamMover
         if self._streams:
-            budget = self._budget
-            if budget is not None:
-                check_budget(budget, groups, resident, here)
             ahead = _LAYERS_AHEAD if self.offload_type == "auto" else 1
             if self.prefetch is not None:
                 ahead = self.prefetch
-            mover = StreamMover(here, budget, ahead, 0 if self.low_cpu_mem_usage else None)
+            mover = StreamMover(here, self._budget, ahead, 0 if self.low_cpu_mem_usage else None)
+            if self.memory_budget is not None:
+                mover.needs(groups, resident)  # raises if that is more
         else:
             mover = DeviceMover(here, self.offload_device)
         yield from Placement(component, groups, resident, mover, here).bindings()

@@ -93,6 +93,10 @@ class Hook:
         """Where the bytes are that this hook manages: a label for people to a number of bytes."""
         return {}
 
+    def counts(self, module: nn.Module) -> Mapping[str, int]:
+        """What happened in calls since the last `reset`: a label for people to how often."""
+        return {}
+
 
 def overrides(kind: type[Hook], method: str) -> bool:
     """Whether a class of hooks brings its own version of one of `Hook`'s methods."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from hookcore.applied import Applied, Status
 from hookcore.apply import apply, plan, remove, status
+from hookcore.attention import AttentionFunction, Objection
 from hookcore.errors import (
     BudgetError,
     CheckpointError,
@@ -30,6 +31,7 @@ from hookcore.hook import Hook
 from hookcore.hookspecs import ForeignMechanism, ModelConventions, hookimpl
 from hookcore.loading import load
 from hookcore.plan import Plan, PlanStep
+from hookcore.plugins import attention_functions
 from hookcore.registry import HookRegistry
 from hookcore.run_report import RunEntry, RunReport
 from hookcore.target import Component, Target, TensorSlot
@@ -47,6 +49,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Applied",
+    "AttentionFunction",
     "Binding",
     "BudgetError",
     "CheckpointError",
@@ -61,6 +64,7 @@ __all__ = [
     "HookcoreWarning",
     "LossyRemovalError",
     "ModelConventions",
+    "Objection",
     "OrderError",
     "Phase",
     "Plan",
@@ -77,6 +81,7 @@ __all__ = [
     "TensorSlot",
     "UnsupportedModelError",
     "apply",
+    "attention_functions",
     "format_bytes",
     "hookimpl",
     "load",

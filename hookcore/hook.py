@@ -107,6 +107,10 @@ class Hook:
         It is printed field by field; numbers in fields whose names end in `_bytes` or `_seconds` as such.
         """
 
+    def counts(self, module: nn.Module) -> Mapping[str, int]:
+        """What happened in calls since the last `reset`: a label for people to how often."""
+        return {}
+
 
 def overrides(kind: type[Hook], method: str) -> bool:
     """Whether a class of hooks brings its own version of one of `Hook`'s methods."""

@@ -10,15 +10,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hookcore_plugins.attention_backend import AttentionBackend
     from hookcore_plugins.disk_offload import DiskOffload
     from hookcore_plugins.group_offload import GroupOffload
     from hookcore_plugins.layerwise_casting import LayerwiseCasting
     from hookcore_plugins.model_offload import ModelOffload
     from hookcore_plugins.sequential_offload import SequentialOffload
 
-__all__ = ["DiskOffload", "GroupOffload", "LayerwiseCasting", "ModelOffload", "SequentialOffload"]
+__all__ = [
+    "AttentionBackend",
+    "DiskOffload",
+    "GroupOffload",
+    "LayerwiseCasting",
+    "ModelOffload",
+    "SequentialOffload",
+]
 
 _ROOMS = {
+    "AttentionBackend": "attention_backend",
     "DiskOffload": "disk_offload",
     "GroupOffload": "group_offload",
     "LayerwiseCasting": "layerwise_casting",

@@ -31,6 +31,7 @@ from hookcore.hookspecs import ForeignMechanism, ModelConventions, hookimpl
 from hookcore.loading import load
 from hookcore.plan import Plan, PlanStep
 from hookcore.registry import HookRegistry
+from hookcore.stack import bare_entry
 from hookcore.target import Component, Target, TensorSlot
 from hookcore.technique import Binding, Claim, Phase, Resource, Skipped, Technique
 from hookcore.units import (
@@ -74,6 +75,7 @@ __all__ = [
     "TensorSlot",
     "UnsupportedModelError",
     "apply",
+    "bare_entry",
     "format_bytes",
     "hookimpl",
     "load",

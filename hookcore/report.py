@@ -47,7 +47,7 @@ def attachment_table(attachments: Sequence[Attachment]) -> str:
         (item.component.label(""), item.technique.name, _hooked(item.bindings), _placed(item) or "-")
         for item in attachments
     ]
-    return "\n".join([table(rows), *_skipped(attachments)])
+    return "\n".join([table(rows), *_skipped(attachments), *_counted(attachments)])
 
 
 def tensor_bytes(components: Iterable[Component]) -> dict[str, int]:
@@ -73,6 +73,14 @@ def _placed(item: Attachment) -> str:
     for module, binding in item.overriding("report"):
         total.update(binding.hook.report(module))
     return ", ".join(f"{format_bytes(size)} {label}" for label, size in total.items())
+
+
+def _counted(attachments: Sequence[Attachment]) -> Iterator[str]:
+    for item in attachments:
+        if counts := item.counts():
+            yield f"{item.technique.name}: {', '.join(f'{number} {what}' for what, number in counts.items())}"
+        for note in item.notes():
+            yield f"{item.technique.name}: {note}"
 
 
 def _skipped(placed: Sequence[Placed]) -> Iterator[str]:

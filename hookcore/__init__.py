@@ -34,6 +34,7 @@ from hookcore.plan import Plan, PlanStep
 from hookcore.plugins import attention_functions
 from hookcore.registry import HookRegistry
 from hookcore.run_report import RunEntry, RunReport
+from hookcore.stack import bare_entry
 from hookcore.target import Component, Target, TensorSlot
 from hookcore.technique import Binding, Claim, Phase, Resource, Skipped, Technique
 from hookcore.units import (
@@ -82,6 +83,7 @@ __all__ = [
     "UnsupportedModelError",
     "apply",
     "attention_functions",
+    "bare_entry",
     "format_bytes",
     "hookimpl",
     "load",

@@ -49,7 +49,7 @@ def attachment_table(attachments: Sequence[Attachment]) -> str:
         (item.component.label(""), item.technique.name, _hooked(item.bindings), _placed(item) or "-")
         for item in attachments
     ]
-    return "\n".join([table(rows), *_counted(attachments), *_skipped(attachments)])
+    return "\n".join([table(rows), *_skipped(attachments), *_counted(attachments)])
 
 
 def tensor_bytes(components: Iterable[Component]) -> dict[str, int]:
@@ -77,14 +77,12 @@ def _placed(item: Attachment) -> str:
     return ", ".join(f"{format_bytes(size)} {label}" for label, size in total.items())
 
 
-def _counted(attachments: Iterable[Attachment]) -> Iterator[str]:
+def _counted(attachments: Sequence[Attachment]) -> Iterator[str]:
     for item in attachments:
-        total: Counter[str] = Counter()
-        for module, binding in item.overriding("counts"):
-            total.update(binding.hook.counts(module))
-        if total:
-            counted = ", ".join(f"{count} {label}" for label, count in total.items())
-            yield f"counted by {item.technique.name}: {counted}"
+        if counts := item.counts():
+            yield f"{item.technique.name}: {', '.join(f'{number} {what}' for what, number in counts.items())}"
+        for note in item.notes():
+            yield f"{item.technique.name}: {note}"
 
 
 def _skipped(placed: Sequence[Placed]) -> Iterator[str]:

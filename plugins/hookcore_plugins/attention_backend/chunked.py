@@ -104,8 +104,7 @@ class _Shape:
         shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
         if min(map(len, shapes)) < 2 or shapes[0][-1] != shapes[1][-1] or shapes[1][-2] != shapes[2][-2]:
             raise ValueError(
-                f"query, key and value have the shapes {shapes}; expected (..., L, E), (..., S, E) and "
-                "(..., S, Ev)"
+                f"query, key and value have shapes {shapes}; expected (..., L, E), (..., S, E), (..., S, Ev)"
             )
         leads = [shape[:-2] for shape in shapes]
         group = 1
@@ -113,8 +112,8 @@ class _Shape:
             heads = [lead[-1] if lead else 1 for lead in leads]
             if heads[1] != heads[2] or not heads[1] or heads[0] % heads[1]:
                 raise ValueError(
-                    f"query, key and value have {heads} heads; those of key and value have to be as many, "
-                    "and divide those of the query"
+                    f"query, key and value have {heads} heads; key and value have to have as many, by which "
+                    "those of the query can be divided"
                 )
             group = heads[0] // heads[1]
             leads = [(*lead[:-1], heads[0]) for lead in leads]

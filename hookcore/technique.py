@@ -68,6 +68,8 @@ class Binding:
         claims: What the binding needs to own alone.
         forbids_below: Resources that no other technique may hold in modules below this one, because its
             call hides theirs (a traced module does not call its children). `"*"` forbids any hook.
+        together: What bindings have in common that may own the same things, on components that share weights;
+            None for nothing.
         technique: Name of the technique, where an error carries the binding; a plan's steps name it.
         component: Name of the component, likewise.
     """
@@ -77,6 +79,7 @@ class Binding:
     entry: str = "forward"
     claims: tuple[Claim, ...] = field(default=(), converter=_claims)
     forbids_below: tuple[str, ...] = ()
+    together: object = field(default=None, kw_only=True, eq=False)
     technique: str = field(default="", kw_only=True, eq=False)
     component: str = field(default="", kw_only=True, eq=False)
 

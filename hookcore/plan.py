@@ -215,14 +215,20 @@ def check_conflicts(new: Sequence[PlanStep], existing: Sequence[Placed]) -> None
     for placed in everything:
         held = _held(placed)
         if twice := holders.keys() & held.keys():
-            key = next(key for key in held if key in twice)
-            raise _conflict(holders[key], held[key])
+            for key in held:
+                if key in twice and not _together(holders[key][1], held[key][1]):
+                    raise _conflict(holders[key], held[key])
         holders |= held
     for placed in everything:
         _check_incompatible(placed, everything)
         for binding in placed.bindings:
             if binding.forbids_below or binding.encloses:
                 _check_hidden(placed, binding, everything)
+
+
+def _together(first: Binding, second: Binding) -> bool:
+    """Whether two bindings may own the same things."""
+    return first.together is not None and first.together is second.together
 
 
 def _held(placed: Placed) -> dict[object, _Holding]:

@@ -22,7 +22,7 @@ from hookcore.memory.host import HostMemory
 from hookcore.memory.keys import find_entries
 from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
-from hookcore.memory.mover import GroupMover
+from hookcore.memory.mover import GroupMover, Needed
 from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
 from hookcore.memory.packed import Packed
 from hookcore.memory.placement import Placement, moved
@@ -31,6 +31,7 @@ from hookcore.memory.schedule import Layout, Use, choose_layout, pass_seconds
 from hookcore.memory.stream import StreamMover, has_streams
 from hookcore.memory.tensors import check_movable, current_tensors, is_on, move_apart
 from hookcore.memory.timeline import Recorder, Span, Timeline, record_timeline
+from hookcore.memory.together import Together
 
 __all__ = [
     "Checkpoint",
@@ -42,6 +43,7 @@ __all__ = [
     "Layout",
     "MappedFile",
     "ModelDtypeHook",
+    "Needed",
     "Origin",
     "Packed",
     "Placement",
@@ -51,6 +53,7 @@ __all__ = [
     "StreamReport",
     "TensorEntry",
     "Timeline",
+    "Together",
     "Use",
     "WatchedTensors",
     "check_movable",

@@ -21,9 +21,10 @@ from hookcore.memory.tensors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from hookcore.memory.grouping import Group
+    from hookcore.memory.mover import Needed
     from hookcore.target import TensorSlot
 
 
@@ -68,6 +69,7 @@ class DeviceMover(GroupMover):
         self._offload_device = offload_device
         self._homes: dict[TensorSlot, torch.device] = {}
         self._brought: dict[Group, list[_Brought]] = {}
+        self._expected: dict[str, Needed] = {}
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Moves a group to where it lies between calls."""
@@ -123,13 +125,22 @@ class DeviceMover(GroupMover):
         where = f"resident on {self._onload_device}" if resident else f"offloaded on {self._offload_device}"
         return {where: group.nbytes}
 
-    def needs(self, groups: Sequence[Group], resident: Sequence[Group]) -> dict[str, int]:
+    def expect(self, needed: Needed) -> None:
+        """Takes down what a component needs."""
+        self._expected[needed.component] = needed
+
+    def needs(self) -> dict[str, int]:
         """What stays, and the most that calls nested in each other hold at once."""
-        held, _ = largest_held({group: group.nbytes for group in groups})
-        nbytes = held + sum(group.nbytes for group in resident)
-        if self._onload_device == self._offload_device:  # of which it holds copies
-            nbytes += sum(group.nbytes for group in groups)
-        return {str(self._onload_device): nbytes}
+        most = nbytes = 0
+        for needed in self._expected.values():
+            sizes = {group: group.nbytes for group in needed.groups}
+            nbytes += sum(group.nbytes for group in needed.resident)
+            if self._onload_device == self._offload_device:  # of which it holds copies
+                nbytes += sum(sizes.values())
+            borrowed = {group: home.nbytes for group, home in needed.borrowed.items()}
+            held, _ = largest_held(sizes | borrowed)
+            most = max(most, held)
+        return {str(self._onload_device): nbytes + most}
 
     def _rebind(self, brought: _Brought) -> bool:
         """Gives tensors their own memory back; says whether the copy may have been changed."""

@@ -33,8 +33,9 @@ from hookcore.memory.tensors import current_tensors, go_back, memory_seen_elsewh
 from hookcore.memory.timeline import Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping
 
+    from hookcore.memory.mover import Needed
     from hookcore.memory.timeline import Timeline
     from hookcore.memory.timing import PassTimes
     from hookcore.target import TensorSlot
@@ -111,6 +112,7 @@ class StreamMover(GroupMover):
         self._order: LearnedOrder[Group] = LearnedOrder(())
         self._ahead: dict[Group, Load] = {}
         self._set_up: CopyEngine | None = None  # by the first call
+        self._expected: dict[str, Needed] = {}
         self._counts = StreamReport()
         self._recorder: Recorder | None = None
 
@@ -173,7 +175,11 @@ class StreamMover(GroupMover):
         staying = member.parameters.nbytes if member.stays else 0
         return {here: member.buffers.nbytes + staying, there: member.parameters.nbytes - staying}
 
-    def needs(self, groups: Sequence[Group], resident: Sequence[Group]) -> dict[str, int]:
+    def expect(self, needed: Needed) -> None:
+        """Takes down what a component needs."""
+        self._expected[needed.component] = needed
+
+    def needs(self) -> dict[str, int]:
         """What the first call will allocate: the ring, what stays, and buffers.
 
         What autograd keeps comes besides, as does what is used outside of the calls that hold it.
@@ -181,13 +187,14 @@ class StreamMover(GroupMover):
         Raises:
             BudgetError: The budget is too small.
         """
+        groups = [group for needed in self._expected.values() for group in needed.groups]
         uncounted = {group: group.nbytes for group in groups if _is_inference(group)}
         parts = {group: _split(group) for group in groups if group not in uncounted}
-        parameters = [mine for mine, _ in parts.values()]
-        fixed = sum(group.nbytes for group in (*resident, *(buffers for _, buffers in parts.values())))
-        sizes = {mine: Packed(mine.slots).nbytes for mine in parameters if mine.slots}
+        fixed = sum(buffers.nbytes for _, buffers in parts.values())
+        fixed += sum(group.nbytes for needed in self._expected.values() for group in needed.resident)
+        sizes = {group: Packed(mine.slots).nbytes for group, (mine, _) in parts.items() if mine.slots}
         allotment = self._allot(sizes, fixed)
-        staying = sum(group.nbytes for group in allotment.staying)
+        staying = sum(parts[group][0].nbytes for group in allotment.staying)
         return {str(self._device): fixed + staying + allotment.ring + largest_held(uncounted)[0]}
 
     def run_report(self) -> StreamReport:
@@ -203,9 +210,9 @@ class StreamMover(GroupMover):
         )
 
     @contextlib.contextmanager
-    def recording(self, timeline: Timeline, component: str) -> Iterator[None]:
+    def recording(self, timeline: Timeline) -> Iterator[None]:
         """Times copies, uses and stalls until the end of the block."""
-        recorder = self._recorder = Recorder(self._device, component)
+        recorder = self._recorder = Recorder(self._device)
         timeline.recorders.append(recorder)
         passes = self._counts.passes
         try:
@@ -327,12 +334,21 @@ class StreamMover(GroupMover):
     def _allot(self, sizes: Mapping[Group, int], fixed: int) -> Allotment[Group]:
         return allot(
             sizes,
-            spanning_groups(sizes),
+            [group for group in sizes if group in self._spanning(sizes)],
             fixed=fixed,
             budget=self._budget,
             prefetch=self._prefetched,
             device=self._device,
         )
+
+    def _spanning(self, passing: Container[Group]) -> set[Group]:
+        """The groups that a call of any component holds while others of these come and go."""
+        found: set[Group] = set()
+        for needed in self._expected.values():
+            home = {group: group for group in needed.groups} | dict(needed.borrowed)
+            groups = spanning_groups(group for group in home if home[group] in passing)
+            found.update(home[group] for group in groups)
+        return found
 
     def _learn_layout(self, times: PassTimes) -> None:
         """Divides memory by what the first pass has shown."""

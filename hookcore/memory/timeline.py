@@ -63,12 +63,10 @@ class Recorder:
 
     Attributes:
         device: The device on which it is done.
-        component: The component's name.
         spans: What was recorded; from `close` on.
     """
 
     device: torch.device
-    component: str
     spans: list[Span] = field(factory=list, init=False)
     _module: Any = field(init=False)
     _began: Any = field(init=False)
@@ -95,8 +93,7 @@ class Recorder:
         for kind, group, *events in self._marks:
             start, stop = (self._began.elapsed_time(event) * _MILLI for event in events)
             if kind != "stall" or stop > start:
-                name = ".".join(part for part in (self.component, group) if part)
-                self.spans.append(Span(kind, name, start, stop))
+                self.spans.append(Span(kind, group, start, stop))
         self._marks.clear()
 
     @property

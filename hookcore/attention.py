@@ -142,11 +142,7 @@ class AttentionFunction:
             or self._objection_to_mask(attn_mask)
             or _objection("is_causal=True", is_causal, self.causal, "give the model a mask")
             or _objection(f"dropout_p={dropout_p}", dropout_p > 0, self.dropout, "call model.eval()")
-            or _objection(
-                f"{query.shape[-3:-2]} heads of the query to {key.shape[-3:-2]} of the key",
-                enable_gqa and query.shape[-3:-2] != key.shape[-3:-2],
-                self.gqa,
-            )
+            or (None if self.gqa or not enable_gqa else _objection_to_heads(query, key))
             or _objection(
                 "gradients", needs_gradients, self.gradients, "call the model under torch.no_grad()"
             )
@@ -166,6 +162,13 @@ def _objection(
     what: str, asked: bool, able: bool, remedy: str = "choose another backend"
 ) -> Objection | None:
     return Objection(what, "none", remedy) if asked and not able else None
+
+
+def _objection_to_heads(query: Tensor, key: Tensor) -> Objection | None:
+    of_query, of_key = (tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in (query, key))
+    if of_query == of_key:
+        return None
+    return Objection(f"{of_query} heads of the query and {of_key} of the key", "as many of both")
 
 
 def _one_of(words: Iterable[str]) -> str:

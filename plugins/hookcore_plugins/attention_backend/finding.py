@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 from torch import nn
+from torch.nn import functional
 
 from hookcore import Skipped
 from hookcore_plugins.attention_backend.stand_in import StandIn
@@ -58,27 +59,42 @@ def find_attention(component: Component, patterns: tuple[str, ...] | None) -> It
 
     Args:
         component: Where to look.
-        patterns: Regular expressions, searched in FQNs: take the modules that match, whatever their code
-            names. None for all that name attention.
+        patterns: Regular expressions, searched in FQNs: take the modules that match, also where their code
+            names no attention, if no module around or inside them is taken. None for all that name it.
     """
     reader = _Reader()
+    places: set[str] = set()
+    unknown: list[str] = []
     for fqn, module in component.modules.items():
         if patterns is not None and not any(re.search(pattern, fqn) for pattern in patterns):
             continue
         entries = ("forward", *component.conventions.entries) if not fqn else ("forward",)
-        found = False
-        for entry in dict.fromkeys(entries):
-            names = reader.names(module, entry)
-            if names:
-                found = True
-                yield _described(component, fqn, module, entry, names)
-        if not found:
-            if isinstance(module, _FUSED):
-                yield Found(fqn, computes=False)
-            elif reason := _computes_otherwise(module):
-                yield Skipped(fqn, reason)
-            elif patterns is not None and type(module).forward is not nn.Module.forward:
-                yield Found(fqn, head_size=_head_size(module))
+        reached = {entry: names for entry in entries if (names := reader.names(module, entry))}
+        for entry, names in reached.items():
+            places.add(fqn)
+            yield _described(component, fqn, module, entry, names)
+        if reached:
+            continue
+        if isinstance(module, _FUSED):
+            places.add(fqn)
+            yield Found(fqn, computes=False)
+        elif reason := _computes_otherwise(module):
+            places.add(fqn)
+            yield Skipped(fqn, reason)
+        else:
+            unknown.append(fqn)
+    if patterns is None:
+        return
+    for fqn in unknown:  # the user knows more than the code tells
+        module = component.modules[fqn]
+        if type(module).forward is not nn.Module.forward and not any(_related(fqn, it) for it in places):
+            places.add(fqn)
+            yield Found(fqn, head_size=_head_size(module))
+
+
+def _related(one: str, other: str) -> bool:
+    """Whether one of two modules is in the other, or both are one."""
+    return not one or not other or f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _described(
@@ -159,6 +175,8 @@ def _reached(function: object, owner: object, seen: set[CodeType], depth: int) -
             for kind in type(owner).__mro__:  # all of them, since a method may call that of its base
                 yield from _reached(vars(kind).get(name), owner, seen, depth - 1)
         other = function.__globals__.get(name)
+        if other is functional.scaled_dot_product_attention:  # imported by another name
+            yield "scaled_dot_product_attention"
         if inspect.isfunction(other) and other.__module__.partition(".")[0] == package:
             yield from _reached(other, None, seen, depth - 1)
 

@@ -183,7 +183,8 @@ def _objection(function: AttentionFunction, module: nn.Module, head_size: int | 
     for kind in {weight.device.type for weight in weights} - {"cpu", "meta"}:  # from there they may be moved
         if objection := function.objection_to_device(kind):
             return objection
-    dtypes = {wanted_dtype(weight) for weight in weights}
+    # Weights of one byte are cast before they are used.
+    dtypes = {dtype for weight in weights if (dtype := wanted_dtype(weight)).itemsize > 1}
     if dtypes and not any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
         objections = [function.objection_to_dtype(dtype) for dtype in sorted(dtypes, key=str)]
         if all(objections):

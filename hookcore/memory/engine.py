@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hookcore.memory.host import Staging
     from hookcore.memory.packed import Packed
     from hookcore.memory.slab import Place
+    from hookcore.memory.timeline import Recorder
 
 
 @define(eq=False)
@@ -33,7 +34,7 @@ class Load:
         packed: What is copied.
         place: Where it goes.
         ready: Recorded after the copy.
-        asked: Recorded when it was needed, where times are measured.
+        asked: Recorded when it was needed, where times are measured or a timeline is recorded.
         used: Recorded after the wait for it, likewise.
     """
 
@@ -55,6 +56,7 @@ class CopyEngine:
     Attributes:
         slab: The memory.
         times: Where uses and copies are timed; None for nowhere.
+        timeline: Where they are recorded for people; None for nowhere.
         staging: Through which memory that isn't locked is copied; None if all of it is.
 
     Raises:
@@ -70,6 +72,7 @@ class CopyEngine:
         self._in_pieces = in_pieces
         self.slab = self._make_slab(nbytes)
         self.times: PassTimes | None = None
+        self.timeline: Recorder | None = None
         self.staging: Staging | None = None
 
     def replace_slab(self, nbytes: int, large: int | None = None) -> None:
@@ -108,8 +111,9 @@ class CopyEngine:
         place = self.slab.take(packed)
         if place is None:
             return None
-        if packed.copied is None or self.times is not None:
-            packed.copied = self._module.Event(enable_timing=self.times is not None)
+        is_timed = self.times is not None or self.timeline is not None
+        if packed.copied is None or is_timed:
+            packed.copied = self._module.Event(enable_timing=is_timed)
         return Load(packed, place, packed.copied)
 
     def give_back(self, load: Load) -> None:
@@ -120,14 +124,15 @@ class CopyEngine:
 
     def copy(self, loads: Iterable[Load]) -> None:
         """Begins copies, after all use so far of the memory that they fill."""
-        copying, times = self._copying, self.times
+        copying, times, timeline = self._copying, self.times, self.timeline
+        marker = times or timeline
         if self.slab.is_shared:  # with what was computed until this moment
             self._left.record(self._computing)
         copying.wait_event(self._left)
         with self._module.stream(copying):
             for load in loads:
                 packed = load.packed
-                begun = times and times.mark(copying)
+                begun = marker and marker.mark(copying)
                 staging = self._staging_for(packed)
                 source = packed.host if staging is None else staging.fill(packed.host)
                 load.place.memory.copy_(source, non_blocking=True)
@@ -137,28 +142,38 @@ class CopyEngine:
                 packed.note_versions()
                 if times is not None:
                     times.copy(packed, begun, load.ready)
+                if timeline is not None:
+                    timeline.add("copy", packed.name, begun, load.ready)
 
     def _staging_for(self, packed: Packed) -> Staging | None:
         """What a group has to be copied through, if it has to be and has room there."""
         staging = None if packed.is_locked else self.staging
         return None if staging is None or staging.nbytes < packed.nbytes else staging
 
-    def mark(self) -> Any:
-        """An event on the computing stream, where times are measured."""
-        return None if self.times is None else self.times.mark(self._computing)
-
     def wait_for(self, load: Load) -> None:
         """Has what is computed from now on come after a copy."""
         self._computing.wait_event(load.ready)
-        if self.times is not None:
-            load.used = self.times.mark(self._computing)
+        load.used = self.mark()
 
     def leave(self, load: Load) -> None:
         """Has all later copies come after what was computed so far, with this load among others."""
         self._left.record(self._computing)
         if self.times is not None:
             self.times.use(load.packed, load.asked, load.used, self.times.mark(self._computing))
+        if self.timeline is not None:
+            self.timeline.add("stall", load.packed.name, load.asked, load.used)
+            self.used(load.packed, load.used)
         self.slab.give_back(load.place)
+
+    def mark(self) -> Any:
+        """An event on the computing stream, where times are measured or a timeline is recorded."""
+        marker = self.times or self.timeline
+        return None if marker is None else marker.mark(self._computing)
+
+    def used(self, packed: Packed, begun: Any) -> None:
+        """Takes down, if a timeline is recorded, that a group was used from an event until now."""
+        if self.timeline is not None:
+            self.timeline.add("compute", packed.name, begun, self.mark())
 
     def synchronize(self) -> None:
         """Has the host wait for all copies and for all that was computed."""

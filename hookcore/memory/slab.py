@@ -62,6 +62,11 @@ class Slab:
         self.ranges = Ranges(self.size, self.large)
         self._memory = _allocate(self.size, self.device)
 
+    @property
+    def allocated(self) -> int:
+        """Bytes of memory that it has now."""
+        return self.size
+
     def take(self, packed: Packed) -> Place | None:
         """Finds room for a group; None if there is none."""
         start = self.ranges.take(packed.nbytes)
@@ -104,6 +109,11 @@ class Pieces:
 
     def __attrs_post_init__(self) -> None:
         self._quota = Quota(self.size)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of memory that it has now."""
+        return self._quota.lent
 
     def take(self, packed: Packed) -> Place | None:
         """Allocates memory for a group; None if that would be too much."""

@@ -374,7 +374,7 @@ class StreamMover(GroupMover):
         passing = {member.packed: group for group, member in self._members.items() if not member.stays}
         uses = [use for use in times.uses() if use.group in passing]
         unseen = passing.keys() - {use.group for use in uses}
-        room, least = self._engine.slab.allocated, max((it.nbytes for it in unseen), default=0)
+        room, least = self._engine.slab.size, max((it.nbytes for it in unseen), default=0)
         layout = choose_layout(
             uses, room, least, ahead=self._most_ahead, anywhere=self._engine.slab.is_shared
         )

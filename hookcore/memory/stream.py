@@ -126,6 +126,7 @@ class StreamMover(GroupMover):
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Moves a group's parameters to locked host memory, and its buffers to the device."""
+        self._dissolve()
         if resident or _is_inference(group):
             self._plain.attach(group, resident=resident)
             self._fixed[group] = group.nbytes if resident else 0
@@ -144,9 +145,7 @@ class StreamMover(GroupMover):
 
     def detach(self, group: Group) -> None:
         """Moves a group back to the device that it came from, into memory of its own."""
-        if self._set_up is not None:
-            self._set_up.synchronize()
-            self._drop_ahead()
+        self._dissolve()
         member = self._members.get(group)
         if member is None:
             self._plain.detach(group)
@@ -157,7 +156,12 @@ class StreamMover(GroupMover):
             self._host.release(member.packed.let_go())
             del self._members[group]
         del self._fixed[group]
-        if not self._members:
+
+    def _dissolve(self) -> None:
+        """Gives the memory on the device back, since what it is for changes."""
+        if self._set_up is not None:
+            self._set_up.synchronize()
+            self._drop_ahead()
             self._set_up = None
 
     def reset(self) -> None:
@@ -316,6 +320,10 @@ class StreamMover(GroupMover):
 
     def _make_engine(self) -> CopyEngine:
         """Allocates the memory on the device, and decides what stays from the start."""
+        for member in self._members.values():
+            if member.stays and member.packed.tensors:  # since other groups were there
+                member.packed = self._host.pack(member.parameters.slots, member.parameters.name)
+                member.stays = False
         sizes = {group: member.packed.nbytes for group, member in self._members.items() if not member.stays}
         allotment = self._allot(sizes, sum(self._fixed.values()))
         self._keep_on_device(allotment.staying)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from attrs import evolve, field, frozen
 
+from hookcore.enclosed import can_be_enclosed
 from hookcore.errors import ConflictError, OrderError, PluginError
 from hookcore.hook import Hook, overrides
 from hookcore.technique import Binding, Skipped
@@ -221,7 +222,7 @@ def check_conflicts(new: Sequence[PlanStep], existing: Sequence[Placed]) -> None
     for placed in everything:
         _check_incompatible(placed, everything)
         for binding in placed.bindings:
-            if binding.forbids_below:
+            if binding.forbids_below or binding.encloses:
                 _check_hidden(placed, binding, everything)
 
 
@@ -308,6 +309,16 @@ def _check_hidden(placed: Placed, binding: Binding, everything: Iterable[Placed]
         for inner in other.bindings:
             if other.component.modules[inner.fqn] not in below:
                 continue
+            if binding.encloses and not can_be_enclosed(inner.hook):
+                outer_label = placed.component.label(binding.fqn)
+                inner_label = other.component.label(inner.fqn)
+                raise ConflictError(
+                    f"{placed.technique.name} runs all that is in {outer_label!r} as one, so that "
+                    f"{other.technique.name} cannot stand at {inner_label!r} within. Leave that module out "
+                    "of one of them",
+                    first=_named(placed, binding),
+                    second=_named(other, inner),
+                )
             for resource in binding.forbids_below:
                 if resource == "*" or resource in {claim.resource for claim in inner.claims}:
                     outer_label = placed.component.label(binding.fqn)

@@ -260,6 +260,7 @@ class _HoldHook(Hook):
     """Holds groups for the length of a call."""
 
     swaps_weights: ClassVar[bool] = True
+    only_brings_weights: ClassVar[bool] = True
 
     def __init__(self, placement: Placement, groups: tuple[Group, ...]) -> None:
         self._placement = placement

@@ -136,6 +136,7 @@ class _EntryHook(Hook):
     """Has the component be on the device for a call."""
 
     swaps_weights: ClassVar[bool] = True
+    only_brings_weights: ClassVar[bool] = True
 
     def __init__(self, coordinator: Coordinator, weights: ComponentWeights, device: torch.device) -> None:
         self._coordinator = coordinator

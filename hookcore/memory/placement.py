@@ -10,6 +10,7 @@ brought at that moment, until the innermost running call ends.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,7 +71,7 @@ class Placement:
         self._onload_device = onload_device
         self._together = together
         # What placements that are joined have in common:
-        self._joined = [self]
+        self._refs = [weakref.ref(self)]  # or it would keep itself, and the groups' tensors, alive
         self._attached: Counter[Group] = Counter()  # by how many of them
         self._calls: list[list[Group]] = []  # what each running call holds, the innermost last
         self._uses: dict[Group, int] = {}  # how often each group that is in memory is held
@@ -79,15 +80,20 @@ class Placement:
 
     def join(self, other: Placement) -> None:
         """Counts from now on, before anything is attached, who holds what together with another placement."""
-        if self._joined is other._joined:
+        if self._refs is other._refs:
             return
         for placement in self._joined:
             placement.mover = other.mover
             placement._attached, placement._calls = other._attached, other._calls
             placement._uses, placement._lingering = other._uses, other._lingering
-            placement._joined = other._joined
-            other._joined.append(placement)
+            placement._refs = other._refs
+            other._refs.append(weakref.ref(placement))
             other.mover.expect(placement._needed())
+
+    @property
+    def _joined(self) -> list[Placement]:
+        """The placements that it is joined with, itself among them, in the order in which they were made."""
+        return [placement for ref in self._refs if (placement := ref()) is not None]
 
     def _needed(self) -> Needed:
         return Needed(self._component.name, self.groups, self.resident, self._borrowed)

@@ -102,7 +102,7 @@ def reading(way, seed=0):
             number = counts[str(where)] = counts.get(str(where), 0) + 1
         return random.Random(f"{seed} {where} {number}").random() < 0.5  # noqa: S311
 
-    with patch.object(disk, "_is_cached", is_cached):
+    with patch.object(disk, "is_cached", is_cached):
         yield
 
 
@@ -674,7 +674,7 @@ def test_what_a_forward_changes_in_its_weight_is_kept(way, stored, tmp_path):
 
 def test_nothing_is_brought_while_what_makes_room_for_it_is_being_let_go(folder):
     leaving, met = [], []
-    drop, populate = disk._drop, MappedFile.populate
+    drop, populate = disk.drop, MappedFile.populate
 
     def slow(ranges):
         leaving.append(ranges)
@@ -687,7 +687,7 @@ def test_nothing_is_brought_while_what_makes_room_for_it_is_being_let_go(folder)
         populate(mapping, start, nbytes)
 
     with (
-        patch.object(disk, "_drop", slow),
+        patch.object(disk, "drop", slow),
         patch.object(MappedFile, "populate", checked),
         reading("mapped"),
     ):
@@ -699,14 +699,14 @@ def test_nothing_is_brought_while_what_makes_room_for_it_is_being_let_go(folder)
 def test_a_call_does_not_end_before_its_pages_are_let_go(folder):
     """Or a user's edit after the call could be let go with them."""
     dropped = []
-    drop = disk._drop
+    drop = disk.drop
 
     def slow(ranges):
         time.sleep(0.02)
         drop(ranges)
         dropped.append(ranges)
 
-    with patch.object(disk, "_drop", slow), reading("mapped"):
+    with patch.object(disk, "drop", slow), reading("mapped"):
         streamed = hookcore.load(Wide, folder, [DiskOffload(read_ahead=0)])
         call(streamed)
         assert len(dropped) == 4
@@ -1077,7 +1077,7 @@ def test_no_later_layer_computes_once_a_file_has_changed_during_a_call(how, way,
 
 
 @each_way
-@pytest.mark.parametrize("step", ["_place_of", "_is_cached"])
+@pytest.mark.parametrize("step", ["_place_of", "is_cached"])
 def test_a_group_that_cannot_be_brought_is_let_go_and_brought_the_next_time(way, step, folder):
     expected = call(hookcore.load(Wide, folder))
 

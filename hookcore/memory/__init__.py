@@ -5,7 +5,8 @@ from __future__ import annotations
 from hookcore.memory.budget import choose_residents, largest_held
 from hookcore.memory.checkpoint import Checkpoint, TensorEntry
 from hookcore.memory.device import DeviceMover
-from hookcore.memory.disk import DiskMover, cost
+from hookcore.memory.disk import DiskMover
+from hookcore.memory.file_ranges import cost
 from hookcore.memory.grouping import (
     Group,
     entries_of,

@@ -7,6 +7,7 @@ from hookcore.memory.checkpoint import Checkpoint, TensorEntry
 from hookcore.memory.device import DeviceMover
 from hookcore.memory.disk import DiskMover
 from hookcore.memory.file_ranges import cost
+from hookcore.memory.file_store import FileStore
 from hookcore.memory.grouping import (
     Group,
     entries_of,
@@ -28,6 +29,7 @@ from hookcore.memory.packed import Packed
 from hookcore.memory.placement import Placement, moved
 from hookcore.memory.reads import WatchedTensors, stop_watching, watch
 from hookcore.memory.schedule import Layout, Use, choose_layout, pass_seconds
+from hookcore.memory.store import MemoryStore, Store
 from hookcore.memory.stream import StreamMover, check_budget, has_streams
 from hookcore.memory.tensors import check_movable, current_tensors, is_on, move_apart
 
@@ -35,15 +37,18 @@ __all__ = [
     "Checkpoint",
     "DeviceMover",
     "DiskMover",
+    "FileStore",
     "Group",
     "GroupMover",
     "HostMemory",
     "Layout",
     "MappedFile",
+    "MemoryStore",
     "ModelDtypeHook",
     "Origin",
     "Packed",
     "Placement",
+    "Store",
     "StreamMover",
     "TensorEntry",
     "Use",

@@ -138,10 +138,10 @@ class FileWeight:
             elif tensor._version != versions[index] or (
                 compare and not _same_bits(value.cpu(), self.homes[index].to(value.dtype))
             ):
-                self._keep_edit(index, value)
+                self.keep_edit(index, value)
             versions[index] = tensor._version
 
-    def _keep_edit(self, index: int, value: torch.Tensor) -> None:
+    def keep_edit(self, index: int, value: torch.Tensor) -> None:
         """Keeps what was changed in place: at its home, if that can hold it."""
         if self.homes[index].dtype == value.dtype:
             self.homes[index].copy_(value)
@@ -177,9 +177,13 @@ def report(weights: Iterable[FileWeight], on_device: str | None = None) -> dict[
         on_device: Of those that stay on a device, its label.
     """
     weights = list(weights)
-    on_disk = sum(weight.origin.entry.nbytes for weight in weights if not weight.edited)
+    as_in_file = [weight.origin for weight in weights if not weight.edited]
+    if on_device is None:
+        nbytes = sum(origin.entry.nbytes for origin in as_in_file)
+    else:
+        nbytes = sum(origin.raw.numel() * origin.dtype.itemsize for origin in as_in_file)
     in_memory = sum(home.nbytes for it in weights for home in it.homes if home is not it.origin.raw)
-    return {on_device or "on disk": on_disk} | (
+    return {on_device or "on disk": nbytes} | (
         {"in memory, as they differ from the disk": in_memory} if in_memory else {}
     )
 

@@ -1,7 +1,7 @@
 """Groups copied ahead of use, on a stream of their own, into device memory that is allocated once.
 
-Weights lie in page-locked host memory, a group side by side, and are never copied back. The order of use is
-learned; whatever is expected next is copied as soon as there is room for it (see `engine`).
+Weights lie in a store (see `store`), which is host memory or files, and are never copied back. The order of
+use is learned; whatever is expected next is copied as soon as there is room for it (see `engine`).
 
 Once a pass has shown the order and the times of use, the memory that streaming doesn't need goes to groups
 that stay (see `schedule`). These have their home on the device from then on.
@@ -20,24 +20,22 @@ from attrs import define
 
 from hookcore.errors import BudgetError
 from hookcore.memory.device import DeviceMover
-from hookcore.memory.engine import CopyEngine, Load
 from hookcore.memory.grouping import Group, spanning_groups
-from hookcore.memory.host import HostMemory, Staging
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
-from hookcore.memory.packed import Packed
 from hookcore.memory.schedule import choose_layout
-from hookcore.memory.tensors import current_tensors, go_back, memory_seen_elsewhere, move_apart
+from hookcore.memory.store import MemoryStore, Store
+from hookcore.memory.tensors import current_tensors
 from hookcore.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from hookcore.memory.engine import CopyEngine, Load
+    from hookcore.memory.packed import Packed
     from hookcore.memory.timing import PassTimes
-    from hookcore.target import TensorSlot
 
 _CPU = torch.device("cpu")
-_STAGED = 3  # of the largest group: one is filled while others are copied
 _AHEAD_OF_A_GUESS = 4  # groups; modules are often registered in another order than they run
 
 
@@ -56,24 +54,20 @@ class _Member:
     Attributes:
         parameters: Its parameters, as a group for the plain mover.
         buffers: Its buffers, which always stay on the device.
-        homes: The device that each parameter came from.
         packed: Its parameters.
-        left: Memory that parameters came from and that others see, too.
         in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
         stays: Whether it stays on the device, in memory of its own.
     """
 
     parameters: Group
     buffers: Group
-    homes: dict[TensorSlot, torch.device]
     packed: Packed
-    left: list[tuple[torch.Tensor, torch.Tensor]]
     in_use: Load | None = None
     stays: bool = False
 
 
 class StreamMover(GroupMover):
-    """Streams groups from page-locked host memory to a device that has streams.
+    """Streams groups from a store to a device that has streams.
 
     Buffers stay on the device, where calls may change them; so do groups that are held while others come and
     go. While gradients are recorded, nothing is copied ahead and no memory is used again: autograd keeps what
@@ -84,6 +78,7 @@ class StreamMover(GroupMover):
         budget: Bytes of the device that all weights may take; None for as little as the prefetch needs.
         prefetch: How many groups may be copied ahead of use where there is no budget to fill.
         lock_limit: Bytes of host memory that may be locked; None for a share of what is free.
+        store: Where parameters lie between calls; None for host memory that is locked within that limit.
     """
 
     def __init__(
@@ -92,6 +87,7 @@ class StreamMover(GroupMover):
         budget: int | None = None,
         prefetch: int = 1,
         lock_limit: int | None = None,
+        store: Store | None = None,
     ) -> None:
         index = onload_device.index
         if index is None:
@@ -99,7 +95,7 @@ class StreamMover(GroupMover):
         self._device = torch.device(onload_device.type, index)
         self._budget = budget
         self._prefetched = prefetch
-        self._host = HostMemory(self._device, lock_limit)
+        self._store = MemoryStore(self._device, lock_limit) if store is None else store
         self._plain = DeviceMover(self._device, _CPU)
         self._members: dict[Group, _Member] = {}
         self._fixed: dict[Group, int] = {}  # bytes on the device that the engine does not manage
@@ -116,7 +112,7 @@ class StreamMover(GroupMover):
     # Between calls
 
     def attach(self, group: Group, *, resident: bool) -> None:
-        """Moves a group's parameters to locked host memory, and its buffers to the device."""
+        """Gives a group's parameters to the store, and its buffers to the device."""
         if resident or any(tensor.is_inference() for slot in group.slots for tensor in current_tensors(slot)):
             self._plain.attach(group, resident=resident)
             self._fixed[group] = group.nbytes if resident else 0
@@ -124,17 +120,15 @@ class StreamMover(GroupMover):
         parameters, buffers = _split(group)
         self._plain.attach(buffers, resident=True)
         try:
-            homes = {slot: it[0].device for slot in parameters.slots if (it := current_tensors(slot))}
-            left = memory_seen_elsewhere(parameters.slots)
-            packed = self._host.pack(parameters.slots)
+            packed = self._store.take(parameters)
         except BaseException:
             self._plain.detach(buffers)
             raise
         self._fixed[group] = buffers.nbytes
-        self._members[group] = _Member(parameters, buffers, homes, packed, left, stays=not packed.tensors)
+        self._members[group] = _Member(parameters, buffers, packed, stays=not packed.tensors)
 
     def detach(self, group: Group) -> None:
-        """Moves a group back to the device that it came from, into memory of its own."""
+        """Puts a group back where it came from."""
         if self._set_up is not None:
             self._set_up.synchronize()
             self._drop_ahead()
@@ -142,14 +136,16 @@ class StreamMover(GroupMover):
         if member is None:
             self._plain.detach(group)
         else:
-            move_apart(member.homes)
-            go_back(member.left)
+            self._store.give_back(member.packed)
             self._plain.detach(member.buffers)
-            self._host.release(member.packed.let_go())
             del self._members[group]
         del self._fixed[group]
         if not self._members:
             self._set_up = None
+
+    def settle(self, group: Group) -> None:
+        """Is told that the group was detached for good."""
+        self._store.settle(_split(group)[0])
 
     def reset(self) -> None:
         """Forgets the order of use, and what was copied ahead."""
@@ -159,11 +155,13 @@ class StreamMover(GroupMover):
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
         """Where the bytes of the group lie."""
-        here, there = f"resident on {self._device}", f"offloaded on {_CPU}"
+        here = f"resident on {self._device}"
         if (member := self._members.get(group)) is None:
-            return {here if resident else there: group.nbytes}
-        staying = member.parameters.nbytes if member.stays else 0
-        return {here: member.buffers.nbytes + staying, there: member.parameters.nbytes - staying}
+            return self._plain.report(group, resident=resident)
+        found = dict(self._store.report(member.packed, here if member.stays else None))
+        if member.buffers.slots:
+            found[here] = found.get(here, 0) + member.buffers.nbytes
+        return found
 
     def expose(self, group: Group) -> None:
         """Sees to it that a group's tensors can be changed: no copy reads them, and none has read them."""
@@ -180,21 +178,34 @@ class StreamMover(GroupMover):
 
         Raises:
             BudgetError: The budget is too small.
+            CheckpointError: A file that weights are read from has changed.
             torch.OutOfMemoryError: The device has less memory than the budget.
         """
-        if self._set_up is None:
-            self._set_up = self._make_engine()
-        self._engine.begin()
-        times = self._engine.times
-        if times is not None and times.is_known:
-            self._learn_layout(times)
+        self._verify()
+        if self._store.is_outdated:
+            self._start_over()
+        try:
+            if self._set_up is None:
+                self._set_up = self._make_engine()
+            self._engine.begin()
+            times = self._engine.times
+            if times is not None and times.is_known:
+                self._learn_layout(times)
+        except BaseException:
+            self._start_over()
+            raise
         self._prefetch()
 
     def end(self) -> None:
-        """Ends an outermost call; what the next one needs first is copied meanwhile."""
+        """Ends an outermost call; what the next one needs first is copied meanwhile.
+
+        Raises:
+            CheckpointError: A file has changed, so that the call may have used wrong weights.
+        """
         self._order.end_pass()
-        if self._engine.times is not None:
-            self._engine.times.end_pass()
+        if self._set_up is not None and self._set_up.times is not None:
+            self._set_up.times.end_pass()
+        self._verify()
 
     def onload(self, group: Group) -> None:
         """Has the group's parameters hold their values on the device, once its stream gets there."""
@@ -209,9 +220,14 @@ class StreamMover(GroupMover):
             self._drop_unexpected(group)
         load = self._load_of(group, member)
         if load is None:
-            self._plain.onload(member.parameters)
+            self._store.bring(member.packed, self._device)
             return
-        self._engine.wait_for(load)
+        try:
+            self._engine.wait_for(load)
+        except BaseException:  # reading its file failed
+            self._engine.give_back(load)
+            self._drop_ahead()
+            raise
         member.packed.show(load.place.views)
         member.in_use = load
 
@@ -224,7 +240,7 @@ class StreamMover(GroupMover):
         load, member.in_use = member.in_use, None
         if load is None:
             if not member.stays:
-                self._plain.offload(member.parameters)
+                self._store.drop(member.packed)
             return
         packed, place = member.packed, load.place
         changed, replaced = packed.is_changed, packed.replaced(place.addresses)
@@ -261,13 +277,10 @@ class StreamMover(GroupMover):
         everything = sum(sizes.values())
         staying = list(sizes) if everything <= room else spanning
         self._keep_on_device(staying)
-        engine = CopyEngine(self._device, min(room, everything) - sum(sizes[group] for group in staying))
+        nbytes = min(room, everything) - sum(sizes[group] for group in staying)
+        coming_and_going = [it.packed for it in self._members.values() if not it.stays]
+        engine = self._store.make_engine(self._device, nbytes, coming_and_going)
         self._order = LearnedOrder([group for group in sizes if group not in staying])
-        unlocked = [
-            it.packed.nbytes for it in self._members.values() if not (it.stays or it.packed.is_locked)
-        ]
-        if unlocked:
-            engine.staging = Staging(self._device, _STAGED * max(unlocked))
         if self._budget is not None and staying is spanning:
             engine.measure()
         return engine
@@ -291,12 +304,30 @@ class StreamMover(GroupMover):
             self._order.leave_out({passing[packed] for packed in layout.resident})
 
     def _keep_on_device(self, groups: Iterable[Group]) -> None:
-        """Has groups stay on the device, in memory of their own: a view of shared memory is copied whole."""
+        """Has groups stay on the device, in memory of their own."""
         for group in groups:
             member = self._members[group]
-            move_apart(dict.fromkeys(member.homes, self._device))
-            self._host.release(member.packed.let_go())
+            self._store.keep_on(member.packed, self._device)
             member.stays = True
+
+    def _start_over(self) -> None:
+        """Has all come and go again, as before the first call."""
+        if self._set_up is not None:
+            self._set_up.synchronize()
+            self._drop_ahead()
+            self._set_up = None
+        for member in self._members.values():
+            if member.packed.tensors and (member.stays or member.packed.is_outdated):
+                member.packed = self._store.take_again(member.packed)
+                member.stays = False
+
+    def _verify(self) -> None:
+        """Has the store look whether all is as it was; if not, what was copied ahead isn't used either."""
+        try:
+            self._store.verify()
+        except BaseException:
+            self._drop_ahead()
+            raise
 
     def _load_of(self, group: Group, member: _Member) -> Load | None:
         """The copy of a group's values as they are now; None if the plain mover has to bring it."""
@@ -317,12 +348,11 @@ class StreamMover(GroupMover):
         return load
 
     def _pack_again(self, member: _Member) -> None:
-        """Takes the data that tensors were given into host memory of the group's own."""
+        """Takes the data over that tensors were given."""
         if member.packed.copied is not None:
             member.packed.copied.synchronize()
         self._engine.slab.forget(member.packed)
-        self._host.release(member.packed.let_go())
-        member.packed = self._host.pack(member.parameters.slots)
+        member.packed = self._store.take_again(member.packed)
 
     def _prefetch(self) -> None:
         """Begins to copy what is used next, as far as there is room."""
@@ -356,7 +386,11 @@ class StreamMover(GroupMover):
 
 
 def check_budget(
-    budget: int, groups: Sequence[Group], resident: Iterable[Group], onload_device: torch.device
+    budget: int,
+    groups: Sequence[Group],
+    resident: Iterable[Group],
+    onload_device: torch.device,
+    store: Store | None = None,
 ) -> None:
     """Refuses a budget in which not even one group after the other can be used.
 
@@ -365,11 +399,13 @@ def check_budget(
         groups: The groups that come and go.
         resident: Those that stay.
         onload_device: Where they are used; for the message.
+        store: Where they lie between calls; None for host memory.
 
     Raises:
         BudgetError: It is too small; names the smallest one that works.
     """
-    sizes = {group: Packed(_split(group)[0].slots).nbytes for group in groups}
+    store = MemoryStore(onload_device) if store is None else store
+    sizes = {group: store.nbytes(_split(group)[0]) for group in groups}
     spanning = spanning_groups(groups)
     least = sum(group.nbytes for group in resident)
     least += sum(_split(group)[1].nbytes for group in groups)

@@ -24,14 +24,18 @@ from hookcore.memory import (
     Checkpoint,
     DeviceMover,
     DiskMover,
+    FileStore,
     Group,
     ModelDtypeHook,
     Origin,
     Placement,
+    StreamMover,
+    check_budget,
     check_movable,
     choose_residents,
     cost,
     find_entries,
+    has_streams,
     largest_held,
     leaf_units,
     make_groups,
@@ -43,9 +47,13 @@ from hookcore.memory import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from hookcore import Component, TensorSlot
+
+
+_GROUPS_AHEAD = 3
+"""Copied ahead of use where there is no budget to fill; neighbours differ in how long they take."""
 
 
 def _path(value: str | os.PathLike[str] | None) -> Path | None:
@@ -97,15 +105,11 @@ class DiskOffload(Technique):
             return
         check_movable(component, origins)
         groups = make_groups(component, leaf_units(component), origins)
-        costs = {group: cost([origins[slot] for slot in group.slots]) for group in groups}
-        budget, what = self.memory_budget, component.label("")
-        resident = choose_residents(costs, budget, self.read_ahead, what)
-        streamed = [group for group in groups if group not in set(resident)]
-        if budget is None:
-            budget = largest_held(costs)[0] + self.read_ahead
-        mover = DiskMover(streamed, origins, self.execution_device, budget, self.read_ahead)
         yield from _dtype_hooks(component, origins)
-        yield from Placement(component, streamed, resident, mover, self.execution_device).bindings()
+        if has_streams(self.execution_device):
+            yield from self._streamed(component, groups, origins)
+        else:
+            yield from self._brought(component, groups, origins)
         staying = [slot for slot in component.slots if slot not in origins]
         if staying and self.execution_device.type != "cpu":
             check_movable(component, staying)
@@ -114,6 +118,30 @@ class DiskOffload(Technique):
             yield from Placement(component, [], [group], beside, self.execution_device).bindings()
         for slot in staying:
             yield Skipped(slot.name, "stays in memory: a buffer, or not in the checkpoint")
+
+    def _streamed(
+        self, component: Component, groups: Sequence[Group], origins: Mapping[TensorSlot, Origin]
+    ) -> Iterator[Binding]:
+        """Has groups be read ahead of use, and copied to the device while others compute."""
+        here, budget = self.execution_device, self.memory_budget
+        store = FileStore(origins, self.read_ahead)
+        if budget is not None:
+            check_budget(budget, groups, [], here, store)
+        mover = StreamMover(here, budget, _GROUPS_AHEAD, store=store)
+        return Placement(component, groups, [], mover, here).bindings()
+
+    def _brought(
+        self, component: Component, groups: Sequence[Group], origins: Mapping[TensorSlot, Origin]
+    ) -> Iterator[Binding]:
+        """Has groups be brought into host memory, where the CPU uses them."""
+        costs = {group: cost([origins[slot] for slot in group.slots]) for group in groups}
+        budget, what = self.memory_budget, component.label("")
+        resident = choose_residents(costs, budget, self.read_ahead, what)
+        streamed = [group for group in groups if group not in set(resident)]
+        if budget is None:
+            budget = largest_held(costs)[0] + self.read_ahead
+        mover = DiskMover(streamed, origins, self.execution_device, budget, self.read_ahead)
+        return Placement(component, streamed, resident, mover, self.execution_device).bindings()
 
     def _origins(self, component: Component) -> dict[TensorSlot, Origin]:
         """Finds where each parameter's values lie: known from loading, or by name in the checkpoint."""

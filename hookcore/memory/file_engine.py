@@ -120,11 +120,7 @@ class FileEngine(CopyEngine):
         self._free_given_up()
         waiting = self._waiting
         while waiting and (read := waiting[0].read) is not None and read.done():
-            request = waiting.popleft()
-            if read.exception() is None:
-                self._begin_copy(request)
-            else:  # raised if it is still so when it is needed
-                self._forget_read(request)
+            self._copy_or_forget(waiting.popleft(), read)
         for request in waiting:
             if request.read is None and not self._begin_read(request):
                 return
@@ -133,6 +129,8 @@ class FileEngine(CopyEngine):
         """Has a request that is needed now read and copied before all others."""
         if request in self._waiting:
             self._waiting.remove(request)
+        if request.read is not None and request.read.exception() is not None:
+            self._forget_read(request)  # what could not be read ahead is tried again
         while request.read is None and not self._begin_read(request):
             self._make_room()
         try:
@@ -152,6 +150,13 @@ class FileEngine(CopyEngine):
         request.room = room
         request.read = self._reader.submit(request.packed.targets, request.packed.ranges, room)
         return True
+
+    def _copy_or_forget(self, request: _Request, read: Read) -> None:
+        """Copies what has been read; what could not be is tried again when it is needed."""
+        if read.exception() is None:
+            self._begin_copy(request)
+        else:
+            self._forget_read(request)
 
     def _begin_copy(self, request: _Request) -> None:
         """Copies what has been read."""
@@ -176,15 +181,13 @@ class FileEngine(CopyEngine):
             return
         if self._given_up:
             for read, _ in self._given_up:
-                read.exception()
+                if not read.cancelled():
+                    read.exception()
             self._free_given_up()
             return
         request = next(it for it in self._waiting if it.read is not None)
         self._waiting.remove(request)
-        if cast("Read", request.read).exception() is None:
-            self._begin_copy(request)
-        else:
-            self._forget_read(request)
+        self._copy_or_forget(request, cast("Read", request.read))
 
     def _is_outdated(self, request: _Request) -> bool:
         """Whether what was read in an earlier call may be older than an edit in memory, or wasn't read."""
@@ -204,11 +207,13 @@ class FileEngine(CopyEngine):
         request.read = request.room = None
 
     def _free_given_up(self) -> None:
-        if self._given_up:
-            for read, room in self._given_up:
-                if read.done() and not self._is_beside(room.nbytes):
-                    self._ring.give_back(room)
-            self._given_up = [it for it in self._given_up if not it[0].done()]
+        still = []
+        for read, room in self._given_up:
+            if not read.done():
+                still.append((read, room))
+            elif not self._is_beside(room.nbytes):
+                self._ring.give_back(room)
+        self._given_up = still
 
     def _is_beside(self, nbytes: int) -> bool:
         """Whether something is read into memory beside the ring, as that is too small for it."""

@@ -83,7 +83,7 @@ def weights(model):
 
 def mover_of(model):
     (attachment, *_) = hookcore.status(model).attachments
-    return next(it.hook._placement._mover for it in attachment.bindings if hasattr(it.hook, "_placement"))
+    return next(it.hook._placement.mover for it in attachment.bindings if hasattr(it.hook, "_placement"))
 
 
 def pinned_room(model, read_ahead):

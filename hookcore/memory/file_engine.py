@@ -63,7 +63,7 @@ class FileEngine(CopyEngine):
     def __init__(self, device: torch.device, nbytes: int, reader: FileReader, ring: Staging) -> None:
         super().__init__(device, nbytes)
         self._reader = reader
-        self._ring = ring
+        self.staging = self._ring = ring
         self._calls = 0
         self._requests: dict[Load, _Request] = {}  # of all loads that are there or on their way
         self._waiting: deque[_Request] = deque()  # until they are copied
@@ -92,6 +92,7 @@ class FileEngine(CopyEngine):
             CheckpointError: A file has changed, or cannot be read.
         """
         request = self._requests[load]
+        asked = self.mark()  # to wait for the disk is to stall, too
         request.packed.verify()
         if request.during != self._calls and self._is_outdated(request):
             self._forget_read(request)
@@ -99,6 +100,7 @@ class FileEngine(CopyEngine):
         if not request.is_copied:
             self._copy_now(request)
         super().wait_for(load)
+        load.asked = asked
         self._go_on()
 
     def leave(self, load: Load) -> None:
@@ -160,16 +162,19 @@ class FileEngine(CopyEngine):
 
     def _begin_copy(self, request: _Request) -> None:
         """Copies what has been read."""
-        load, copying, times = request.load, self._copying, self.times
+        load, copying, times, timeline = request.load, self._copying, self.times, self.timeline
+        marker = times or timeline
         room = cast("torch.Tensor", request.room)
         _, request.packed.read_seconds = cast("Read", request.read).result()
         copying.wait_event(request.after)
         with self._module.stream(copying):
-            begun = times and times.mark(copying)
+            begun = marker and marker.mark(copying)
             load.place.memory.copy_(room, non_blocking=True)
             load.ready.record(copying)
         if times is not None:
             times.copy(load.packed, begun, load.ready)
+        if timeline is not None:
+            timeline.add("copy", load.packed.name, begun, load.ready)
         if not self._is_beside(room.nbytes):
             self._ring.sent(room, load.ready)
         request.room = None

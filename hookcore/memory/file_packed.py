@@ -22,6 +22,7 @@ class FilePacked(Packed):
 
     Args:
         weights: The parameters.
+        name: The group's name, for people.
 
     Attributes:
         weights: As given.
@@ -33,8 +34,8 @@ class FilePacked(Packed):
 
     __slots__ = ("_dtypes", "_files", "_target_of", "brought", "ranges", "targets", "weights")
 
-    def __init__(self, weights: Sequence[FileWeight]) -> None:
-        super().__init__(())
+    def __init__(self, weights: Sequence[FileWeight], name: str) -> None:
+        super().__init__((), name)
         self.weights = weights
         self.tensors = [tensor for weight in weights for tensor in weight.tensors]
         self.targets: list[Target] = []

@@ -46,7 +46,7 @@ class FileStore(Store):
         self._reader = FileReader()
         self._taken: dict[FilePacked, None] = {}
 
-    def nbytes(self, group: Group) -> int:
+    def nbytes(self, group: Group, *, stays: bool = False) -> int:
         """In the dtypes that calls find."""
         wanted = [(self._origins[slot].entry, self._origins[slot].dtype) for slot in group.slots]
         return sum(rounded(max(it.nbytes // it.dtype.itemsize * dtype.itemsize, 1)) for it, dtype in wanted)
@@ -61,7 +61,7 @@ class FileStore(Store):
         weights = [FileWeight.compare(slot, self._origins[slot]) for slot in group.slots]
         for weight in weights:
             weight.take_over()
-        packed = FilePacked(weights)
+        packed = FilePacked(weights, group.name)
         self._taken[packed] = None
         return packed
 
@@ -70,7 +70,7 @@ class FileStore(Store):
         """Takes the data that tensors were given for what is to be copied from now on."""
         own = self._own(packed)
         own.adopt()
-        again = FilePacked(own.weights)
+        again = FilePacked(own.weights, own.name)
         again.show_host()
         del self._taken[own]
         self._taken[again] = None
@@ -115,7 +115,7 @@ class FileStore(Store):
         """
         own = self._own(packed)
         own.adopt()
-        now = FilePacked(own.weights)  # they may have been given other data since
+        now = FilePacked(own.weights, own.name)  # they may have been given other data since
         now.verify()
         host = torch.empty(now.nbytes, dtype=torch.uint8)
         self._reader.read(now.targets, now.ranges, host)

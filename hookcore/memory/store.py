@@ -31,8 +31,8 @@ _STAGED = 3  # of the largest group: one is filled while others are copied
 class Store(Protocol):
     """Keeps groups of parameters. Each method does all of it or, if it raises, nothing."""
 
-    def nbytes(self, group: Group) -> int:
-        """Bytes of the device that a group takes, before it is taken over."""
+    def nbytes(self, group: Group, *, stays: bool = False) -> int:
+        """Bytes of the device that a group takes when it comes, or if it stays, before it is taken over."""
 
     def take(self, group: Group) -> Packed:
         """Takes a group's parameters over from wherever they are."""
@@ -74,6 +74,11 @@ class Store(Protocol):
         """
 
     @property
+    def locked(self) -> int:
+        """Bytes of host memory that are page-locked, without what the engine copies through."""
+        return 0
+
+    @property
     def is_outdated(self) -> bool:
         """Whether what was taken over has other sizes by now."""
         return False
@@ -111,22 +116,28 @@ class MemoryStore(Store):
         self._plain = DeviceMover(device, _CPU)
         self._taken: dict[Packed, _Taken] = {}
 
-    def nbytes(self, group: Group) -> int:
-        """As they are now."""
-        return Packed(group.slots).nbytes
+    @property
+    def locked(self) -> int:
+        """Bytes that are page-locked."""
+        return self._host.locked
+
+    def nbytes(self, group: Group, *, stays: bool = False) -> int:
+        """As they are now; what stays is side by side no more."""
+        return group.nbytes if stays else Packed(group.slots).nbytes
 
     def take(self, group: Group) -> Packed:
         """Moves parameters to locked host memory."""
         homes = {slot: found[0].device for slot in group.slots if (found := current_tensors(slot))}
         taken = _Taken(group, homes, memory_seen_elsewhere(group.slots))
-        packed = self._host.pack(group.slots)
+        packed = self._host.pack(group.slots, group.name)
         self._taken[packed] = taken
         return packed
 
     def take_again(self, packed: Packed) -> Packed:
         """Takes the data that tensors were given into host memory of the group's own."""
         self._host.release(packed.let_go())
-        again = self._host.pack(self._taken[packed].group.slots)
+        group = self._taken[packed].group
+        again = self._host.pack(group.slots, group.name)
         self._taken[again] = self._taken.pop(packed)
         return again
 

@@ -30,7 +30,6 @@ from hookcore.memory import (
     Origin,
     Placement,
     StreamMover,
-    check_budget,
     check_movable,
     choose_residents,
     cost,
@@ -125,10 +124,11 @@ class DiskOffload(Technique):
         """Has groups be read ahead of use, and copied to the device while others compute."""
         here, budget = self.execution_device, self.memory_budget
         store = FileStore(origins, self.read_ahead)
-        if budget is not None:
-            check_budget(budget, groups, [], here, store)
         mover = StreamMover(here, budget, _GROUPS_AHEAD, store=store)
-        return Placement(component, groups, [], mover, here).bindings()
+        placement = Placement(component, groups, [], mover, here)
+        if budget is not None:
+            mover.needs()  # raises if that is more
+        return placement.bindings()
 
     def _brought(
         self, component: Component, groups: Sequence[Group], origins: Mapping[TensorSlot, Origin]

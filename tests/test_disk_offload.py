@@ -53,7 +53,7 @@ def mover_of(model):
     """The mover on a model, or None if nothing is streamed."""
     for attachment in hookcore.status(model).attachments:
         for binding in attachment.bindings:
-            return binding.hook._placement._mover
+            return binding.hook._placement.mover
     return None
 
 

@@ -77,7 +77,7 @@ def weights(model):
 
 
 def mover_of(applied):
-    return next(iter(applied._attachments)).bindings[0].hook._placement._mover
+    return next(iter(applied._attachments)).bindings[0].hook._placement.mover
 
 
 X = torch.linspace(-1, 1, 3 * WIDTH).reshape(3, WIDTH)

@@ -264,13 +264,13 @@ class _HoldHook(Hook):
 
     def __init__(self, placement: Placement, groups: tuple[Group, ...]) -> None:
         self._placement = placement
-        self.groups = groups
+        self._groups = groups
 
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Brings what is not there yet."""
-        return self._placement.enter(self.groups, args, kwargs)
+        return self._placement.enter(self._groups, args, kwargs)
 
     def post_forward(self, module: nn.Module, output: Any) -> None:
         """Lets go of it."""

@@ -122,6 +122,7 @@ class StreamMover(GroupMover):
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Gives a group's parameters to the store, and its buffers to the device."""
+        self._dissolve()
         if resident or _is_inference(group):
             self._plain.attach(group, resident=resident)
             self._fixed[group] = group.nbytes if resident else 0
@@ -138,9 +139,7 @@ class StreamMover(GroupMover):
 
     def detach(self, group: Group) -> None:
         """Puts a group back where it came from."""
-        if self._set_up is not None:
-            self._set_up.synchronize()
-            self._drop_ahead()
+        self._dissolve()
         member = self._members.get(group)
         if member is None:
             self._plain.detach(group)
@@ -149,7 +148,12 @@ class StreamMover(GroupMover):
             self._plain.detach(member.buffers)
             del self._members[group]
         del self._fixed[group]
-        if not self._members:
+
+    def _dissolve(self) -> None:
+        """Gives the memory on the device back, since what it is for changes."""
+        if self._set_up is not None:
+            self._set_up.synchronize()
+            self._drop_ahead()
             self._set_up = None
 
     def settle(self, group: Group) -> None:
@@ -245,7 +249,7 @@ class StreamMover(GroupMover):
         """
         self._verify()
         if self._store.is_outdated:
-            self._start_over()
+            self._dissolve()
         try:
             if self._set_up is None:
                 self._set_up = self._make_engine()
@@ -254,7 +258,7 @@ class StreamMover(GroupMover):
             if times is not None and times.is_known:
                 self._learn_layout(times)
         except BaseException:
-            self._start_over()
+            self._dissolve()
             raise
         self._prefetch()
 
@@ -332,6 +336,11 @@ class StreamMover(GroupMover):
 
     def _make_engine(self) -> CopyEngine:
         """Allocates the memory on the device, and decides what stays from the start."""
+        for member in self._members.values():
+            # It stays since other groups were there, or is wanted in another dtype than then.
+            if member.packed.tensors and (member.stays or member.packed.is_outdated):
+                member.packed = self._store.take_again(member.packed)
+                member.stays = False
         sizes = {group: member.packed.nbytes for group, member in self._members.items() if not member.stays}
         allotment = self._allot(sizes, sum(self._fixed.values()))
         self._keep_on_device(allotment.staying)
@@ -386,17 +395,6 @@ class StreamMover(GroupMover):
             member = self._members[group]
             self._store.keep_on(member.packed, self._device)
             member.stays = True
-
-    def _start_over(self) -> None:
-        """Has all come and go again, as before the first call."""
-        if self._set_up is not None:
-            self._set_up.synchronize()
-            self._drop_ahead()
-            self._set_up = None
-        for member in self._members.values():
-            if member.packed.tensors and (member.stays or member.packed.is_outdated):
-                member.packed = self._store.take_again(member.packed)
-                member.stays = False
 
     def _verify(self) -> None:
         """Has the store look whether all is as it was; if not, what was copied ahead isn't used either."""

@@ -68,16 +68,18 @@ class DiskOffload(Technique):
     """Streams weights from the checkpoint's own files. Nothing is written.
 
     Parameters take no memory between calls, and read true at any time: they are mapped. For its call a
-    layer's weights are brought into memory, in the order that the last call has shown, ahead of use. Buffers
-    stay in memory, that of the device where the model computes.
+    layer's weights are brought into memory, in the order that the last call has shown, ahead of use: on a
+    device with streams by copies from a little page-locked memory, which never wait for the device but where
+    that is full. Buffers stay in memory, that of the device where the model computes.
 
     Attributes:
         checkpoint: A safetensors file, an index, or a folder, as `save_pretrained` writes it. None for a
             model that `hookcore.load` makes, which knows.
         execution_device: Where the model computes; inputs are moved there.
-        memory_budget: Bytes, or text such as "512MiB", that all weights together may take in memory. As
-            many as it has room for stay, spread evenly. None: as little as one call needs, and `read_ahead`.
-        read_ahead: Bytes of weights that may be read ahead of their use.
+        memory_budget: Bytes, or text such as "512MiB", that all weights together may take in memory, or on
+            an execution device with streams, there. As many as it has room for stay. None: as little as one
+            call needs, and `read_ahead`, or a few layers on the device.
+        read_ahead: Bytes of host memory for weights that are read ahead of their use.
     """
 
     name: ClassVar[str] = "disk_offload"

@@ -7,6 +7,14 @@ from hookcore.memory.checkpoint import Checkpoint, TensorEntry
 from hookcore.memory.counts import StreamReport
 from hookcore.memory.device import DeviceMover
 from hookcore.memory.disk import DiskMover
+from hookcore.memory.file_origins import (
+    FileOrigins,
+    check_ties,
+    dtype_hooks,
+    known_origins,
+    origins_in,
+    origins_of_mapped,
+)
 from hookcore.memory.file_ranges import cost
 from hookcore.memory.file_store import FileStore
 from hookcore.memory.grouping import (
@@ -40,6 +48,7 @@ __all__ = [
     "Checkpoint",
     "DeviceMover",
     "DiskMover",
+    "FileOrigins",
     "FileStore",
     "Group",
     "GroupMover",
@@ -63,16 +72,19 @@ __all__ = [
     "Use",
     "WatchedTensors",
     "check_movable",
+    "check_ties",
     "choose_layout",
     "choose_residents",
     "cost",
     "current_tensors",
+    "dtype_hooks",
     "entries_of",
     "find_blocks",
     "find_entries",
     "find_mapping",
     "has_streams",
     "is_on",
+    "known_origins",
     "largest_held",
     "leaf_units",
     "make_groups",
@@ -83,6 +95,8 @@ __all__ = [
     "moved",
     "moving_and_staying",
     "origin_of",
+    "origins_in",
+    "origins_of_mapped",
     "pass_seconds",
     "record_timeline",
     "set_origin",

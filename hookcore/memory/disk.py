@@ -127,6 +127,7 @@ class DiskMover(GroupMover):
         self._leaving: list[tuple[Future[None], Piece]] = []  # mapped pages that are being let go
         self._calls = 0
         self._arena = Arena(budget)
+        self._files: dict[Path, Checkpoint] = {}
         self._readers: dict[Path, DirectReader] = {}
         self._reader_lock = threading.Lock()
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="hookcore-disk")
@@ -140,6 +141,7 @@ class DiskMover(GroupMover):
         streamed = _Streamed([FileWeight.compare(slot, self._origins[slot]) for slot in group.slots])
         for weight in streamed.weights:
             weight.take_over()
+            self._files[weight.origin.entry.path] = weight.origin.checkpoint
         self._streamed[group] = streamed
         if resident:
             self._to_stay.append(group)
@@ -251,10 +253,6 @@ class DiskMover(GroupMover):
             self._let_go(load)
             raise
         return load
-
-    @property
-    def _checkpoint(self) -> Checkpoint:
-        return next(iter(self._origins.values())).checkpoint
 
     @torch.inference_mode(False)  # as parameters take over from data whether it was made in the mode
     def _show(self, group: Group, load: _Load) -> None:
@@ -375,9 +373,10 @@ class DiskMover(GroupMover):
         """Checks a file, or all; what was read ahead may be of one changed, even if it is put back later."""
         try:
             if path is None:
-                self._checkpoint.verify()
+                for checkpoint in set(self._files.values()):
+                    checkpoint.verify()
             else:
-                self._checkpoint.verify_file(path)
+                self._files[path].verify_file(path)
         except CheckpointError:
             self._discard_all()
             raise

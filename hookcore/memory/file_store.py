@@ -17,12 +17,14 @@ from hookcore.memory.file_packed import FilePacked
 from hookcore.memory.file_reader import FileReader
 from hookcore.memory.file_weights import FileWeight
 from hookcore.memory.host import Staging
+from hookcore.memory.origins import wanted_dtype
 from hookcore.memory.packed import rounded
 from hookcore.memory.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from hookcore.memory.checkpoint import Checkpoint
     from hookcore.memory.engine import CopyEngine
     from hookcore.memory.grouping import Group
     from hookcore.memory.origins import Origin
@@ -45,11 +47,12 @@ class FileStore(Store):
         self._read_ahead = read_ahead
         self._reader = FileReader()
         self._taken: dict[FilePacked, None] = {}
+        self._checkpoints: set[Checkpoint] = set()
 
     def nbytes(self, group: Group, *, stays: bool = False) -> int:
         """In the dtypes that calls find."""
-        wanted = [(self._origins[slot].entry, self._origins[slot].dtype) for slot in group.slots]
-        return sum(rounded(max(it.nbytes // it.dtype.itemsize * dtype.itemsize, 1)) for it, dtype in wanted)
+        first = [slot.tensors[0] for slot in group.slots]
+        return sum(rounded(max(it.numel() * wanted_dtype(it).itemsize, 1)) for it in first)
 
     @torch.inference_mode(False)  # what is made here outlives the mode
     def take(self, group: Group) -> FilePacked:
@@ -63,6 +66,7 @@ class FileStore(Store):
             weight.take_over()
         packed = FilePacked(weights, group.name)
         self._taken[packed] = None
+        self._checkpoints.update(weight.origin.checkpoint for weight in weights)
         return packed
 
     @torch.inference_mode(False)
@@ -92,6 +96,7 @@ class FileStore(Store):
             weight.give_back(of_weight)
         del self._taken[own]
         if not self._taken:
+            self._checkpoints.clear()
             self._reader.close()
 
     def settle(self, group: Group) -> None:
@@ -157,9 +162,8 @@ class FileStore(Store):
         Raises:
             CheckpointError: One has changed.
         """
-        for origin in self._origins.values():
-            origin.checkpoint.verify()
-            return
+        for checkpoint in self._checkpoints:
+            checkpoint.verify()
 
     @staticmethod
     def _own(packed: Packed) -> FilePacked:

@@ -15,6 +15,7 @@ from hookcore.errors import CheckpointError
 from hookcore.memory.copies import copy_as, copy_as_is, is_copied_as_is
 from hookcore.memory.mapping import find_mapping
 from hookcore.memory.origins import Origin, origin_of, set_origin
+from hookcore.memory.written import settled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -158,6 +159,7 @@ def settle(slots: Iterable[TensorSlot]) -> None:
     """
     for slot in slots:
         origin = origin_of(slot.tensors[0])
+        left = origin_of(slot.tensors[0], paused=True) if origin is None else origin
         if origin is not None and any(is_as_stored(tensor, origin) for tensor in slot.tensors):
             values = {tensor.data_ptr(): tensor.data for tensor in slot.tensors}
             origin.checkpoint.verify_file(origin.entry.path)
@@ -167,6 +169,8 @@ def settle(slots: Iterable[TensorSlot]) -> None:
                 tensor.data = values[tensor.data_ptr()]
         for tensor in slot.tensors:
             set_origin(tensor, None)
+        if left is not None:
+            settled(left)
 
 
 def report(weights: Iterable[FileWeight], on_device: str | None = None) -> dict[str, int]:

@@ -14,7 +14,6 @@ from hookcore import (
     Phase,
     Skipped,
     Technique,
-    UnsupportedModelError,
     hookimpl,
     parse_bytes,
     parse_device,
@@ -26,22 +25,20 @@ from hookcore.memory import (
     DiskMover,
     FileStore,
     Group,
-    ModelDtypeHook,
     Origin,
     Placement,
     StreamMover,
     check_movable,
+    check_ties,
     choose_residents,
     cost,
-    find_entries,
+    dtype_hooks,
     has_streams,
+    known_origins,
     largest_held,
     leaf_units,
     make_groups,
-    map_checkpoint,
-    models_with_dtype,
-    origin_of,
-    wanted_dtype,
+    origins_in,
 )
 
 if TYPE_CHECKING:
@@ -106,7 +103,7 @@ class DiskOffload(Technique):
             return
         check_movable(component, origins)
         groups = make_groups(component, leaf_units(component), origins)
-        yield from _dtype_hooks(component, origins)
+        yield from dtype_hooks(component, origins)
         if has_streams(self.execution_device):
             yield from self._streamed(component, groups, origins)
         else:
@@ -148,11 +145,11 @@ class DiskOffload(Technique):
     def _origins(self, component: Component) -> dict[TensorSlot, Origin]:
         """Finds where each parameter's values lie: known from loading, or by name in the checkpoint."""
         parameters = [slot for slot in component.slots if not slot.is_buffer]
-        _check_ties(component, parameters)
+        check_ties(component, parameters)
         # While it is on the model and only planned anew, names may have changed and weights been replaced: it
         # is known which ones it has streamed, and all others are in memory.
         again = self.name in status(component.module).techniques
-        known = {slot: origin for slot in parameters if (origin := _known(slot, paused=again)) is not None}
+        known = known_origins(parameters, again=again)
         if known or again:
             return known
         if self.checkpoint is None:
@@ -160,52 +157,7 @@ class DiskOffload(Technique):
                 f"{component.label('')!r} was not made by hookcore.load, so nobody knows where its weights "
                 "lie. Give DiskOffload the path of its safetensors files as checkpoint="
             )
-        checkpoint = Checkpoint.open(self.checkpoint)
-        entries = find_entries(component, checkpoint)
-        mappings = map_checkpoint(checkpoint)
-        return {
-            slot: Origin.of_entry(
-                checkpoint, entries[slot], mappings[entries[slot].path], slot.tensors[0].dtype
-            )
-            for slot in parameters
-        }
-
-
-def _known(slot: TensorSlot, *, paused: bool) -> Origin | None:
-    origin = origin_of(slot.tensors[0])
-    return origin_of(slot.tensors[0], paused=True) if origin is None and paused else origin
-
-
-def _check_ties(component: Component, parameters: list[TensorSlot]) -> None:
-    """Refuses parameters that share memory other than wholly: a checkpoint holds each on its own."""
-    for slot in parameters:
-        first, *others = slot.tensors
-        for tensor in others:
-            if (tensor.data_ptr(), tensor.shape, tensor.stride()) != (
-                first.data_ptr(),
-                first.shape,
-                first.stride(),
-            ):
-                names = " and ".join(repr(component.label(fqn)) for fqn in slot.fqns)
-                raise UnsupportedModelError(
-                    f"{names} share memory but are different views of it, which cannot be read from a file. "
-                    "Give one of them memory of its own with .clone()"
-                )
-
-
-def _dtype_hooks(component: Component, origins: Mapping[TensorSlot, Origin]) -> Iterator[Binding]:
-    """Has models tell the dtype that calls find, where their weights show another one between calls."""
-    converted = {
-        owner
-        for slot, origin in origins.items()
-        if origin.dtype != origin.entry.dtype
-        for owner, _ in slot.owners
-    }
-    for fqn, model in models_with_dtype(component.modules):
-        if not converted.isdisjoint(model.modules()):
-            dtypes = (wanted_dtype(parameter) for parameter in model.parameters())
-            first = next((dtype for dtype in dtypes if dtype.is_floating_point), model.dtype)
-            yield Binding(fqn, ModelDtypeHook(first))
+        return origins_in(component, parameters, Checkpoint.open(self.checkpoint))
 
 
 @hookimpl

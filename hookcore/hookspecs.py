@@ -43,6 +43,8 @@ class ModelConventions:
         keep_dtype_patterns: Regular expressions, searched in module FQNs, of modules whose weights must
             keep their dtype.
         group_modules: FQNs of modules that hold the blocks; empty where the library doesn't say.
+        unmoved_kwargs: Names of keyword inputs that stay the objects that they are, since calls change them;
+            no technique moves them to another device.
         repeated_classes: Names of the classes of those blocks that are worth compiling once for all; empty
             where the library doesn't say.
     """
@@ -52,6 +54,7 @@ class ModelConventions:
     keep_dtype_patterns: tuple[str, ...] = field(default=(), converter=_strings)
     group_modules: tuple[str, ...] = field(default=(), converter=_strings)
     repeated_classes: tuple[str, ...] = field(default=(), converter=_strings)
+    unmoved_kwargs: tuple[str, ...] = field(default=(), converter=_strings)
 
     @keep_dtype_patterns.validator
     def _check_patterns(self, _attribute: object, patterns: tuple[str, ...]) -> None:
@@ -66,6 +69,7 @@ class ModelConventions:
             keep_dtype_patterns=dict.fromkeys(self.keep_dtype_patterns + other.keep_dtype_patterns),
             group_modules=dict.fromkeys(self.group_modules + other.group_modules),
             repeated_classes=dict.fromkeys(self.repeated_classes + other.repeated_classes),
+            unmoved_kwargs=dict.fromkeys(self.unmoved_kwargs + other.unmoved_kwargs),
         )
 
 

@@ -238,6 +238,17 @@ class TestDiskOffloadWithABudget(TestDiskOffload):
     options: ClassVar[dict] = {"memory_budget": "64KiB", "read_ahead": "16KiB"}
 
 
+class TestGroupsOnDisk(OnBoth):
+    """Written to files of the technique's own."""
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path):
+        self.folder = tmp_path
+
+    def make(self):
+        return GroupOffload(self.device, offload_to_disk_path=self.folder)
+
+
 # Attention
 
 

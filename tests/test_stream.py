@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import hookcore
 from hookcore import BudgetError
-from hookcore.memory import engine, stream
+from hookcore.memory import engine, host
 from hookcore.testing import simulator
 from hookcore.testing.modules import Counter
 from hookcore.testing.snapshot import same_bits
@@ -363,13 +363,13 @@ def test_originals_are_freed_group_by_group_and_locked_memory_is_exact(sim):
     total = weights(model)
     originals = [StorageWeakRef(it.untyped_storage()) for it in model.parameters()]
     locked = []
-    make = stream.HostMemory.make
+    make = host.HostMemory.make
 
     def counted(memory, nbytes):
         locked.append((nbytes, sum(not it.expired() for it in originals)))
         return make(memory, nbytes)
 
-    with patch.object(stream.HostMemory, "make", counted):
+    with patch.object(host.HostMemory, "make", counted):
         hookcore.apply(model, [GroupOffload("sim", offload_type="block_level")])
     remaining = [it for _, it in locked]
     assert remaining == sorted(remaining, reverse=True)

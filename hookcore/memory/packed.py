@@ -73,9 +73,21 @@ class Packed:
         host: The memory, uint8, `(nbytes,)`, from `take` on, until `let_go`.
         is_locked: Whether a device can copy from it by itself.
         copied: An event after the last copy of it; None before the first.
+        read_seconds: How long it takes until its bytes can be copied, if they have to be read first.
     """
 
-    __slots__ = ("_homes", "_parts", "_versions", "copied", "host", "is_locked", "name", "nbytes", "tensors")
+    __slots__ = (
+        "_homes",
+        "_parts",
+        "_versions",
+        "copied",
+        "host",
+        "is_locked",
+        "name",
+        "nbytes",
+        "read_seconds",
+        "tensors",
+    )
 
     def __init__(self, slots: Iterable[TensorSlot], name: str = "") -> None:
         self.name = name
@@ -84,6 +96,7 @@ class Packed:
         self.host = torch.empty(0, dtype=torch.uint8)
         self.is_locked = False
         self.copied: Any = None
+        self.read_seconds = 0.0
         self._homes: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         self._versions: list[int] = []
 
@@ -136,6 +149,11 @@ class Packed:
             if tensor.data_ptr() != address:
                 return False
         return True
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether it would be laid out otherwise if it were made now."""
+        return False
 
     def note_versions(self) -> None:
         """Takes down how often torch has counted a change of each tensor."""

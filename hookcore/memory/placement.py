@@ -26,7 +26,7 @@ from hookcore.memory.reads import stop_watching, watch
 from hookcore.technique import Binding, Claim, Resource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from hookcore.memory.mover import GroupMover
@@ -45,6 +45,7 @@ class Placement:
         onload_device: Where the inputs of the outermost call are moved to.
         borrowed: Groups whose tensors have their home in a group of another placement, which this one joins.
         together: What it has in common with placements that may join it; None for nothing.
+        exclude_kwargs: Names of keyword inputs that are not moved; None for what the model's library says.
 
     Attributes:
         groups: As given.
@@ -62,6 +63,7 @@ class Placement:
         *,
         borrowed: Mapping[Group, Group] | None = None,
         together: object = None,
+        exclude_kwargs: Collection[str] | None = None,
     ) -> None:
         self._component = component
         self.groups = tuple(groups)
@@ -69,6 +71,8 @@ class Placement:
         self.mover = mover
         self._borrowed = dict(borrowed or {})
         self._onload_device = onload_device
+        unmoved = component.conventions.unmoved_kwargs if exclude_kwargs is None else exclude_kwargs
+        self._unmoved_kwargs = frozenset(unmoved)
         self._together = together
         # What placements that are joined have in common:
         self._refs = [weakref.ref(self)]  # or it would keep itself, and the groups' tensors, alive
@@ -216,11 +220,21 @@ class Placement:
                 if group not in self._calls[-1]:
                     self._hold(group)
             if len(self._calls) == 1:
-                return moved(args, self._onload_device), moved(kwargs, self._onload_device)
+                return moved(args, self._onload_device), self._moved_kwargs(kwargs)
         except BaseException:
             self.leave()
             raise
         return None
+
+    def _moved_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        unmoved = {name: kwargs[name] for name in self._unmoved_kwargs.intersection(kwargs)}
+        result: dict[str, Any]
+        if not unmoved:
+            result = moved(kwargs, self._onload_device)
+            return result
+        others = {name: value for name, value in kwargs.items() if name not in unmoved}
+        result = moved(others, self._onload_device)
+        return unmoved | result
 
     def leave(self) -> None:
         """Ends the innermost call, whichever way it ended."""

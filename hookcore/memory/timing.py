@@ -63,6 +63,6 @@ class PassTimes:
         """What was measured; seconds."""
         copies = {group: begun.elapsed_time(ended) * _MILLI for group, (begun, ended) in self._copies.items()}
         return [
-            Use(group, nbytes, begun.elapsed_time(ended) * _MILLI, copies[group])
+            Use(group, nbytes, begun.elapsed_time(ended) * _MILLI, max(copies[group], group.read_seconds))
             for group, nbytes, begun, ended in self._uses
         ]

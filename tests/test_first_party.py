@@ -33,7 +33,16 @@ from hookcore.testing.modules import (
     module_trees,
     sequential,
 )
-from hookcore_plugins import DiskOffload, GroupOffload, LayerwiseCasting, ModelOffload, SequentialOffload
+from hookcore_plugins import (
+    DiskOffload,
+    GroupOffload,
+    LayerwiseCasting,
+    ModelOffload,
+    SequentialOffload,
+    Slicing,
+    Tiling,
+)
+from tests.autoencoders import Pointwise
 
 
 def nested(*leaves):
@@ -226,6 +235,44 @@ class TestDiskOffload(FromCheckpoints, OnBoth):
 class TestDiskOffloadWithABudget(TestDiskOffload):
     devices = ("sim",)
     options: ClassVar[dict] = {"memory_budget": "64KiB", "read_ahead": "16KiB"}
+
+
+# Slicing and tiling
+
+
+class TestSlicing(OnBoth):
+    """One row at a time: matrices of one row are multiplied in another order than those of three."""
+
+    tolerance = 1e-5
+
+    def make(self):
+        return Slicing()
+
+    def models(self):
+        return nested(linear, linear_without_bias, layer_norm, Lookup)
+
+
+class TestTilingWithTheWholeInView(OnBoth):
+    """Of models that compute each pixel by itself, so that tiles can be put together with no difference."""
+
+    tolerance = 1e-5
+
+    def make(self):
+        return Tiling(8, 4)
+
+    def models(self):
+        return st.builds(ModelCase, st.builds(Pointwise, st.sampled_from([4, 6])), seed=st.integers(0, 9))
+
+    # What is made of several autoencoders is none, and neither are its parts.
+    test_modules_are_called_in_any_order = None
+    test_it_works_on_a_submodule = None
+
+
+class TestTiling(TestTilingWithTheWholeInView):
+    devices = ("sim",)
+
+    def make(self):
+        return Tiling((8, 10), 2, context="tile")
 
 
 # In any order

@@ -15,8 +15,18 @@ if TYPE_CHECKING:
     from hookcore_plugins.layerwise_casting import LayerwiseCasting
     from hookcore_plugins.model_offload import ModelOffload
     from hookcore_plugins.sequential_offload import SequentialOffload
+    from hookcore_plugins.slicing import Slicing
+    from hookcore_plugins.tiling import Tiling
 
-__all__ = ["DiskOffload", "GroupOffload", "LayerwiseCasting", "ModelOffload", "SequentialOffload"]
+__all__ = [
+    "DiskOffload",
+    "GroupOffload",
+    "LayerwiseCasting",
+    "ModelOffload",
+    "SequentialOffload",
+    "Slicing",
+    "Tiling",
+]
 
 _ROOMS = {
     "DiskOffload": "disk_offload",
@@ -24,6 +34,8 @@ _ROOMS = {
     "LayerwiseCasting": "layerwise_casting",
     "ModelOffload": "model_offload",
     "SequentialOffload": "sequential_offload",
+    "Slicing": "slicing",
+    "Tiling": "tiling",
 }
 
 

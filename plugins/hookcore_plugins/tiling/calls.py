@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hookcore_plugins.tiling.grid import Span, Tile
+    from hookcore_plugins.tiling.samples import Sample
 
     Size = tuple[int, int]
 
@@ -75,8 +76,16 @@ class ImageCall:
         rows, columns = (_pixels(span, self.scale.denominator, *rest) for span, *rest in spans)
         return rows.stop - rows.start, columns.stop - columns.start
 
+    def sample_size(self, sample: Sample) -> Size:
+        """Height and width of a sample of the image."""
+        height, width = (
+            length // cells * chosen
+            for length, cells, chosen in zip(self.size, self.cells, sample.cells, strict=True)
+        )
+        return height, width
+
     def sample(self, sample: Sample) -> Any:
-        """Calls with a sample of the pixels."""
+        """Calls with a sample of the image."""
         return self._on(lambda tensor, _times: sample.of(tensor))
 
     def _on(self, part: Callable[[Tensor, Fraction], Tensor]) -> Any:
@@ -90,33 +99,6 @@ class ImageCall:
             return value
 
         return self.call(*map(chosen, self.args), **{name: chosen(it) for name, it in self.kwargs.items()})
-
-
-@frozen
-class Sample:
-    """Every n-th pixel down and across.
-
-    Attributes:
-        steps: From one to the next, down and across.
-        first: The first one.
-    """
-
-    steps: Size
-    first: Size
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The sample of a tensor `(..., height, width)`; of one that is too small, the first one there is."""
-        (down, across), (top, left) = self.steps, self.first
-        height, width = tensor.shape[-2:]
-        return tensor[..., min(top, height - 1) :: down, min(left, width - 1) :: across]
-
-    def size(self, whole: Size) -> Size:
-        """Height and width of the sample of an image."""
-        height, width = (
-            -(-(length - min(first, length - 1)) // step)
-            for length, first, step in zip(whole, self.first, self.steps, strict=True)
-        )
-        return height, width
 
 
 def _pixels(span: Span, cell: Any, cells: int, length: int) -> slice:

@@ -119,6 +119,22 @@ class Grid:
         """All tiles, the last first: it tells how large the whole output is."""
         return [Tile(row, column) for row in reversed(self.rows) for column in reversed(self.columns)]
 
+    def core_of(self, tile: Tile, tensor: Tensor) -> Tensor:
+        """The part of a tile's tensor `(..., height, width)` that is nearer to its middle than to others'.
+
+        All cores together cover the image once. A tensor without height and width is taken as it is.
+        """
+        if tensor.ndim < 4:
+            return tensor
+        cores = (
+            _core(span, spans, length)
+            for span, spans, length in zip(
+                (tile.rows, tile.columns), (self.rows, self.columns), tensor.shape[-2:], strict=True
+            )
+        )
+        rows, columns = cores
+        return tensor[..., rows, columns]
+
     @staticmethod
     def corner(height: int, width: int) -> Tile:
         """The tile of so many cells where an image begins."""
@@ -128,6 +144,17 @@ class Grid:
     def area(self) -> int:
         """Cells of the largest tile."""
         return self.rows[0].length * self.columns[0].length
+
+
+def _core(span: Span, spans: Sequence[Span], length: int) -> slice:
+    """The pixels of a tile that lie between the middles of what it has in common with its neighbours."""
+    index = spans.index(span)
+    pixels = length // span.length
+    start = 0 if index == 0 else (span.start + spans[index - 1].stop) // 2 - span.start
+    if index == len(spans) - 1:
+        return slice(start * pixels, None)
+    stop = (spans[index + 1].start + span.stop) // 2 - span.start
+    return slice(start * pixels, stop * pixels)
 
 
 class Canvas:

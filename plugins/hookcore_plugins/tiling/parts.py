@@ -12,6 +12,9 @@ from hookcore import PlanError
 if TYPE_CHECKING:
     from hookcore import Component
 
+CLEAR = "_clear_conv_cache"
+"""A method that has modules forget earlier frames, where they keep them themselves."""
+
 CODING = {"encode": "encoder", "decode": "decoder"}
 """The methods that are tiled, each with the name of the module that does the work."""
 
@@ -74,6 +77,8 @@ def find_parts(component: Component) -> list[Parts]:
 def _parts(component: Component, method: str, name: str) -> Parts:
     spine = component.fqns[getattr(component.module, name)][0]
     inner = f"_{method}"
+    if method == "decode" and callable(getattr(component.module, CLEAR, None)):
+        inner = method  # only this clears what modules keep of earlier frames
     point = ("", inner) if callable(getattr(component.module, inner, None)) else (spine, "forward")
     return Parts(method, point, spine, tuple(_stages(component, spine)))
 

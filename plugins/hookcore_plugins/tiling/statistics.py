@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name that all of torch
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -35,10 +35,7 @@ class Recorded(TorchFunctionMode):
     ) -> Any:
         if func is F.group_norm:
             x, groups, *_ = _arguments(*args, **(kwargs or {}))
-            wide = torch.promote_types(x.dtype, torch.float32)
-            grouped = x.detach().to(wide).reshape(x.shape[0], groups, -1)
-            variance, mean = torch.var_mean(grouped, dim=2, correction=0)
-            self.moments.append((mean, variance))
+            self.moments.append(_moments(x, groups))
         return func(*args, **(kwargs or {}))
 
 
@@ -61,15 +58,64 @@ class Replayed(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def averaged(samples: Iterable[Sequence[Moments]]) -> list[Moments]:
-    """The statistics of several samples of equal size together."""
-    together = []
-    for moments in zip(*samples, strict=True):
-        means = torch.stack([mean for mean, _ in moments])
-        variances = torch.stack([variance for _, variance in moments])
-        mean = means.mean(0)
-        together.append((mean, (variances + (means - mean).square()).mean(0)))
-    return together
+class Measured(Exception):  # noqa: N818 -- no error: it ends a pass
+    """Leaves a pass after the norm that was to be measured.
+
+    Attributes:
+        moments: What was measured.
+        pixels: On how many pixels.
+    """
+
+    def __init__(self, moments: Moments, pixels: int) -> None:
+        super().__init__()
+        self.moments = moments
+        self.pixels = pixels
+
+
+class Measuring(Replayed):
+    """Gives the first norms of a pass statistics, and ends it at the next one with that one's own.
+
+    Args:
+        moments: Those of the first norms.
+        core: Takes the part out of what is normalized that is to be measured.
+    """
+
+    def __init__(self, moments: Sequence[Moments], core: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(moments)
+        self._left = len(moments)
+        self._core = core
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.group_norm:
+            if not self._left:
+                x, groups, *_ = _arguments(*args, **(kwargs or {}))
+                core = self._core(x)
+                raise Measured(_moments(core, groups), core.shape[2:].numel())
+            self._left -= 1
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def averaged(samples: Sequence[Moments], weights: Sequence[float] | None = None) -> Moments:
+    """The statistics of one norm over several samples together.
+
+    Args:
+        samples: The statistics on each.
+        weights: How large each is; None: alike.
+    """
+    means, variances = (torch.stack(it) for it in zip(*samples, strict=True))
+    shares = means.new_tensor([1.0] * len(samples) if weights is None else weights)
+    shares = (shares / shares.sum())[:, None, None]
+    mean = (means * shares).sum(0)
+    return mean, ((variances + (means - mean).square()) * shares).sum(0)
+
+
+def _moments(x: Tensor, groups: int) -> Moments:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grouped = x.detach().to(wide).reshape(x.shape[0], groups, -1)
+    variance, mean = torch.var_mean(grouped, dim=2, correction=0)
+    return mean, variance
 
 
 def _arguments(

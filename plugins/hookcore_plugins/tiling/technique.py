@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hookcore import Component
 
-Context = Literal["global", "tile"]
+Context = Literal["global", "exact", "tile"]
 Size = tuple[int, int]
 
 
@@ -47,8 +47,9 @@ class Tiling(Technique):
         overlap: How many pixels neighbours have in common at least, likewise. None: a quarter of a tile.
         context: What a tile is computed with besides itself. "global": what is cheap for the whole image is
             computed for the whole image (the part of the model at low resolution, with its attention), and
-            group norms use statistics of the whole image, estimated on a sample of it. "tile": nothing, as
-            in diffusers.
+            group norms use statistics of the whole image, estimated on samples of it. "exact": the same, but
+            these statistics are measured, tile by tile, in a pass up to each norm. "tile": nothing, as in
+            diffusers.
         offload_device: Where a decoded image is put together; None: where the model computes.
     """
 
@@ -99,7 +100,7 @@ class Tiling(Technique):
             tiler = Tiler(self, component.label(parts.spine), parts.method, component.module, passes)
             fqn, entry = parts.point
             yield Binding(fqn, _TilingHook(tiler), entry, [Claim(Resource.SPATIAL_SPLIT)])
-            if self.context == "global":
+            if self.context != "tile":
                 yield Binding(parts.spine, SpineHook(passes))
                 for number, stage in enumerate(parts.stages):
                     yield Binding(stage, StageHook(passes, number))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
 from hookcore import PlanError
-from hookcore_plugins.tiling.calls import ImageCall, Sample, image_in, tensor_of, with_tensor
+from hookcore_plugins.tiling.calls import ImageCall, image_in, tensor_of, with_tensor
 from hookcore_plugins.tiling.cuts import Cut, choose_cut
 from hookcore_plugins.tiling.grid import Canvas, Grid, cut
-from hookcore_plugins.tiling.statistics import Recorded, Replayed, averaged
+from hookcore_plugins.tiling.parts import CLEAR
+from hookcore_plugins.tiling.samples import samples
+from hookcore_plugins.tiling.statistics import Measured, Measuring, Recorded, Replayed, averaged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from hookcore_plugins.tiling.calls import Size
     from hookcore_plugins.tiling.grid import Tile
     from hookcore_plugins.tiling.passes import Course, Passes
+    from hookcore_plugins.tiling.samples import Sample
     from hookcore_plugins.tiling.statistics import Moments
     from hookcore_plugins.tiling.technique import Tiling
 
@@ -31,8 +35,10 @@ _TILE = 512
 
 # How much of an overlap is blended. What tiles disagree about is spread over all of it; where they agree but
 # for what lies behind their borders, they have come closest in its middle.
-_BLENDED = {"tile": 1.0, "global": 0.5}
-_MOST_SAMPLES = 2
+_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Sizes of tiles to choose from, as shares of the one that was asked for."""
+
+_BLENDED = {"tile": 1.0, "global": 0.5, "exact": 0.5}
 
 
 @frozen
@@ -69,6 +75,8 @@ class Tiler:
         self._method = method
         self._passes = passes
         self._tile_size = options.tile_size or _trained_size(module)
+        self._forget_frames = getattr(module, CLEAR, None)
+        self._blended = _BLENDED[options.context]
         self._learned: dict[Any, _Learned] = {}
 
     def reset(self) -> None:
@@ -92,71 +100,71 @@ class Tiler:
         if self._options.context == "tile":
             return self._by_tiles(whole, grid, whole.tile)
         if self._method == "encode":
-            return self._encode(whole, grid, learned)
-        return self._decode(whole, grid, learned)
+            return self._encode(whole, learned)
+        return self._decode(whole, learned)
 
     # Passes
 
-    def _decode(self, whole: ImageCall, grid: Grid, learned: _Learned) -> Any:
+    def _decode(self, whole: ImageCall, learned: _Learned) -> Any:
         """Begins with the whole image, and goes on tile by tile where that would take more memory."""
-        taken = choose_cut(learned.course, learned.size, grid, self._nominal(whole), from_the_end=False)
+        grid, taken = self._planned(whole, learned, from_the_end=False)
         features: list[Tensor] = []
         if taken is not None:
             with self._ending(taken, learned, whole.size) as features:
                 whole.whole()
 
-        def begun(size: Size, chosen: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+        def begun(size: Size, part: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
             if taken is None:
                 return nullcontext()
-            times = _ratio(size, learned.size)
-            return self._passes.beginning(
-                taken.stages, [chosen(it) for it in features], learned.course, times
-            )
+            parts = [part(it) for it in features]
+            return self._passes.beginning(taken.stages, parts, learned.course, _ratio(size, learned.size))
 
-        def sampled(sample: Sample) -> Any:
-            with begun(sample.size(whole.size), sample.of):
-                return whole.sample(sample)
+        def on_sample(sample: Sample) -> None:
+            with begun(whole.sample_size(sample), sample.of):
+                whole.sample(sample)
 
-        moments = self._moments(whole, grid, learned, sampled)
+        def on_tile(tile: Tile) -> Any:
+            scale = Fraction(1) if taken is None else taken.scale
+            with begun(whole.tile_size(tile), lambda feature: tile.of(feature, scale)):
+                return whole.tile(tile)
+
+        moments = self._moments(whole, grid, learned, on_sample, on_tile)
 
         def computed(tile: Tile) -> Any:
-            def crop(feature: Tensor) -> Tensor:
-                assert taken is not None  # noqa: S101 -- there are features
-                return tile.of(feature, taken.scale)
-
-            with _given(moments), begun(whole.tile_size(tile), crop):
-                return whole.tile(tile)
+            with Replayed(moments):
+                return on_tile(tile)
 
         return self._by_tiles(whole, grid, computed)
 
-    def _encode(self, whole: ImageCall, grid: Grid, learned: _Learned) -> Any:
+    def _encode(self, whole: ImageCall, learned: _Learned) -> Any:
         """Begins tile by tile, and goes on with the whole image where that takes little memory."""
-        taken = choose_cut(learned.course, learned.size, grid, self._nominal(whole), from_the_end=True)
+        grid, taken = self._planned(whole, learned, from_the_end=True)
 
         def ended(size: Size) -> AbstractContextManager[list[Tensor]]:
             return nullcontext([]) if taken is None else self._ending(taken, learned, size)
 
-        def sampled(sample: Sample) -> Any:
-            with ended(sample.size(whole.size)):
-                return whole.sample(sample)
+        def on_sample(sample: Sample) -> None:
+            with ended(whole.sample_size(sample)):
+                whole.sample(sample)
 
-        moments = self._moments(whole, grid, learned, sampled)
+        def on_tile(tile: Tile) -> tuple[Any, list[Tensor]]:
+            with ended(whole.tile_size(tile)) as features:
+                output = whole.tile(tile)
+            return output, features
+
+        moments = self._moments(whole, grid, learned, on_sample, on_tile)
+
+        def computed(tile: Tile) -> tuple[Any, list[Tensor]]:
+            with Replayed(moments):
+                return on_tile(tile)
+
         if taken is None:
-
-            def computed(tile: Tile) -> Any:
-                with _given(moments):
-                    return whole.tile(tile)
-
-            return self._by_tiles(whole, grid, computed)
-
+            return self._by_tiles(whole, grid, lambda tile: computed(tile)[0])
         scale = int(taken.scale * whole.scale.denominator)
-        canvases = [Canvas(grid, scale, _BLENDED["global"], None) for _ in range(learned.course.calls)]
+        canvases = [Canvas(grid, scale, self._blended, None) for _ in range(learned.course.calls)]
         for tile in grid.tiles:
-            with _given(moments), ended(whole.tile_size(tile)) as features:
-                whole.tile(tile)
-            for canvas, feature in zip(canvases, features, strict=True):
+            for canvas, feature in zip(canvases, computed(tile)[1], strict=True):
                 self._add(canvas, tile, feature)
-            features.clear()
         together = [canvas.whole for canvas in canvases if canvas.whole is not None]
         del canvases
         times = _ratio(whole.size, learned.size)
@@ -164,10 +172,9 @@ class Tiler:
             return whole.whole()
 
     def _by_tiles(self, whole: ImageCall, grid: Grid, computed: Callable[[Tile], Any]) -> Any:
-        share = _BLENDED[self._options.context]
         # Latents are small, and the model goes on with them.
         device = self._options.offload_device if self._method == "decode" else None
-        canvas = Canvas(grid, whole.scale.numerator, share, device)
+        canvas = Canvas(grid, whole.scale.numerator, self._blended, device)
         for tile in grid.tiles:
             output = computed(tile)
             self._add(canvas, tile, self._tensor(output))
@@ -186,19 +193,44 @@ class Tiler:
     # Statistics
 
     def _moments(
-        self, whole: ImageCall, grid: Grid, learned: _Learned, sampled: Callable[[Sample], Any]
-    ) -> list[Moments] | None:
-        """Statistics for the norms in tiles, of samples that are no larger than a tile."""
+        self,
+        whole: ImageCall,
+        grid: Grid,
+        learned: _Learned,
+        on_sample: Callable[[Sample], object],
+        on_tile: Callable[[Tile], object],
+    ) -> list[Moments]:
+        """Statistics of the whole image for the norms in tiles."""
         if not learned.norms:
-            return None
-        lengths = grid.rows[0].length, grid.columns[0].length
-        down, across = (max(1, -(-cells // tile)) for cells, tile in zip(whole.cells, lengths, strict=True))
+            return []
+        if self._options.context == "exact":
+            return self._measured(grid, on_tile)
         found = []
-        for index in range(_MOST_SAMPLES):
+        for sample in samples(whole.cells, grid):
             with Recorded() as seen:
-                sampled(Sample((down, across), (index * down // 2, index * across // 2)))
+                on_sample(sample)
             found.append(seen.moments)
-        return averaged(found)
+        return [averaged(moments) for moments in zip(*found, strict=True)]
+
+    def _measured(self, grid: Grid, on_tile: Callable[[Tile], object]) -> list[Moments]:
+        """Statistics of the norms in tiles, one norm after the other, since each depends on all before it.
+
+        Every pixel is measured in the one tile in whose middle it lies.
+        """
+        found: list[Moments] = []
+        while True:
+            parts: list[Measured] = []
+            for tile in grid.tiles:
+                try:
+                    with Measuring(found, partial(grid.core_of, tile)):
+                        on_tile(tile)
+                except Measured as part:
+                    parts.append(part)
+                    if self._forget_frames is not None:
+                        self._forget_frames()
+                else:
+                    return found  # there is no other norm
+            found.append(averaged([part.moments for part in parts], [part.pixels for part in parts]))
 
     # What is known of the model
 
@@ -255,18 +287,34 @@ class Tiler:
         height, width = (max(1, it // pixels) for it in self._tile_size)
         return height, width
 
-    def _grid(self, whole: ImageCall) -> Grid:
+    def _grid(self, whole: ImageCall, share: float = 1.0) -> Grid:
+        """Tiles of the size that was asked for, or of a share of it."""
         pixels = max(whole.scale.numerator, whole.scale.denominator)
         overlap = self._options.overlap or tuple(it // 4 for it in self._tile_size)
-        spans = [
-            cut(cells, tile, min(common // pixels, tile // 2))
-            for cells, tile, common in zip(whole.cells, self._nominal(whole), overlap, strict=True)
-        ]
+        spans = []
+        for cells, nominal, common in zip(whole.cells, self._nominal(whole), overlap, strict=True):
+            tile = max(1, int(nominal * share))
+            spans.append(cut(cells, tile, min(common // pixels, tile // 2)))
         return Grid(*spans)
 
+    def _planned(self, whole: ImageCall, learned: _Learned, *, from_the_end: bool) -> tuple[Grid, Cut | None]:
+        """The tiles, and the cut behind which they begin or end: the one that leaves least to tiles.
 
-def _given(moments: Sequence[Moments] | None) -> AbstractContextManager[Any]:
-    return nullcontext() if moments is None else Replayed(moments)
+        Somewhat smaller tiles may leave room for what more stages for the whole image put out.
+        """
+        nominal = self._nominal(whole)
+        best = None
+        for share in _SHARES:
+            grid = self._grid(whole, share)
+            taken = choose_cut(learned.course, learned.size, grid, nominal, from_the_end=from_the_end)
+            if taken is None:
+                return grid, None
+            left = len(taken.stages) if from_the_end else -len(taken.stages)
+            rank = not taken.fits, left
+            if best is None or rank < best[0]:
+                best = rank, grid, taken
+        assert best is not None  # noqa: S101 -- there are shares
+        return best[1:]
 
 
 def _size_of(image: Tensor) -> Size:

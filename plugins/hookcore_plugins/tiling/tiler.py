@@ -219,18 +219,18 @@ class Tiler:
         """
         found: list[Moments] = []
         while True:
-            parts: list[Measured] = []
+            parts: list[tuple[Moments, int]] = []  # not the exceptions, which hold a tile's activations
             for tile in grid.tiles:
                 try:
                     with Measuring(found, partial(grid.core_of, tile)):
                         on_tile(tile)
                 except Measured as part:
-                    parts.append(part)
+                    parts.append((part.moments, part.pixels))
                     if self._forget_frames is not None:
                         self._forget_frames()
                 else:
                     return found  # there is no other norm
-            found.append(averaged([part.moments for part in parts], [part.pixels for part in parts]))
+            found.append(averaged(*zip(*parts, strict=True)))
 
     # What is known of the model
 

@@ -68,7 +68,7 @@ WRAPS = {
     "frozen": Frozen,
     "object": lambda y: (Distribution(y),),
     "same twice": lambda y: (y, y),
-    "constant beside": lambda y: (y, torch.ones(5)),
+    "constant beside": lambda y: (y, torch.ones(13)),
     "scalar beside": lambda y: (y, torch.tensor(2.0)),
     "none": lambda y: None,
 }

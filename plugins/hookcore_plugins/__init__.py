@@ -10,6 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hookcore_plugins.attention_backend import AttentionBackend
+    from hookcore_plugins.channels_last import ChannelsLast
+    from hookcore_plugins.compile import Compile
     from hookcore_plugins.disk_offload import DiskOffload
     from hookcore_plugins.group_offload import GroupOffload
     from hookcore_plugins.layerwise_casting import LayerwiseCasting
@@ -17,8 +20,12 @@ if TYPE_CHECKING:
     from hookcore_plugins.sequential_offload import SequentialOffload
     from hookcore_plugins.slicing import Slicing
     from hookcore_plugins.tiling import Tiling
+    from hookcore_plugins.trace import Trace
 
 __all__ = [
+    "AttentionBackend",
+    "ChannelsLast",
+    "Compile",
     "DiskOffload",
     "GroupOffload",
     "LayerwiseCasting",
@@ -26,9 +33,13 @@ __all__ = [
     "SequentialOffload",
     "Slicing",
     "Tiling",
+    "Trace",
 ]
 
 _ROOMS = {
+    "AttentionBackend": "attention_backend",
+    "ChannelsLast": "channels_last",
+    "Compile": "compile",
     "DiskOffload": "disk_offload",
     "GroupOffload": "group_offload",
     "LayerwiseCasting": "layerwise_casting",
@@ -36,6 +47,7 @@ _ROOMS = {
     "SequentialOffload": "sequential_offload",
     "Slicing": "slicing",
     "Tiling": "tiling",
+    "Trace": "trace",
 }
 
 

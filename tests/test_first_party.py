@@ -245,7 +245,10 @@ class TestDiskOffloadWithABudget(TestDiskOffload):
 
 
 class TestSlicing(OnBoth):
-    """One row at a time: matrices of one row are multiplied in another order than those of three."""
+    """One row at a time: sums over one row at a time are rounded otherwise than those over three.
+
+    Models of few layers, whose gradients are no larger than what they are rounded to can be told from.
+    """
 
     tolerance = 1e-5
 
@@ -253,7 +256,13 @@ class TestSlicing(OnBoth):
         return Slicing()
 
     def models(self):
-        return nested(linear, linear_without_bias, layer_norm, Lookup)
+        leaves = st.sampled_from([linear, linear_without_bias, layer_norm, Lookup]).map(Recipe)
+        containers = st.sampled_from([sequential, Listed, Backwards])
+        pairs = st.builds(Recipe, containers, st.tuples(leaves, leaves))
+        blueprints = st.builds(
+            TreeModel, leaves | pairs, st.sampled_from([4, 8]), st.just(()), st.integers(0, 2)
+        )
+        return st.builds(ModelCase, blueprints, seed=st.integers(0, 99))
 
 
 class TestTilingWithTheWholeInView(OnBoth):

@@ -303,6 +303,26 @@ def test_the_peak_is_that_of_a_tile_and_the_output(method, context, sim):
     assert tiled <= 1.05 * (tile + output)
 
 
+def test_attention_with_a_mask_sees_the_whole_only_where_the_mask_is_small(sim):
+    """A mask has the square of the image's pixels: HunyuanVideo's would take hundreds of gigabytes."""
+    make, _, _, _ = FAMILIES["hunyuanvideo"]
+    torch.manual_seed(0)
+    model = make().eval().to("sim")
+    device = torch.get_device_module("sim")
+
+    def peak(size):
+        latents = torch.randn(1, 4, 2, size, size).to("sim")
+        device.reset_peak_memory_stats()
+        before = device.memory_allocated()
+        output = decoded(model, latents)
+        return device.max_memory_allocated() - before, output.nbytes
+
+    tile, _ = peak(12)
+    with hookcore.apply(model, [Tiling(96, 24)]):
+        tiled, output = peak(36)
+    assert tiled <= 1.05 * (tile + output)
+
+
 def test_gradients_flow_through_tiles():
     model = PointwiseAutoencoder(4)
     x = torch.randn(1, 3, 24, 24, requires_grad=True)

@@ -49,7 +49,7 @@ def choose_cut(course: Course, size: Size, grid: Grid, tile: Size, *, from_the_e
         from_the_end: Whether it is the last stages that see the whole image, as in an encoder, or the first.
 
     Returns:
-        The cut, or None if the stages cannot be told apart.
+        The cut, or None if the stages cannot be told apart, or attention cannot see the whole image.
     """
     order = _chain(course)
     if not order or () in course.results:
@@ -62,6 +62,8 @@ def choose_cut(course: Course, size: Size, grid: Grid, tile: Size, *, from_the_e
     whole = grid.rows[-1].stop * grid.columns[-1].stop * cell
     output = sum(math.prod(shape) for shape in course.results) / area * whole
     bound = _MARGIN * (max(live) * tile[0] * tile[1] * cell + output)
+    if _INSIDE * course.mask * float(whole / area) ** 2 > bound:
+        return None  # a mask over the whole image would take more than all else, as in HunyuanVideo
     lowest = min(scales)
     candidates = [index for index in range(len(order) - 1) if _is_beyond(index, scales, lowest, from_the_end)]
     if from_the_end:

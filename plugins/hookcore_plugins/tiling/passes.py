@@ -37,12 +37,14 @@ class Course:
         outputs: By stage, in the order of their calls, the shapes of what it put out at each call.
         results: What the spine put out at each call.
         calls: How often the spine was called.
+        mask: Numbers in the largest mask that attention was given; it grows with the square of the image.
         odd: Stages that put out something other than a tensor of as many dimensions as the input.
     """
 
     outputs: dict[int, list[Shape]] = field(factory=dict)
     results: list[Shape] = field(factory=list)
     calls: int = 0
+    mask: int = 0
     odd: set[int] = field(factory=set)
 
 

@@ -24,11 +24,13 @@ class Recorded(TorchFunctionMode):
 
     Attributes:
         moments: The statistics, in the order of the calls.
+        mask: Numbers in the largest mask that any attention was given.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.moments: list[Moments] = []
+        self.mask = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -36,6 +38,9 @@ class Recorded(TorchFunctionMode):
         if func is F.group_norm:
             x, groups, *_ = _arguments(*args, **(kwargs or {}))
             self.moments.append(_moments(x, groups))
+        elif func is F.scaled_dot_product_attention:
+            mask = (kwargs or {}).get("attn_mask", args[3] if len(args) > 3 else None)
+            self.mask = max(self.mask, 0 if mask is None else mask.shape[-2:].numel())
         return func(*args, **(kwargs or {}))
 
 

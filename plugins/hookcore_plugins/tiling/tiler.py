@@ -246,6 +246,7 @@ class Tiler:
             corner = Grid.corner(*(min(probe, 1 << it.bit_length() - 1) for it in (height, width)))
             with self._passes.watch() as course, Recorded() as seen:
                 output = self._tensor(small.tile(corner))
+            course.mask = seen.mask
             size = small.tile_size(corner)
             self._learned[key] = _Learned(self._scale(size, output), course, size, len(seen.moments))
         return self._learned[key]

@@ -62,7 +62,7 @@ def choose_cut(course: Course, size: Size, grid: Grid, tile: Size, *, from_the_e
     whole = grid.rows[-1].stop * grid.columns[-1].stop * cell
     output = sum(math.prod(shape) for shape in course.results) / area * whole
     bound = _MARGIN * (max(live) * tile[0] * tile[1] * cell + output)
-    if _INSIDE * course.mask * float(whole / area) ** 2 > bound:
+    if course.mask * float(whole / area) ** 2 > bound:
         return None  # a mask over the whole image would take more than all else, as in HunyuanVideo
     lowest = min(scales)
     candidates = [index for index in range(len(order) - 1) if _is_beyond(index, scales, lowest, from_the_end)]

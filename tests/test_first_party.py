@@ -43,7 +43,10 @@ from hookcore_plugins import (
     LayerwiseCasting,
     ModelOffload,
     SequentialOffload,
+    Slicing,
+    Tiling,
 )
+from tests.autoencoders import Pointwise
 
 
 def nested(*leaves):
@@ -247,6 +250,51 @@ class TestGroupsOnDisk(OnBoth):
 
     def make(self):
         return GroupOffload(self.device, offload_to_disk_path=self.folder)
+# Slicing and tiling
+
+
+class TestSlicing(OnBoth):
+    """One row at a time: sums over one row at a time are rounded otherwise than those over three.
+
+    Models of few layers, whose gradients are no larger than what they are rounded to can be told from.
+    """
+
+    tolerance = 1e-5
+
+    def make(self):
+        return Slicing()
+
+    def models(self):
+        leaves = st.sampled_from([linear, linear_without_bias, layer_norm, Lookup]).map(Recipe)
+        containers = st.sampled_from([sequential, Listed, Backwards])
+        pairs = st.builds(Recipe, containers, st.tuples(leaves, leaves))
+        blueprints = st.builds(
+            TreeModel, leaves | pairs, st.sampled_from([4, 8]), st.just(()), st.integers(0, 2)
+        )
+        return st.builds(ModelCase, blueprints, seed=st.integers(0, 99))
+
+
+class TestTilingWithTheWholeInView(OnBoth):
+    """Of models that compute each pixel by itself, so that tiles can be put together with no difference."""
+
+    tolerance = 1e-5
+
+    def make(self):
+        return Tiling(8, 4)
+
+    def models(self):
+        return st.builds(ModelCase, st.builds(Pointwise, st.sampled_from([4, 6])), seed=st.integers(0, 9))
+
+    # What is made of several autoencoders is none, and neither are its parts.
+    test_modules_are_called_in_any_order = None
+    test_it_works_on_a_submodule = None
+
+
+class TestTiling(TestTilingWithTheWholeInView):
+    devices = ("sim",)
+
+    def make(self):
+        return Tiling((8, 10), 2, context="tile")
 
 
 # Attention

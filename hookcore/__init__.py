@@ -27,7 +27,7 @@ from hookcore.errors import (
     UnsupportedModelError,
 )
 from hookcore.hook import Hook
-from hookcore.hookspecs import ForeignMechanism, ModelConventions, hookimpl
+from hookcore.hookspecs import ForeignMechanism, ModelConventions, OpenedTarget, hookimpl
 from hookcore.loading import load
 from hookcore.plan import Plan, PlanStep
 from hookcore.registry import HookRegistry
@@ -60,6 +60,7 @@ __all__ = [
     "HookcoreWarning",
     "LossyRemovalError",
     "ModelConventions",
+    "OpenedTarget",
     "OrderError",
     "Phase",
     "Plan",

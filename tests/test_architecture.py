@@ -19,6 +19,7 @@ TESTING = {"pytest", "hypothesis", "_pytest"}
 # Tools for tests that are about a library, which each imports when it is asked for that and not before.
 USES_LIBRARIES = {
     CORE / "testing" / "models.py": {"diffusers", "transformers"},  # small models of these libraries
+    CORE / "testing" / "pipelines.py": {"diffusers", "transformers"},
     CORE / "testing" / "simulator" / "trace.py": {"matplotlib"},  # draws
 }
 PUBLIC = {"hookcore", "hookcore.memory", "hookcore.testing", "hookcore.testing.simulator"}

@@ -20,6 +20,7 @@ from hookcore.memory.grouping import (
 from hookcore.memory.host import HostMemory
 from hookcore.memory.keys import find_entries
 from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
+from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
@@ -39,6 +40,7 @@ __all__ = [
     "HostMemory",
     "Layout",
     "MappedFile",
+    "ModelDevice",
     "ModelDtypeHook",
     "Origin",
     "Packed",

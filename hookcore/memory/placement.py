@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from hookcore.hook import Hook
 from hookcore.memory.grouping import Group, entries_of
+from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.reads import stop_watching, watch
 from hookcore.technique import Binding, Claim, Resource
 
@@ -37,7 +38,8 @@ class Placement:
         groups: The groups that come and go.
         resident: The groups that stay on the onload device.
         mover: Brings and drops them.
-        onload_device: Where the inputs of the outermost call are moved to.
+        onload_device: Where the inputs of the outermost call are moved to. Models in the component that tell
+            their device tell this one.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Placement:
         self._resident = tuple(resident)
         self._mover = mover
         self._onload_device = onload_device
+        self._told = ModelDevice(component, onload_device)
         self._calls: list[list[Group]] = []  # what each running call holds, the innermost last
         self._uses: dict[Group, int] = {}  # how often each group that is in memory is held
         self._lingering: Group | None = None  # in memory though nobody holds it
@@ -88,6 +91,7 @@ class Placement:
                 self._mover.detach(group)
             raise
         watch(self._groups, self._calls, self._before_read)
+        self._told.attach()
 
     def detach(self) -> None:
         """Puts all groups back where they were, and stops watching."""
@@ -101,6 +105,7 @@ class Placement:
                 self._mover.attach(group, resident=group in self._resident)
             raise
         stop_watching(self._groups)
+        self._told.detach()
 
     def settle(self) -> None:
         """Tells the mover that all groups were detached for good."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import nn
 
@@ -25,6 +25,11 @@ class Hook:
     swaps_weights: ClassVar[bool] = False
     """Whether a call changes what the module's tensors hold (casting, placement). The engine then lets one
     thread at a time into the component, and keeps what autograd saves apart from the swapped tensors."""
+
+    only_brings_weights: ClassVar[bool] = False
+    """Whether all that a call does is to have the module's tensors hold what they are to hold meanwhile. It
+    may then be done around the call of a module further out, where that one's binding `encloses` what is
+    below it: `module` is still the hook's own, arguments and output are the outer call's."""
 
     def attach(self, module: nn.Module) -> None:
         """Prepares the module; called once before the first call, and again after each `detach`.
@@ -77,6 +82,18 @@ class Hook:
         """
         raise NotImplementedError  # never called: the stack chains only methods that are overridden
 
+    def substitute(self, module: nn.Module, entry: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns what is called in the place of the entry itself, inside of all hooks.
+
+        Asked for whenever the entry's hooks change, after `attach`, and must not fail: prepare in `attach`,
+        or at the first call. Claim `Resource.CODE`, so that no other hook does the same there.
+
+        Args:
+            module: The module.
+            entry: The entry without any hook; what is returned may call it.
+        """
+        raise NotImplementedError  # never called: the stack asks only where it is overridden
+
     def on_error(self, module: nn.Module, error: BaseException) -> None:
         """Cleans up when the call raises after this hook was entered and before it was left.
 
@@ -92,6 +109,28 @@ class Hook:
     def report(self, module: nn.Module) -> Mapping[str, int]:
         """Where the bytes are that this hook manages: a label for people to a number of bytes."""
         return {}
+
+    def needs(self, module: nn.Module) -> Mapping[str, int]:
+        """Bytes of each device that weights will take at once, as far as that can be said before.
+
+        It is asked before the hook is attached, and touches nothing. What several hooks share is said by the
+        first of them.
+        """
+        return {}
+
+    def run_report(self, module: nn.Module) -> Any:
+        """What this hook counted since it was attached or last reset: an attrs object; None for nothing.
+
+        It is printed field by field; numbers in fields whose names end in `_bytes` or `_seconds` as such.
+        """
+
+    def counts(self, module: nn.Module) -> Mapping[str, int]:
+        """What happened so far: a label for people to how often. Those of all hooks are added up."""
+        return {}
+
+    def notes(self, module: nn.Module) -> Iterable[str]:
+        """What else there is to say of calls so far, as sentences for people."""
+        return ()
 
 
 def overrides(kind: type[Hook], method: str) -> bool:

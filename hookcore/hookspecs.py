@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from hookcore.attention import AttentionFunction
     from hookcore.plan import Plan
     from hookcore.technique import Technique
 
@@ -42,12 +43,15 @@ class ModelConventions:
         keep_dtype_patterns: Regular expressions, searched in module FQNs, of modules whose weights must
             keep their dtype.
         group_modules: FQNs of modules that hold the blocks; empty where the library doesn't say.
+        repeated_classes: Names of the classes of those blocks that are worth compiling once for all; empty
+            where the library doesn't say.
     """
 
     entries: tuple[str, ...] = field(default=("forward",), converter=_strings)
     block_classes: tuple[str, ...] = field(default=(), converter=_strings)
     keep_dtype_patterns: tuple[str, ...] = field(default=(), converter=_strings)
     group_modules: tuple[str, ...] = field(default=(), converter=_strings)
+    repeated_classes: tuple[str, ...] = field(default=(), converter=_strings)
 
     @keep_dtype_patterns.validator
     def _check_patterns(self, _attribute: object, patterns: tuple[str, ...]) -> None:
@@ -61,6 +65,7 @@ class ModelConventions:
             block_classes=dict.fromkeys(self.block_classes + other.block_classes),
             keep_dtype_patterns=dict.fromkeys(self.keep_dtype_patterns + other.keep_dtype_patterns),
             group_modules=dict.fromkeys(self.group_modules + other.group_modules),
+            repeated_classes=dict.fromkeys(self.repeated_classes + other.repeated_classes),
         )
 
 
@@ -102,6 +107,11 @@ class ForeignMechanism:
 @hookspec
 def hookcore_register_techniques() -> Iterable[type[Technique]]:  # type: ignore[empty-body]
     """Returns the technique classes that the plugin brings. Names have to be new."""
+
+
+@hookspec
+def hookcore_register_attention_functions() -> Iterable[AttentionFunction]:  # type: ignore[empty-body]
+    """Returns the ways to compute attention that the plugin brings. Names have to be new."""
 
 
 @hookspec(firstresult=True)

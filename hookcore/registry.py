@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from tqdm import tqdm
 
+from hookcore.enclosed import enclosing_calls, moved_outside
 from hookcore.errors import ConcurrentCallError
 from hookcore.guard import CallLock, WeightGuard
 from hookcore.hook import overrides
@@ -19,7 +21,7 @@ from hookcore.stack import HookStack
 from hookcore.structure import ReplanHook, Structure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from torch import nn
@@ -125,6 +127,18 @@ class Attachment:
         asked = self.overriding("loss_on_detach")
         found = ((binding.fqn, binding.hook.loss_on_detach(module)) for module, binding in asked)
         return [(self.component.label(fqn), loss) for fqn, loss in found if loss is not None]
+
+    def counts(self) -> dict[str, int]:
+        """What the hooks counted so far, added up: label to number."""
+        total: Counter[str] = Counter()
+        for module, binding in self.overriding("counts"):
+            total.update(binding.hook.counts(module))
+        return dict(total)
+
+    def notes(self) -> list[str]:
+        """What else the hooks have to say of calls so far, each thing once."""
+        asked = self.overriding("notes")
+        return list(dict.fromkeys(note for at, binding in asked for note in binding.hook.notes(at)))
 
 
 _LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()
@@ -336,17 +350,21 @@ def _share_locks(attachments: Iterable[Attachment]) -> None:
 def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> None:
     """Gives all entries the hooks that the attachments, outermost first, have for them.
 
+    Those at modules that an outer call encloses stand at that call.
+
     Args:
         hooked: The entries that had hooks; what no attachment hooks any more is given back.
         attachments: What is attached now.
     """
     hooks_at: dict[Key, tuple[Hook, ...]] = {}
     needed_at: dict[Key, tuple[Attachment, ...]] = {}
+    enclosing = enclosing_calls(attachments)
     for item in attachments:
-        needed = dict.fromkeys(item.hooks_at, (item,))
-        shared = hooks_at.keys() & item.hooks_at.keys()
+        added = moved_outside(item.hooks_at, enclosing) if enclosing else item.hooks_at
+        needed = dict.fromkeys(added, (item,))
+        shared = hooks_at.keys() & added.keys()
         # What is outside of it comes first at a shared entry.
-        hooks_at |= item.hooks_at | {key: hooks_at[key] + item.hooks_at[key] for key in shared}
+        hooks_at |= added | {key: hooks_at[key] + added[key] for key in shared}
         needed_at |= needed | {key: needed_at[key] + needed[key] for key in shared}
     guards = {item.lock: WeightGuard(item.lock) for item in attachments}
     for key, hooks in hooks_at.items():
@@ -354,7 +372,7 @@ def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> Non
             if hook.swaps_weights:
                 hooks_at[key] = (guards[needed_at[key][0].lock], *hooks)
                 break
-    for key, replanning in _replanning(attachments).items():
+    for key, replanning in _replanning(attachments, enclosing).items():
         structures = tuple(item.structure for item in replanning if item.structure is not None)
         hook = ReplanHook(key[1], structures, partial(_replan, replanning[0].component))
         hooks_at[key] = (hook, *hooks_at.get(key, ()))
@@ -366,13 +384,16 @@ def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> Non
             HookStack.set(*key, ())
 
 
-def _replanning(attachments: Iterable[Attachment]) -> dict[Key, list[Attachment]]:
+def _replanning(
+    attachments: Iterable[Attachment], enclosing: Mapping[nn.Module, list[Key]]
+) -> dict[Key, list[Attachment]]:
     """By entry of their components, what is bound anew when these have changed."""
     found: dict[Key, list[Attachment]] = {}
     for item in attachments:
         if item.technique.replans:
             for key in _entries(item):
-                found.setdefault(key, []).append(item)
+                for place in enclosing.get(key[0], [key]):
+                    found.setdefault(place, []).append(item)
     return found
 
 

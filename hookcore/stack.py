@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _REDUCE = "__reduce_ex__"
 _DEEPCOPY = "__deepcopy__"
 _PRE, _POST, _AROUND = Hook.pre_forward, Hook.post_forward, Hook.around_forward
+_SUBSTITUTE = Hook.substitute
 
 
 class _Chain:
@@ -149,7 +150,11 @@ class HookStack(_Chain):
                 _PlainReduction.begin(module, entry)
             stack.hooks = tuple(hooks)
             stack.keeps_alive = keeps_alive
-            stack._build(module, stack.hooks, stack.__wrapped__)
+            innermost = stack.__wrapped__
+            for hook in stack.hooks:
+                if type(hook).substitute is not _SUBSTITUTE:
+                    innermost = hook.substitute(module, innermost)
+            stack._build(module, stack.hooks, innermost)
         else:
             if stack is not None:
                 stack._give_back()
@@ -177,6 +182,13 @@ class HookStack(_Chain):
         if self._replaced is None:
             return getattr, (self._module, self._entry)
         return getattr, (self._replaced, "__call__")
+
+
+def bare_entry(module: nn.Module, entry: str) -> Callable[..., Any]:
+    """An entry of a module without its hooks, for a hook that prepares what it will `substitute`."""
+    stack = HookStack.at(module, entry)
+    found: Callable[..., Any] = getattr(module, entry) if stack is None else stack.__wrapped__
+    return found
 
 
 class _PlainReduction:

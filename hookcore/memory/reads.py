@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.compiler import is_compiling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -43,6 +44,9 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
     under way, as many models do in a forward to learn their dtype, is no read: it would bring the whole model
     at once. A copy or a pickle of it is a plain dict.
 
+    While torch.compile reads a module's code, no read counts either: what a compiled call needs is brought
+    for the whole of it, and code that noticed reads would be compiled for each module anew.
+
     Args:
         original: What it stands in for; up to date again after `give_back`.
         groups: The group of each name that is watched.
@@ -72,7 +76,7 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
         return self._original
 
     def __getitem__(self, name: str) -> torch.Tensor | None:
-        if name in self._groups:
+        if not is_compiling() and name in self._groups:
             self._before_read(self._groups[name])
         return super().__getitem__(name)
 

@@ -10,20 +10,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hookcore_plugins.attention_backend import AttentionBackend
+    from hookcore_plugins.channels_last import ChannelsLast
+    from hookcore_plugins.compile import Compile
     from hookcore_plugins.disk_offload import DiskOffload
     from hookcore_plugins.group_offload import GroupOffload
     from hookcore_plugins.layerwise_casting import LayerwiseCasting
     from hookcore_plugins.model_offload import ModelOffload
     from hookcore_plugins.sequential_offload import SequentialOffload
+    from hookcore_plugins.trace import Trace
 
-__all__ = ["DiskOffload", "GroupOffload", "LayerwiseCasting", "ModelOffload", "SequentialOffload"]
+__all__ = [
+    "AttentionBackend",
+    "ChannelsLast",
+    "Compile",
+    "DiskOffload",
+    "GroupOffload",
+    "LayerwiseCasting",
+    "ModelOffload",
+    "SequentialOffload",
+    "Trace",
+]
 
 _ROOMS = {
+    "AttentionBackend": "attention_backend",
+    "ChannelsLast": "channels_last",
+    "Compile": "compile",
     "DiskOffload": "disk_offload",
     "GroupOffload": "group_offload",
     "LayerwiseCasting": "layerwise_casting",
     "ModelOffload": "model_offload",
     "SequentialOffload": "sequential_offload",
+    "Trace": "trace",
 }
 
 

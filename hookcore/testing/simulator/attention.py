@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.attention import SDPBackend
 
 from hookcore.testing.simulator import state
@@ -31,9 +32,13 @@ def attention(  # noqa: PLR0917 -- torch's own signature
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """What `scaled_dot_product_attention` does with simulated tensors; all as there."""
-    mask = None if attn_mask is None else _stand_in(attn_mask)
-    three = (_stand_in(query), _stand_in(key), _stand_in(value))
-    choice = torch._fused_sdp_choice(*three, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    # As torch.compile looks what would come of a call, there are no numbers; the choice needs none.
+    with unset_fake_temporarily():
+        mask = None if attn_mask is None else _stand_in(attn_mask)
+        three = (_stand_in(query), _stand_in(key), _stand_in(value))
+        choice = torch._fused_sdp_choice(
+            *three, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
             attn_mask.logical_not(), float("-inf")
@@ -50,6 +55,9 @@ def attention(  # noqa: PLR0917 -- torch's own signature
 
 def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
     """A CPU tensor by which torch can choose a kernel."""
+    if isinstance(tensor, FakeTensor):
+        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        return like.requires_grad_(tensor.requires_grad)
     if tensor.device.type != state.DEVICE_TYPE:
         return tensor
     return on_cpu(tensor.detach(), block_of(tensor)).requires_grad_(tensor.requires_grad)

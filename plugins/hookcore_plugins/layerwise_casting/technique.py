@@ -263,6 +263,7 @@ class CastHook(Hook):
     """
 
     swaps_weights: ClassVar[bool] = True
+    only_brings_weights: ClassVar[bool] = True
 
     def __init__(self, weights: Iterable[CastWeight], reported: Iterable[CastWeight]) -> None:
         self._weights = tuple(weights)

@@ -115,6 +115,7 @@ class ModelOffload(Technique):
             )
         coordinator = target.shared[self]
         weights = ComponentWeights(component, self.device, coordinator.link)
+        coordinator.plan(weights)
         claims = [Claim(Resource.PLACEMENT, slot.name) for slot in component.slots]
         first, *others = entries_of(component)
         told = ModelDevice(component, self.device)
@@ -141,6 +142,7 @@ class _EntryHook(Hook):
     """Has the component be on the device for a call."""
 
     swaps_weights: ClassVar[bool] = True
+    only_brings_weights: ClassVar[bool] = True
 
     def __init__(self, coordinator: Coordinator, weights: ComponentWeights, device: torch.device) -> None:
         self._coordinator = coordinator
@@ -193,6 +195,10 @@ class _ComponentHook(_EntryHook):
     def offload(self) -> None:
         """Has the component go off."""
         self._coordinator.offload(self._weights)
+
+    def needs(self, module: nn.Module) -> Mapping[str, int]:
+        """What the component takes; what the components share is the first one's."""
+        return self._coordinator.needs(self._weights)
 
     def report(self, module: nn.Module) -> Mapping[str, int]:
         """Where the component's bytes lie now."""

@@ -1,0 +1,84 @@
+"""Calls that run the modules below as one with them, so that no hook can stand at those modules' own calls.
+
+A compiled block is such a call: a hook inside would be traced with it, and break its graph or be frozen into
+it. What hooks below bring for their own module's call they then bring for the whole call that encloses it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hookcore.hook import Hook, overrides
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import nn
+
+    from hookcore.plan import Placed
+
+    Key = tuple[nn.Module, str]  # an entry of a module
+
+_AT_CALLS = ("pre_forward", "post_forward", "around_forward", "substitute", "on_error")
+
+
+class EnclosedHook(Hook):
+    """Does around an enclosing call what another hook would do around its own module's call.
+
+    Args:
+        hook: The other hook; it only brings weights.
+        module: Its module.
+    """
+
+    swaps_weights: ClassVar[bool] = True
+
+    def __init__(self, hook: Hook, module: nn.Module) -> None:
+        self._hook = hook
+        self._module = module
+
+    def pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Does what the other does before its module's call."""
+        return self._hook.pre_forward(self._module, args, kwargs)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Does what the other does after its module's call."""
+        return self._hook.post_forward(self._module, output)
+
+    def on_error(self, module: nn.Module, error: BaseException) -> None:
+        """Does what the other does when its module's call fails."""
+        self._hook.on_error(self._module, error)
+
+
+def can_be_enclosed(hook: Hook) -> bool:
+    """Whether a hook may stand at a module whose calls others enclose."""
+    return hook.only_brings_weights or not any(overrides(type(hook), method) for method in _AT_CALLS)
+
+
+def enclosing_calls(attached: Iterable[Placed]) -> dict[nn.Module, list[Key]]:
+    """Module to the entries, further out, whose calls run it as one with them."""
+    found: dict[nn.Module, list[Key]] = {}
+    for item in attached:
+        for binding in item.bindings:
+            if binding.encloses:
+                top = item.component.modules[binding.fqn]
+                for module in top.modules():
+                    if module is not top:
+                        found.setdefault(module, []).append((top, binding.entry))
+    return found
+
+
+def moved_outside(
+    hooks_at: Mapping[Key, tuple[Hook, ...]], enclosing: Mapping[nn.Module, list[Key]]
+) -> dict[Key, tuple[Hook, ...]]:
+    """Hooks by the entry at which they stand: their own, or those whose calls enclose it."""
+    moved: dict[Key, tuple[Hook, ...]] = {}
+    for key, hooks in hooks_at.items():
+        module = key[0]
+        standing = hooks
+        if module in enclosing:
+            standing = tuple(EnclosedHook(hook, module) for hook in hooks if hook.only_brings_weights)
+        for place in enclosing.get(module, [key]):
+            moved[place] = (*moved.get(place, ()), *standing)
+    return moved

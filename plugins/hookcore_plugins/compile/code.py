@@ -1,0 +1,133 @@
+"""Code that is compiled once for many modules, and counted."""
+
+from __future__ import annotations
+
+import time
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define, field
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+
+@define
+class Counts:
+    """What compiling came to.
+
+    Attributes:
+        graphs: How many graphs were compiled.
+        recompiles: How often code was compiled again because something had changed that it relied on.
+        breaks: At how many places a call falls back to Python between two graphs.
+        reasons: Why, for each recompile and break.
+    """
+
+    graphs: int = 0
+    recompiles: int = 0
+    breaks: int = 0
+    reasons: list[str] = field(factory=list)
+
+
+def options_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for one call of `torch.compile`, which takes entries out of dicts that it is given."""
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in options.items()}
+
+
+class SharedCode:
+    """The code of modules of one class, compiled at its first call by any of them.
+
+    torch keeps compiled code with the function's code object, for all who compile the same function. Here
+    each function is copied first: what is compiled belongs to this object, is counted by it, shares no limit
+    of recompiles with others, and goes with it.
+
+    Args:
+        options: What `torch.compile` is given.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.counts = Counts()
+        self._options = options
+        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def of(self, module: nn.Module, entry: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiled code for a module's entry, counted."""
+        if isinstance(entry, MethodType) and entry.__self__ is module:
+            return _Counted(MethodType(self._compile(entry.__func__), module), self.counts)
+        return _Counted(self._compile(entry), self.counts)  # what somebody has put on the instance
+
+    def forget(self) -> None:
+        """Drops all compiled code."""
+        self._compiled.clear()
+
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if function not in self._compiled:
+            self._compiled[function] = torch.compile(_copy(function), **options_of(self._options))
+        return self._compiled[function]
+
+
+class _Counted:
+    """Calls compiled code, and notes when something was compiled meanwhile."""
+
+    __slots__ = ("_call", "_counters", "_counts")
+
+    def __init__(self, call: Callable[..., Any], counts: Counts) -> None:
+        from torch._dynamo.utils import counters
+
+        self._call = call
+        self._counts = counts
+        self._counters = counters
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        counters = self._counters
+        graphs = counters["stats"]["unique_graphs"]
+        breaks = sum(counters["graph_break"].values())
+        began = time.time_ns()
+        try:
+            return self._call(*args, **kwargs)
+        finally:
+            if counters["stats"]["unique_graphs"] != graphs:
+                self._note(counters["stats"]["unique_graphs"] - graphs, breaks, began)
+
+    def _note(self, graphs: int, breaks: int, began: int) -> None:
+        from torch._dynamo.utils import get_compilation_metrics
+
+        counts, counters = self._counts, self._counters
+        again = [
+            str(item.recompile_reason)
+            for item in get_compilation_metrics()
+            if item.recompile_reason and (item.start_time_us or 0) * 1000 >= began - 1000
+        ]
+        counts.graphs += graphs
+        counts.recompiles += len(again)
+        broken = sum(counters["graph_break"].values()) - breaks
+        counts.breaks += broken
+        if broken > 0:
+            latest = list(counters["graph_break"])[-broken:]
+            counts.reasons += [_first_line("graph break: ", it) for it in latest]
+        counts.reasons += [_first_line("compiled again: ", it) for it in again]
+
+
+def _first_line(what: str, reason: str) -> str:
+    """What torch says, without the stack that follows it."""
+    return what + " ".join(reason.partition("\n")[0].split())
+
+
+def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with a code object of its own; anything else as it is."""
+    if not isinstance(function, FunctionType):
+        return function
+    copied = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__qualname__ = function.__qualname__
+    copied.__module__ = function.__module__
+    return copied

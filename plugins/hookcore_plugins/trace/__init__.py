@@ -1,0 +1,31 @@
+"""Tracing with torch.jit.trace: the operations of one call are recorded, and later run without Python."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hookcore import hookimpl
+from hookcore_plugins.trace.technique import Trace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hookcore import Plan, Technique
+
+__all__ = ["Trace"]
+
+
+@hookimpl
+def hookcore_register_techniques() -> list[type[Technique]]:
+    """Brings `Trace`."""
+    return [Trace]
+
+
+@hookimpl
+def hookcore_review_plan(plan: Plan) -> Iterator[str]:
+    """Says what torch says of tracing."""
+    if any(isinstance(step.technique, Trace) for step in plan.steps):
+        yield (
+            "torch.jit.trace is deprecated; torch recommends torch.compile (the technique `compile`) or "
+            "torch.export instead"
+        )

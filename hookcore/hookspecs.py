@@ -73,6 +73,26 @@ class ModelConventions:
         )
 
 
+@frozen(eq=False)
+class OpenedTarget:
+    """What a plugin found in an object that holds several models, such as a pipeline.
+
+    Attributes:
+        components: The models by name, each once.
+        absent: What a user may take for a component, by name, and why it is none, as a phrase that follows
+            the name: `"is None"`.
+        sequence: Names of components in the order in which a run of the object calls them; empty if unknown.
+        denoisers: Names of the components that a run calls once for each step; empty if unknown.
+        run_end: Name of the method of the object that a run calls last; None if there is none.
+    """
+
+    components: Mapping[str, nn.Module]
+    absent: Mapping[str, str] = field(factory=dict)
+    sequence: tuple[str, ...] = field(default=(), converter=_strings)
+    denoisers: tuple[str, ...] = field(default=(), converter=_strings)
+    run_end: str | None = None
+
+
 @frozen
 class ForeignMechanism:
     """Something else that already changes what a module's call does.
@@ -99,8 +119,11 @@ def hookcore_register_attention_functions() -> Iterable[AttentionFunction]:  # t
 
 
 @hookspec(firstresult=True)
-def hookcore_open_target(target: Any) -> Mapping[str, nn.Module] | None:
-    """Returns the named modules of an object (a pipeline's components), or None if it isn't known here."""
+def hookcore_open_target(target: Any) -> OpenedTarget | Mapping[str, nn.Module] | None:
+    """Returns the named modules of an object (a pipeline's components), or None if it isn't known here.
+
+    An `OpenedTarget` says more of it than a mapping can.
+    """
 
 
 @hookspec

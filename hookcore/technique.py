@@ -127,6 +127,20 @@ class Technique:
     replans: ClassVar[bool] = False
     materializes: ClassVar[bool] = False
 
+    def skip_unless_named(self, component: Component) -> str | None:
+        """Why this technique leaves a component alone that nobody named, as a phrase for people.
+
+        Asked of each component when a plain list of techniques is put on a target of several. A component is
+        named by `components=`, or by a mapping from components to techniques. Touches nothing.
+
+        Args:
+            component: The component; what it was opened with is in `component.target`.
+
+        Returns:
+            The reason; None to take the component as if it was named.
+        """
+        return None
+
     def bind(self, component: Component) -> Iterable[Binding | Skipped]:
         """Lists the hooks that this technique needs on a component. Touches nothing.
 

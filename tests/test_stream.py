@@ -231,6 +231,26 @@ def test_bytes_of_the_storage_dtype_travel(sim, order, budget):
     assert simulator.pinned_bytes() - locked < weights(build()) / 2
 
 
+@pytest.mark.parametrize("options", [{}, {"offload_type": "block_level", "prefetch": 2}])
+def test_weights_given_in_another_dtype_between_calls(sim, options):
+    """Three half-precision numbers take six bytes, which hold no whole number of single-precision ones."""
+
+    def made():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return nn.Sequential(*(nn.Linear(3, 3) for _ in range(8))).half()
+
+    model, bare = made(), made()
+    hookcore.apply(model, [GroupOffload("sim", **options)])
+    for dtype in (torch.float16, torch.float32, torch.float16, torch.float64, torch.float64):
+        model.to(dtype)
+        bare.to(dtype)
+        for _ in range(2):
+            with torch.no_grad():
+                x = torch.ones(1, 3, dtype=dtype)
+                assert same_bits(model(x).cpu(), bare(x))
+
+
 # Speed
 
 

@@ -31,6 +31,7 @@ from hookcore.memory.grouping import (
 from hookcore.memory.host import HostMemory
 from hookcore.memory.keys import find_entries
 from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
+from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
 from hookcore.memory.mover import GroupMover, Needed
 from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
@@ -56,6 +57,7 @@ __all__ = [
     "Layout",
     "MappedFile",
     "MemoryStore",
+    "ModelDevice",
     "ModelDtypeHook",
     "Needed",
     "Origin",

@@ -24,21 +24,26 @@ class _Part:
 
     Attributes:
         tensor: The object that modules hold.
+        dtype: What it was packed in; somebody may give it data of another one, as `module.to(dtype)` does.
+        shape: Likewise.
+        stride: Likewise.
         start: Where its memory begins, in bytes.
         span: Bytes from there that it and what it shares memory with take.
         offset: Of its first element from there, in elements.
     """
 
     tensor: torch.Tensor
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
     start: int
     span: int
     offset: int
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """What the tensor is in this memory (uint8), with its own size, stride and dtype."""
-        flat = memory[self.start : self.start + self.span].view(self.tensor.dtype)
-        offset = self.offset + int(flat.storage_offset())
-        return flat.as_strided(self.tensor.shape, self.tensor.stride(), offset)
+        """What the tensor was when it was packed, in this memory (uint8)."""
+        flat = memory[self.start : self.start + self.span].view(self.dtype)
+        return flat.as_strided(self.shape, self.stride, self.offset + int(flat.storage_offset()))
 
 
 def _lay_out(slots: Iterable[TensorSlot]) -> tuple[list[_Part], int]:
@@ -49,7 +54,10 @@ def _lay_out(slots: Iterable[TensorSlot]) -> tuple[list[_Part], int]:
             first = min(int(it.storage_offset()) for it in tied)
             itemsize = tied[0].element_size()
             span = itemsize * max(int(it.storage_offset()) + extent(it) - first for it in tied)
-            parts += [_Part(it, position, span, int(it.storage_offset()) - first) for it in tied]
+            parts += [
+                _Part(it, it.dtype, it.shape, it.stride(), position, span, int(it.storage_offset()) - first)
+                for it in tied
+            ]
             position += rounded(max(span, 1))  # also what is empty has a place
     return parts, position
 

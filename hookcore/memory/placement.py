@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from hookcore.hook import Hook
 from hookcore.memory.grouping import Group, entries_of
+from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.mover import Needed
 from hookcore.memory.reads import stop_watching, watch
 from hookcore.technique import Binding, Claim, Resource
@@ -42,7 +43,8 @@ class Placement:
         groups: The groups that come and go.
         resident: The groups that stay on the onload device.
         mover: Brings and drops them.
-        onload_device: Where the inputs of the outermost call are moved to.
+        onload_device: Where the inputs of the outermost call are moved to. Models in the component that tell
+            their device tell this one.
         borrowed: Groups whose tensors have their home in a group of another placement, which this one joins.
         together: What it has in common with placements that may join it; None for nothing.
         exclude_kwargs: Names of keyword inputs that are not moved; None for what the model's library says.
@@ -73,6 +75,7 @@ class Placement:
         self._onload_device = onload_device
         unmoved = component.conventions.unmoved_kwargs if exclude_kwargs is None else exclude_kwargs
         self._unmoved_kwargs = frozenset(unmoved)
+        self._told = ModelDevice(component, onload_device)
         self._together = together
         # What placements that are joined have in common:
         self._refs = [weakref.ref(self)]  # or it would keep itself, and the groups' tensors, alive
@@ -139,6 +142,7 @@ class Placement:
                 self._take(group)
             raise
         watch(self._watched, self._calls, self._before_read)
+        self._told.attach()
 
     def detach(self) -> None:
         """Puts all groups back where they were, and stops watching."""
@@ -152,6 +156,7 @@ class Placement:
                 self._put(group)
             raise
         stop_watching(self._watched)
+        self._told.detach()
 
     def _put(self, group: Group) -> None:
         """Attaches a group, unless another placement has done so."""

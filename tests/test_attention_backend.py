@@ -156,7 +156,7 @@ def test_real_models_take_it(name, backend):
                 else:
                     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert counted(model) == {f"computed by {backend}": ATTENTIONS[name]}
-    assert f"counted by attention_backend: {ATTENTIONS[name]} computed by {backend}" in str(applied)
+    assert f"attention_backend: {ATTENTIONS[name]} computed by {backend}" in str(applied)
     applied.remove()
     before.assert_restored(model)
 

@@ -20,6 +20,7 @@ import hookcore
 from hookcore import Phase, Technique
 from hookcore.testing import HookMachine, ModelCase, TechniqueContract
 from hookcore.testing.modules import (
+    Attention,
     Backwards,
     Listed,
     Lookup,
@@ -33,7 +34,16 @@ from hookcore.testing.modules import (
     module_trees,
     sequential,
 )
-from hookcore_plugins import DiskOffload, GroupOffload, LayerwiseCasting, ModelOffload, SequentialOffload
+from hookcore_plugins import (
+    ChannelsLast,
+    Compile,
+    DiskOffload,
+    GroupOffload,
+    LayerwiseCasting,
+    ModelOffload,
+    SequentialOffload,
+    Trace,
+)
 
 
 def nested(*leaves):
@@ -47,6 +57,14 @@ def nested(*leaves):
     trees = containers(kinds | containers(kinds))
     blueprints = st.builds(TreeModel, trees, st.sampled_from([4, 8]), freeze_every=st.integers(0, 2))
     return st.builds(ModelCase, blueprints, seed=st.integers(0, 99))
+
+
+def shallow(*leaves):
+    """Models of one to three of these leaves, for techniques that take long to apply."""
+    lists = st.lists(st.sampled_from(leaves).map(Recipe), min_size=1, max_size=3).map(tuple)
+    trees = st.builds(Recipe, st.sampled_from([sequential, Listed, Backwards]), lists)
+    blueprints = st.builds(TreeModel, trees, st.just(4), freeze_every=st.integers(0, 2))
+    return st.builds(ModelCase, blueprints, seed=st.integers(0, 9))
 
 
 READS_OTHERS = (WeightReader, nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -226,6 +244,83 @@ class TestDiskOffload(FromCheckpoints, OnBoth):
 class TestDiskOffloadWithABudget(TestDiskOffload):
     devices = ("sim",)
     options: ClassVar[dict] = {"memory_budget": "64KiB", "read_ahead": "16KiB"}
+
+
+# Memory format, tracing, compiling
+
+
+class Picture(nn.Module):
+    """A convolution of the batch as one picture, 2D or 3D, in float64: kernels then differ by little."""
+
+    dimensions = 2
+
+    def __init__(self, width):
+        super().__init__()
+        kind = (nn.Conv2d, nn.ConvTranspose3d)[self.dimensions - 2]
+        self.convolution = kind(3, 3, 3, padding=1, groups=3, dtype=torch.float64)
+
+    def forward(self, x):
+        picture = x.double().expand(2, 3, *[2] * (self.dimensions - 2), *x.shape)
+        return x + self.convolution(picture).flatten(2).mean(2).sum().to(x.dtype)
+
+
+class Film(Picture):
+    dimensions = 3
+
+
+class TiedPictures(nn.Module):
+    """Two convolutions with one weight, and one whose weight is a view of a part of larger memory."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second, self.third = Picture(width), Picture(width), Picture(width)
+        self.second.convolution.weight = self.first.convolution.weight
+        memory = torch.rand(2, *self.third.convolution.weight.shape, dtype=torch.float64)
+        self.third.convolution.weight = nn.Parameter(memory[1])
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x)))
+
+
+class TestChannelsLast(OnBoth):
+    tolerance = 1e-5
+
+    def make(self):
+        return ChannelsLast()
+
+    def models(self):
+        return shallow(Picture, Film, TiedPictures, linear)
+
+
+class TestTrace(TechniqueContract):
+    tolerance = 1e-5
+    hides_modules = True
+    example = None
+
+    def build(self, case):
+        self.example = case.inputs(seed=1)[0]
+        return super().build(case)
+
+    def make(self):
+        return Trace(self.example or (torch.zeros(3, 4),))
+
+    def models(self):
+        return shallow(linear, layer_norm, Picture, Attention)
+
+
+class TestCompile(TechniqueContract):
+    hides_modules = True
+
+    def make(self):
+        return Compile(backend="eager")
+
+    def models(self):
+        return shallow(linear, linear_without_bias, layer_norm)
+
+
+@pytest.mark.slow
+class TestCompileOnTheSimulator(TestCompile):
+    devices = ("sim",)
 
 
 # In any order

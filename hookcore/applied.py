@@ -10,6 +10,7 @@ from hookcore.errors import LossyRemovalError
 from hookcore.plugins import plugins
 from hookcore.registry import CHANGING, HookRegistry
 from hookcore.report import attachment_table, tensor_bytes
+from hookcore.run_report import RunReport, run_report
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,6 +60,10 @@ class Applied:
             HookRegistry([item.component for item in here]).reset(here)
         plugins().observe("reset", plan=self.plan)
 
+    def run_report(self) -> RunReport:
+        """What these techniques counted since they were applied or last reset; print it."""
+        return run_report(item for item in self._attachments if item.attached)
+
     def __enter__(self) -> Self:
         """Raises LossyRemovalError here, and not at the end of the block, if the end could not remove.
 
@@ -97,6 +102,10 @@ class Status:
     def nbytes(self) -> Mapping[str, int]:
         """Bytes of parameters and buffers by device, ties counted once; what is mapped is `"disk"`."""
         return tensor_bytes(self.components)
+
+    def run_report(self) -> RunReport:
+        """What the techniques counted since they were applied or last reset; print it."""
+        return run_report(self.attachments)
 
     def __str__(self) -> str:
         if not self.attachments:

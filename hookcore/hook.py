@@ -110,6 +110,20 @@ class Hook:
         """Where the bytes are that this hook manages: a label for people to a number of bytes."""
         return {}
 
+    def needs(self, module: nn.Module) -> Mapping[str, int]:
+        """Bytes of each device that weights will take at once, as far as that can be said before.
+
+        It is asked before the hook is attached, and touches nothing. What several hooks share is said by the
+        first of them.
+        """
+        return {}
+
+    def run_report(self, module: nn.Module) -> Any:
+        """What this hook counted since it was attached or last reset: an attrs object; None for nothing.
+
+        It is printed field by field; numbers in fields whose names end in `_bytes` or `_seconds` as such.
+        """
+
     def counts(self, module: nn.Module) -> Mapping[str, int]:
         """What happened so far: a label for people to how often. Those of all hooks are added up."""
         return {}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from hookcore.attention import AttentionFunction
     from hookcore.plan import Plan
     from hookcore.technique import Technique
 
@@ -86,6 +87,11 @@ class ForeignMechanism:
 @hookspec
 def hookcore_register_techniques() -> Iterable[type[Technique]]:  # type: ignore[empty-body]
     """Returns the technique classes that the plugin brings. Names have to be new."""
+
+
+@hookspec
+def hookcore_register_attention_functions() -> Iterable[AttentionFunction]:  # type: ignore[empty-body]
+    """Returns the ways to compute attention that the plugin brings. Names have to be new."""
 
 
 @hookspec(firstresult=True)

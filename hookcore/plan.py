@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import graphlib
 import heapq
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from attrs import evolve, field, frozen
 
 from hookcore.enclosed import can_be_enclosed
 from hookcore.errors import ConflictError, OrderError, PluginError
-from hookcore.hook import Hook
+from hookcore.hook import Hook, overrides
 from hookcore.technique import Binding, Skipped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import nn
 
@@ -64,6 +65,15 @@ class PlanStep:
     bindings: tuple[Binding, ...]
     skipped: tuple[Skipped, ...] = ()
 
+    @property
+    def needs(self) -> Mapping[str, int]:
+        """Bytes of each device that weights will take at once, where the technique can say so."""
+        total: Counter[str] = Counter()
+        for binding in self.bindings:
+            if overrides(type(binding.hook), "needs"):
+                total.update(binding.hook.needs(self.component.modules[binding.fqn]))
+        return dict(total)
+
 
 @frozen(eq=False)
 class Plan:
@@ -77,6 +87,17 @@ class Plan:
 
     steps: tuple[PlanStep, ...]
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def needs(self) -> Mapping[str, int]:
+        """Bytes of each device that weights will take at once, of all components together.
+
+        It is said of the dtypes that they have now: what casting saves comes off.
+        """
+        total: Counter[str] = Counter()
+        for step in self.steps:
+            total.update(step.needs)
+        return dict(total)
 
     def __str__(self) -> str:
         from hookcore.report import plan_table
@@ -194,14 +215,20 @@ def check_conflicts(new: Sequence[PlanStep], existing: Sequence[Placed]) -> None
     for placed in everything:
         held = _held(placed)
         if twice := holders.keys() & held.keys():
-            key = next(key for key in held if key in twice)
-            raise _conflict(holders[key], held[key])
+            for key in held:
+                if key in twice and not _together(holders[key][1], held[key][1]):
+                    raise _conflict(holders[key], held[key])
         holders |= held
     for placed in everything:
         _check_incompatible(placed, everything)
         for binding in placed.bindings:
             if binding.forbids_below or binding.encloses:
                 _check_hidden(placed, binding, everything)
+
+
+def _together(first: Binding, second: Binding) -> bool:
+    """Whether two bindings may own the same things."""
+    return first.together is not None and first.together is second.together
 
 
 def _held(placed: Placed) -> dict[object, _Holding]:

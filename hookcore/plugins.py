@@ -26,6 +26,7 @@ from attrs import evolve, frozen
 from torch import nn
 
 from hookcore import hookspecs
+from hookcore.attention import AttentionFunction
 from hookcore.errors import HookcoreError, HookcoreWarning, PluginError
 from hookcore.hookspecs import PROJECT, ForeignMechanism, ModelConventions
 from hookcore.technique import Phase, Technique
@@ -77,16 +78,20 @@ class PluginHost:
     Attributes:
         listing: Every plugin found or named: hookcore's own first, then by name, at the end the unknown.
         techniques: Name to class, of all active plugins; read-only.
+        attention_functions: Name to function, of all active plugins; read-only.
     """
 
     listing: tuple[PluginInfo, ...]
     techniques: Mapping[str, type[Technique]]
+    attention_functions: Mapping[str, AttentionFunction]
 
     def __init__(self) -> None:
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._techniques: dict[str, type[Technique]] = {}
         self.techniques = MappingProxyType(self._techniques)
+        self._attention_functions: dict[str, AttentionFunction] = {}
+        self.attention_functions = MappingProxyType(self._attention_functions)
         self.listing = ()
 
     @classmethod
@@ -222,13 +227,14 @@ class PluginHost:
             problem = f"plugin {_full_name(self._active(found.name))} has this name already"
             return evolve(found, state="broken", problem=problem)
         try:
-            techniques = self._register(found.name, entry_point)
+            techniques, functions = self._register(found.name, entry_point)
         except (_RefusedError, pluggy.PluginValidationError) as error:
             problem = str(error)
         except (Exception, SystemExit):  # noqa: BLE001  # a broken plugin blocks nothing else
             problem = traceback.format_exc().rstrip()
         else:
             self._techniques.update(techniques)
+            self._attention_functions.update(functions)
             return evolve(found, techniques=tuple(techniques))
         if self._manager.has_plugin(found.name):
             self._manager.unregister(name=found.name)
@@ -237,11 +243,13 @@ class PluginHost:
     def _active(self, name: str) -> PluginInfo:
         return next(info for info in self.listing if info.name == name and info.state == "active")
 
-    def _register(self, name: str, entry_point: EntryPoint) -> dict[str, type[Technique]]:
-        """Registers a plugin's hooks and returns its techniques by name.
+    def _register(
+        self, name: str, entry_point: EntryPoint
+    ) -> tuple[dict[str, type[Technique]], dict[str, AttentionFunction]]:
+        """Registers a plugin's hooks and returns its techniques and attention functions by name.
 
         Raises:
-            _RefusedError: Its techniques or hooks are not as they have to be.
+            _RefusedError: Its techniques, functions or hooks are not as they have to be.
             PluginValidationError: Likewise, found by pluggy.
         """
         plugin = entry_point.load()
@@ -260,14 +268,27 @@ class PluginHost:
                     f"{caller.name} is a hook wrapper; plugins are asked one at a time, so write a plain hook"
                 )
         techniques: dict[str, type[Technique]] = {}
-        for hook in self._hooks("hookcore_register_techniques"):
-            if hook.plugin_name == name:
-                for technique in _call(hook):
-                    _check_technique(technique)
-                    if technique.name in techniques or technique.name in self._techniques:
-                        raise _RefusedError(self._name_taken(technique))
-                    techniques[technique.name] = technique
-        return techniques
+        for technique in self._brought(name, "hookcore_register_techniques"):
+            _check_technique(technique)
+            if technique.name in techniques or technique.name in self._techniques:
+                raise _RefusedError(self._name_taken(technique))
+            techniques[technique.name] = technique
+        functions: dict[str, AttentionFunction] = {}
+        for function in self._brought(name, "hookcore_register_attention_functions"):
+            _check_attention_function(function)
+            if function.name in functions or function.name in self._attention_functions:
+                raise _RefusedError(
+                    f"it brings an attention function {function.name!r}, and there is one of that name "
+                    "already; give it another name"
+                )
+            functions[function.name] = function
+        return techniques, functions
+
+    def _brought(self, plugin: str, hook: str) -> Iterator[Any]:
+        """What one plugin returns from a hook."""
+        for implementation in self._hooks(hook):
+            if implementation.plugin_name == plugin:
+                yield from _call(implementation)
 
     def _name_taken(self, technique: type[Technique]) -> str:
         bringers = [_full_name(info) for info in self.listing if technique.name in info.techniques]
@@ -333,6 +354,11 @@ def plugins() -> PluginHost:
         return _host()
 
 
+def attention_functions() -> Mapping[str, AttentionFunction]:
+    """All ways to compute attention that plugins bring, by name."""
+    return plugins().attention_functions
+
+
 class _RefusedError(Exception):
     """A plugin is broken in a way that its message says in full, so that no traceback is needed."""
 
@@ -390,6 +416,16 @@ def _check_technique(technique: object) -> None:
     if not isinstance(phase, Phase):
         raise _RefusedError(
             f"{where} has the phase {phase!r}; expected one of {', '.join(Phase.__members__)}"
+        )
+
+
+def _check_attention_function(function: object) -> None:
+    """Refuses what is no attention function, or one without a name in snake_case."""
+    if not isinstance(function, AttentionFunction):
+        raise _RefusedError(f"{function!r} is no hookcore.AttentionFunction")
+    if not (isinstance(function.name, str) and _SNAKE_CASE.fullmatch(function.name)):
+        raise _RefusedError(
+            f"an attention function has the name {function.name!r}; expected snake_case, such as 'chunked'"
         )
 
 

@@ -37,11 +37,13 @@ def plan_table(plan: Plan) -> str:
         (step.component.label(""), step.technique.name, step.technique.phase.name, _hooked(step.bindings))
         for step in plan.steps
     ]
-    return "\n".join([table(rows), *_skipped(plan.steps), *(f"note: {note}" for note in plan.notes)])
+    needs = [f"weights need {format_bytes(size)} of {device}" for device, size in plan.needs.items()]
+    notes = [f"note: {note}" for note in plan.notes]
+    return "\n".join([table(rows), *needs, *_skipped(plan.steps), *notes])
 
 
 def attachment_table(attachments: Sequence[Attachment]) -> str:
-    """What is on a model, outermost first, with where the bytes are, and what was left alone."""
+    """What is on a model, outermost first, where the bytes are, what happened, and what was left alone."""
     rows = [("component", "technique", "hooks on", "bytes")]
     rows += [
         (item.component.label(""), item.technique.name, _hooked(item.bindings), _placed(item) or "-")

@@ -70,6 +70,8 @@ class Binding:
             call hides theirs (a traced module does not call its children). `"*"` forbids any hook.
         encloses: Whether the call runs the modules below as one with it (a compiled block), so that nothing
             can stand between. Hooks there that only bring weights do so around this call; others are refused.
+        together: What bindings have in common that may own the same things, on components that share weights;
+            None for nothing.
         technique: Name of the technique, where an error carries the binding; a plan's steps name it.
         component: Name of the component, likewise.
     """
@@ -80,6 +82,7 @@ class Binding:
     claims: tuple[Claim, ...] = field(default=(), converter=_claims)
     forbids_below: tuple[str, ...] = ()
     encloses: bool = False
+    together: object = field(default=None, kw_only=True, eq=False)
     technique: str = field(default="", kw_only=True, eq=False)
     component: str = field(default="", kw_only=True, eq=False)
 

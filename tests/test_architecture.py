@@ -16,8 +16,9 @@ ROOMS = ROOT / "plugins" / "hookcore_plugins"
 
 OPTIONAL = {"diffusers", "transformers", "accelerate", "peft", "matplotlib", "psutil", "hookcore_plugins"}
 TESTING = {"pytest", "hypothesis", "_pytest"}
-# Tools for tests that are about a library, which each imports when it is asked for that and not before.
+# What is about a library, which each imports when it is asked for that and not before.
 USES_LIBRARIES = {
+    CORE / "memory" / "timeline.py": {"matplotlib"},  # draws
     CORE / "testing" / "models.py": {"diffusers", "transformers"},  # small models of these libraries
     CORE / "testing" / "simulator" / "trace.py": {"matplotlib"},  # draws
 }
@@ -89,7 +90,7 @@ def test_the_core_knows_no_technique_and_no_optional_library(path):
 
 
 @pytest.mark.parametrize("path", USES_LIBRARIES, ids=name_of)
-def test_tools_for_tests_import_a_library_only_when_they_are_asked_for_it(path):
+def test_a_library_is_imported_only_when_it_is_asked_for(path):
     assert (
         not {name.split(".")[0] for name in imports(path, ROOT, type_checking=False, functions=False)}
         & OPTIONAL

@@ -15,7 +15,7 @@ from hookcore import Binding, ConflictError, Hook, Phase, PlanError, Technique
 from hookcore.testing import simulator
 from hookcore.testing.models import autoencoder, flux, gpt2, unet
 from hookcore.testing.snapshot import ModelSnapshot
-from hookcore_plugins import ChannelsLast, Compile, GroupOffload, LayerwiseCasting, ModelOffload
+from hookcore_plugins import Compile, GroupOffload, LayerwiseCasting, ModelOffload
 from hookcore_plugins.compile.code import LIMIT
 
 
@@ -114,9 +114,8 @@ OTHERS = {
     "casting": lambda _: LayerwiseCasting("bfloat16", skip_modules_pattern="norm"),
     "blocks": lambda device: GroupOffload(device, offload_type="block_level"),
     "leaves": lambda device: GroupOffload(device, offload_type="leaf_level"),
-    "whole": lambda device: ModelOffload(device),
+    "whole": ModelOffload,
     "budget": lambda device: GroupOffload(device, memory_budget=900),
-    "channels": lambda _: ChannelsLast(),
 }
 
 

@@ -13,7 +13,7 @@ from attrs import field, frozen
 from hypothesis import Phase as HypothesisPhase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from techniques import Held, Moving, MovingHook, Recording, Scaling
+from techniques import Held, Moving, MovingHook, Recording, Scaling, SwallowsErrors
 
 import hookcore
 from hookcore import Binding, Hook, Phase, PlanError, Technique, UnsupportedModelError
@@ -164,14 +164,6 @@ class ForgetsErrors(Hook):
 
     def post_forward(self, module, output):
         vars(module).pop("_busy", None)
-
-
-class SwallowsErrors(Hook):
-    def around_forward(self, module, call, /, *args, **kwargs):
-        try:
-            return call(*args, **kwargs)
-        except Exception:  # noqa: BLE001
-            return args[0]
 
 
 class ReplacesErrors(Hook):

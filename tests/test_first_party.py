@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 import hookcore
 from hookcore import Phase, Technique
@@ -24,6 +25,7 @@ from hookcore.testing.modules import (
     Backwards,
     Listed,
     Lookup,
+    Parallel,
     Reassigned,
     Recipe,
     TreeModel,
@@ -35,6 +37,7 @@ from hookcore.testing.modules import (
     sequential,
 )
 from hookcore_plugins import (
+    AttentionBackend,
     ChannelsLast,
     Compile,
     DiskOffload,
@@ -246,6 +249,50 @@ class TestDiskOffloadWithABudget(TestDiskOffload):
     options: ClassVar[dict] = {"memory_budget": "64KiB", "read_ahead": "16KiB"}
 
 
+# Attention
+
+
+class Attending(nn.Linear):
+    """Attention of the rows to each other, as people write it."""
+
+    def __init__(self, width):
+        super().__init__(width, 3 * width)
+
+    def forward(self, x):
+        query, key, value = super().forward(x).unsqueeze(0).chunk(3, dim=-1)
+        return F.scaled_dot_product_attention(query, key, value).squeeze(0)
+
+
+class TestAttentionOfTorchsOwnChoice(TechniqueContract):
+    """What torch would compute without it, in every bit."""
+
+    def make(self):
+        return AttentionBackend("sdpa")
+
+    def models(self):
+        return nested(Attending)
+
+
+class TestChunkedAttention(OnBoth):
+    """Models of two attentions at most, so that errors stay small."""
+
+    tolerance = 1e-4
+
+    def make(self):
+        return AttentionBackend("chunked")
+
+    def models(self):
+        trees = [
+            Recipe(Attending),
+            Recipe(Attention),
+            Recipe(Listed, (Recipe(Attention), Recipe(linear))),
+            Recipe(sequential, (Recipe(linear), Recipe(Attending), Recipe(layer_norm))),
+            Recipe(Parallel, (Recipe(Attending), Recipe(Attention))),
+        ]
+        blueprints = st.builds(TreeModel, st.sampled_from(trees), st.sampled_from([4, 6]))
+        return st.builds(ModelCase, blueprints, seed=st.integers(0, 9))
+
+
 # Memory format, tracing, compiling
 
 
@@ -363,6 +410,22 @@ class OffloadsAndCasting(ExactInFloat8, OffloadsFromTheDevice):
         return [GroupOffload(self.device, offload_type="leaf_level"), *casting]
 
 
+class AttentionAndOffloads(ExactInFloat8, Offloads):
+    """And casting, on a model that lies on the CPU."""
+
+    tolerance = 1e-4
+
+    def models(self):
+        return TestChunkedAttention().models()
+
+    def techniques(self):
+        return [
+            AttentionBackend("chunked"),
+            GroupOffload(self.device, offload_type="leaf_level"),
+            LayerwiseCasting(torch.float8_e4m3fn),
+        ]
+
+
 class Disk(FromCheckpoints, HookMachine):
     def __init__(self):
         super().__init__()
@@ -377,7 +440,9 @@ class Disk(FromCheckpoints, HookMachine):
 # A submodule without weights is offered the checkpoint of the whole model.
 @pytest.mark.filterwarnings("ignore:the checkpoint in .* tensors that .* lacks:hookcore.HookcoreWarning")
 @pytest.mark.parametrize("device", ["cpu", "sim"])
-@pytest.mark.parametrize("machine", [Offloads, OffloadsFromTheDevice, OffloadsAndCasting, Disk])
+@pytest.mark.parametrize(
+    "machine", [Offloads, OffloadsFromTheDevice, OffloadsAndCasting, AttentionAndOffloads, Disk]
+)
 def test_any_sequence_of_steps(machine, device):
     there = type(machine.__name__, (machine,), {"device": device})
     run_state_machine_as_test(there, settings=settings(there.TestCase.settings, max_examples=6))

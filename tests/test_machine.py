@@ -8,7 +8,7 @@ from hypothesis import Phase as HypothesisPhase
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule, run_state_machine_as_test
-from techniques import ENTRIES, Moving, Pushing, Recording, Scaling, toy
+from techniques import ENTRIES, Moving, Pushing, Recording, Scaling, SwallowsErrors, toy
 
 import hookcore
 from hookcore import Binding, Component, ConflictError, Hook, ModelConventions, Phase
@@ -157,14 +157,6 @@ class AddsOne(Hook):
 class LeavesAnAttribute(Hook):
     def attach(self, module):
         vars(module)["_left"] = 1
-
-
-class SwallowsErrors(Hook):
-    def around_forward(self, module, call, /, *args, **kwargs):
-        try:
-            return call(*args, **kwargs)
-        except Exception:  # noqa: BLE001
-            return args[0]
 
 
 class KeepsWhatItSaw(Hook):

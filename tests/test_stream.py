@@ -339,7 +339,7 @@ def test_the_budget_is_used_and_kept_to_the_byte(sim):
 @FOR_EACH_EXAMPLE
 def test_the_smallest_budget_is_named_and_works(sim, blocks):
     model = build(blocks)
-    with pytest.raises(BudgetError, match=r"memory_budget is 10 B \(10 B\), .* on 'sim' at once") as raised:
+    with pytest.raises(BudgetError, match=r"memory_budget is 10 B \(10 B\), .* on 'sim:0' at once") as raised:
         hookcore.apply(model, [GroupOffload("sim", memory_budget=10)])
     assert not hookcore.status(model).techniques
     least = int(str(raised.value).rsplit("works is ", 1)[1].split()[0])

@@ -8,6 +8,7 @@ import torch
 from attrs import define
 from torch import nn
 
+from hookcore.memory.budget import largest_held
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.tensors import (
     by_memory,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hookcore.memory.grouping import Group
+    from hookcore.memory.mover import Needed
     from hookcore.target import TensorSlot
 
 
@@ -67,6 +69,7 @@ class DeviceMover(GroupMover):
         self._offload_device = offload_device
         self._homes: dict[TensorSlot, torch.device] = {}
         self._brought: dict[Group, list[_Brought]] = {}
+        self._expected: dict[str, Needed] = {}
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Moves a group to where it lies between calls."""
@@ -121,6 +124,23 @@ class DeviceMover(GroupMover):
         """All of its bytes, under where they lie."""
         where = f"resident on {self._onload_device}" if resident else f"offloaded on {self._offload_device}"
         return {where: group.nbytes}
+
+    def expect(self, needed: Needed) -> None:
+        """Takes down what a component needs."""
+        self._expected[needed.component] = needed
+
+    def needs(self) -> dict[str, int]:
+        """What stays, and the most that calls nested in each other hold at once."""
+        most = nbytes = 0
+        for needed in self._expected.values():
+            sizes = {group: group.nbytes for group in needed.groups}
+            nbytes += sum(group.nbytes for group in needed.resident)
+            if self._onload_device == self._offload_device:  # of which it holds copies
+                nbytes += sum(sizes.values())
+            borrowed = {group: home.nbytes for group, home in needed.borrowed.items()}
+            held, _ = largest_held(sizes | borrowed)
+            most = max(most, held)
+        return {str(self._onload_device): nbytes + most}
 
     def _rebind(self, brought: _Brought) -> bool:
         """Gives tensors their own memory back; says whether the copy may have been changed."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hookcore.memory.host import Staging
     from hookcore.memory.packed import Packed
     from hookcore.memory.slab import Place
+    from hookcore.memory.timeline import Recorder
 
 
 @define(eq=False)
@@ -34,12 +35,14 @@ class Load:
         packed: What is copied.
         place: Where it goes.
         ready: Recorded after the copy.
+        asked: Recorded before its use, and before the wait for it, where a timeline is recorded.
         used: Recorded at the beginning of its use, where times are measured.
     """
 
     packed: Packed
     place: Place
     ready: Any
+    asked: Any = None
     used: Any = None
 
 
@@ -53,6 +56,7 @@ class CopyEngine:
     Attributes:
         slab: The memory.
         times: Where uses and copies are timed; None for nowhere.
+        timeline: Where they are recorded for people; None for nowhere.
         staging: Through which memory that isn't locked is copied; None if all of it is.
 
     Raises:
@@ -67,6 +71,7 @@ class CopyEngine:
         self._left = self._module.Event()
         self.slab = self._make_slab(nbytes)
         self.times: PassTimes | None = None
+        self.timeline: Recorder | None = None
         self.staging: Staging | None = None
 
     def replace_slab(self, nbytes: int) -> None:
@@ -99,8 +104,9 @@ class CopyEngine:
         start = self.slab.ranges.take(packed.nbytes)
         if start is None:
             return None
-        if packed.copied is None or self.times is not None:
-            packed.copied = self._module.Event(enable_timing=self.times is not None)
+        is_timed = self.times is not None or self.timeline is not None
+        if packed.copied is None or is_timed:
+            packed.copied = self._module.Event(enable_timing=is_timed)
         return Load(packed, self.slab.place(packed, start), packed.copied)
 
     def give_back(self, load: Load) -> None:
@@ -109,12 +115,13 @@ class CopyEngine:
 
     def copy(self, loads: Iterable[Load]) -> None:
         """Begins copies, after all use so far of the memory that they fill."""
-        copying, times = self._copying, self.times
+        copying, times, timeline = self._copying, self.times, self.timeline
+        marker = times or timeline
         copying.wait_event(self._left)
         with self._module.stream(copying):
             for load in loads:
                 packed = load.packed
-                begun = times and times.mark(copying)
+                begun = marker and marker.mark(copying)
                 staging = self._staging_for(packed)
                 source = packed.host if staging is None else staging.fill(packed.host)
                 load.place.memory.copy_(source, non_blocking=True)
@@ -124,6 +131,8 @@ class CopyEngine:
                 packed.note_versions()
                 if times is not None:
                     times.copy(packed, begun, load.ready)
+                if timeline is not None:
+                    timeline.add("copy", packed.name, begun, load.ready)
 
     def _staging_for(self, packed: Packed) -> Staging | None:
         """What a group has to be copied through, if it has to be and has room there."""
@@ -132,16 +141,30 @@ class CopyEngine:
 
     def wait_for(self, load: Load) -> None:
         """Has what is computed from now on come after a copy."""
+        if self.timeline is not None:
+            load.asked = self.timeline.mark(self._computing)
         self._computing.wait_event(load.ready)
-        if self.times is not None:
-            load.used = self.times.mark(self._computing)
+        if (marker := self.times or self.timeline) is not None:
+            load.used = marker.mark(self._computing)
 
     def leave(self, load: Load) -> None:
         """Has all later copies come after what was computed so far, with this load among others."""
         self._left.record(self._computing)
         if self.times is not None:
             self.times.use(load.packed, load.packed.nbytes, load.used, self.times.mark(self._computing))
+        if self.timeline is not None:
+            self.timeline.add("stall", load.packed.name, load.asked, load.used)
+            self.used(load.packed, load.used)
         self.give_back(load)
+
+    def mark(self) -> Any:
+        """An event on the computing stream, if a timeline is recorded."""
+        return None if self.timeline is None else self.timeline.mark(self._computing)
+
+    def used(self, packed: Packed, begun: Any) -> None:
+        """Takes down, if a timeline is recorded, that a group was used from an event until now."""
+        if self.timeline is not None:
+            self.timeline.add("compute", packed.name, begun, self.mark())
 
     def synchronize(self) -> None:
         """Has the host wait for all copies and for all that was computed."""

@@ -45,7 +45,7 @@ class Group:
     """Tensors that move together.
 
     Attributes:
-        name: For people; no two groups of a component have the same.
+        name: For people, after the component's; no two groups of a component have the same.
         slots: The tensors, in order of registration.
         holders: The calls that need them.
     """
@@ -145,7 +145,9 @@ def make_groups(
         holders: list[Holder] = []
         for fqn in itertools.chain.from_iterable(used_by):
             holders += [(fqn, "forward")] if fqn else entries
-        name = " & ".join(_unit_name(unit) for unit in used_by)
+        name = " & ".join(map(_unit_name, used_by))
+        if component.name:
+            name = f"{component.name}.{name}"
         groups.append(Group(name, tuple(members), tuple(holders)))
     return tuple(groups)
 

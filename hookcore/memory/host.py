@@ -53,9 +53,14 @@ class HostMemory:
         self._buffers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._unlock: dict[int, Callable[[], object]] = {}
 
-    def pack(self, slots: Iterable[TensorSlot]) -> Packed:
-        """Copies the slots' tensors to memory of this kind, and has them show it."""
-        packed = Packed(slots)
+    def pack(self, slots: Iterable[TensorSlot], name: str = "") -> Packed:
+        """Copies the slots' tensors to memory of this kind, and has them show it.
+
+        Args:
+            slots: A group's slots.
+            name: The group's name, for people.
+        """
+        packed = Packed(slots, name)
         memory = self.make(packed.nbytes)
         packed.take(memory)
         self.lock(memory)

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol
+
+from attrs import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
 
     from hookcore.memory.grouping import Group
+    from hookcore.memory.timeline import Timeline
+
+
+@frozen(eq=False)
+class Needed:
+    """What calls of a component need.
+
+    Attributes:
+        component: Its name.
+        groups: The groups that come and go.
+        resident: Those that stay.
+        borrowed: What stands, in this component, for a group of another one that it needs, and that group.
+    """
+
+    component: str
+    groups: tuple[Group, ...]
+    resident: tuple[Group, ...]
+    borrowed: Mapping[Group, Group]
 
 
 class GroupMover(Protocol):
     """Brings and drops groups. Each method does all of it or, if it raises, nothing."""
+
+    def expect(self, needed: Needed) -> None:
+        """Is told, before anything is attached, what a component needs; what was told last of it counts."""
+        return
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Puts a group where it lies between calls: for good on the onload device if it is resident."""
@@ -27,6 +53,10 @@ class GroupMover(Protocol):
 
     def report(self, group: Group, *, resident: bool) -> Mapping[str, int]:
         """Where the group's bytes lie between calls: a label for people to a number of bytes."""
+
+    def needs(self) -> Mapping[str, int]:
+        """Bytes of each device that weights will take at once, from what it was told to expect."""
+        return {}
 
     def begin(self) -> None:
         """Is told that an outermost call begins."""
@@ -45,5 +75,13 @@ class GroupMover(Protocol):
         return
 
     def reset(self) -> None:
-        """Forgets what it learned from earlier calls."""
+        """Forgets what it learned and counted in earlier calls."""
         return
+
+    def run_report(self) -> object:
+        """What it counted since it was made or last reset: an attrs object; None for nothing."""
+        return None
+
+    def recording(self, timeline: Timeline) -> AbstractContextManager[None]:
+        """Times on a device, if it uses streams there, what it does until the end of the block."""
+        return nullcontext()

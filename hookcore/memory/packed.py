@@ -64,8 +64,10 @@ class Packed:
 
     Args:
         slots: The group's slots. Nothing is changed before `take`.
+        name: The group's name, for people.
 
     Attributes:
+        name: As given.
         tensors: The distinct objects that modules hold.
         nbytes: Bytes in all.
         host: The memory, uint8, `(nbytes,)`, from `take` on, until `let_go`.
@@ -73,9 +75,10 @@ class Packed:
         copied: An event after the last copy of it; None before the first.
     """
 
-    __slots__ = ("_homes", "_parts", "_versions", "copied", "host", "is_locked", "nbytes", "tensors")
+    __slots__ = ("_homes", "_parts", "_versions", "copied", "host", "is_locked", "name", "nbytes", "tensors")
 
-    def __init__(self, slots: Iterable[TensorSlot]) -> None:
+    def __init__(self, slots: Iterable[TensorSlot], name: str = "") -> None:
+        self.name = name
         self._parts, self.nbytes = _lay_out(slots)
         self.tensors = [part.tensor for part in self._parts]
         self.host = torch.empty(0, dtype=torch.uint8)

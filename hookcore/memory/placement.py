@@ -10,7 +10,8 @@ brought at that moment, until the innermost running call ends.
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,13 +20,16 @@ from torch.nn.utils.rnn import PackedSequence
 
 from hookcore.hook import Hook
 from hookcore.memory.grouping import Group, entries_of
+from hookcore.memory.mover import Needed
 from hookcore.memory.reads import stop_watching, watch
 from hookcore.technique import Binding, Claim, Resource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from hookcore.memory.mover import GroupMover
+    from hookcore.memory.timeline import Timeline
     from hookcore.target import Component
 
 
@@ -38,6 +42,13 @@ class Placement:
         resident: The groups that stay on the onload device.
         mover: Brings and drops them.
         onload_device: Where the inputs of the outermost call are moved to.
+        borrowed: Groups whose tensors have their home in a group of another placement, which this one joins.
+        together: What it has in common with placements that may join it; None for nothing.
+
+    Attributes:
+        groups: As given.
+        resident: As given.
+        mover: Brings and drops the groups.
     """
 
     def __init__(
@@ -47,26 +58,56 @@ class Placement:
         resident: Sequence[Group],
         mover: GroupMover,
         onload_device: torch.device,
+        *,
+        borrowed: Mapping[Group, Group] | None = None,
+        together: object = None,
     ) -> None:
         self._component = component
-        self._groups = tuple(groups)
-        self._resident = tuple(resident)
-        self._mover = mover
+        self.groups = tuple(groups)
+        self.resident = tuple(resident)
+        self.mover = mover
+        self._borrowed = dict(borrowed or {})
         self._onload_device = onload_device
+        self._together = together
+        # What placements that are joined have in common:
+        self._joined = [self]
+        self._attached: Counter[Group] = Counter()  # by how many of them
         self._calls: list[list[Group]] = []  # what each running call holds, the innermost last
         self._uses: dict[Group, int] = {}  # how often each group that is in memory is held
-        self._lingering: Group | None = None  # in memory though nobody holds it
+        self._lingering: list[Group] = []  # in memory though nobody holds it; one at most
+        mover.expect(self._needed())
+
+    def join(self, other: Placement) -> None:
+        """Counts from now on, before anything is attached, who holds what together with another placement."""
+        if self._joined is other._joined:
+            return
+        for placement in self._joined:
+            placement.mover = other.mover
+            placement._attached, placement._calls = other._attached, other._calls
+            placement._uses, placement._lingering = other._uses, other._lingering
+            placement._joined = other._joined
+            other._joined.append(placement)
+            other.mover.expect(placement._needed())
+
+    def _needed(self) -> Needed:
+        return Needed(self._component.name, self.groups, self.resident, self._borrowed)
+
+    def _homes(self) -> Iterator[Group]:
+        """All groups, its own and those that it borrows, each once."""
+        return iter(dict.fromkeys((*self.resident, *self.groups, *self._borrowed.values())))
 
     def bindings(self) -> Iterator[Binding]:
         """Lists the hooks: at the component's entries, and at each call that holds a group."""
         held: dict[tuple[str, str], list[Group]] = {("", entry): [] for entry in entries_of(self._component)}
         claimed: dict[tuple[str, str], list[Group]] = {}
-        for group in self._groups:
-            for holder in group.holders:
-                held.setdefault(holder, []).append(group)
-            claimed.setdefault(group.holders[0], []).append(group)
         first = next(iter(held))
-        claimed.setdefault(first, []).extend(self._resident)
+        for group in (*self.groups, *self._borrowed):
+            home = self._borrowed.get(group, group)
+            for holder in group.holders:
+                if home not in (holding := held.setdefault(holder, [])):
+                    holding.append(home)
+            claimed.setdefault(group.holders[0] if group.holders else first, []).append(group)
+        claimed.setdefault(first, []).extend(self.resident)
         for (fqn, entry), groups in held.items():
             hook_class = _PlacementHook if (fqn, entry) == first else _HoldHook
             claims = [
@@ -74,48 +115,82 @@ class Placement:
                 for group in claimed.get((fqn, entry), ())
                 for slot in group.slots
             ]
-            yield Binding(fqn, hook_class(self, tuple(groups)), entry, claims)
+            yield Binding(fqn, hook_class(self, tuple(groups)), entry, claims, together=self._together)
 
     def attach(self) -> None:
         """Puts all groups where they lie between calls, and begins to watch reads."""
         done: list[Group] = []
         try:
-            for group in self._all_groups():
-                self._mover.attach(group, resident=group in self._resident)
+            for group in self._homes():
+                self._put(group)
                 done.append(group)
         except BaseException:
             for group in reversed(done):
-                self._mover.detach(group)
+                self._take(group)
             raise
-        watch(self._groups, self._calls, self._before_read)
+        watch(self._watched, self._calls, self._before_read)
 
     def detach(self) -> None:
         """Puts all groups back where they were, and stops watching."""
         done: list[Group] = []
         try:
-            for group in self._all_groups():
-                self._mover.detach(group)
+            for group in self._homes():
+                self._take(group)
                 done.append(group)
         except BaseException:
             for group in reversed(done):
-                self._mover.attach(group, resident=group in self._resident)
+                self._put(group)
             raise
-        stop_watching(self._groups)
+        stop_watching(self._watched)
+
+    def _put(self, group: Group) -> None:
+        """Attaches a group, unless another placement has done so."""
+        if not self._attached[group]:
+            self.mover.attach(group, resident=self._stays(group))
+        self._attached[group] += 1
+
+    def _take(self, group: Group) -> None:
+        """Detaches a group, unless another placement needs it."""
+        if self._attached[group] == 1:
+            self.mover.detach(group)
+        self._attached[group] -= 1
+
+    def _stays(self, group: Group) -> bool:
+        return any(group in placement.resident for placement in self._joined)
 
     def settle(self) -> None:
         """Tells the mover that all groups were detached for good."""
-        for group in self._all_groups():
-            self._mover.settle(group)
+        for group in self._homes():
+            if not self._attached[group]:
+                self.mover.settle(group)
 
     def reset(self) -> None:
         """Has the mover forget what it learned from earlier calls."""
-        self._mover.reset()
+        self.mover.reset()
+
+    @property
+    def _leads(self) -> bool:
+        """Whether it tells what the placements that are joined have in common."""
+        there = [it for it in self._joined if any(it._attached[group] for group in it._homes())]
+        return self is (there or self._joined)[0]
+
+    def needs(self) -> Mapping[str, int]:
+        """Bytes of each device that weights will take at once."""
+        return self.mover.needs() if self._leads else {}
+
+    def run_report(self) -> object:
+        """What the mover counted."""
+        return self.mover.run_report() if self._leads else None
+
+    def recording(self, timeline: Timeline) -> AbstractContextManager[None]:
+        """Has the mover time what it does until the end of the block."""
+        return self.mover.recording(timeline) if self._leads else nullcontext()
 
     def report(self) -> dict[str, int]:
         """Bytes by where they lie between calls."""
         total: dict[str, int] = {}
-        for group in self._all_groups():
-            for label, nbytes in self._mover.report(group, resident=group in self._resident).items():
+        for group in (*self.resident, *self.groups):
+            for label, nbytes in self.mover.report(group, resident=group in self.resident).items():
                 total[label] = total.get(label, 0) + nbytes
         return total
 
@@ -126,7 +201,7 @@ class Placement:
         self._calls.append([])
         try:
             if len(self._calls) == 1:
-                self._mover.begin()
+                self.mover.begin()
             # What is there comes first, or it could be dropped to make room for the others.
             for group in groups:
                 if group in self._uses:
@@ -147,36 +222,38 @@ class Placement:
             self._uses[group] -= 1
             if not self._uses[group]:
                 self._drop_lingering()
-                self._lingering = group
+                self._lingering.append(group)
         if not self._calls:
             self._drop_lingering()
-            self._mover.end()
+            self.mover.end()
 
     def _hold(self, group: Group) -> None:
         """Has the innermost call hold a group."""
         if group not in self._uses:
             self._drop_lingering()
-            self._mover.onload(group)
+            self.mover.onload(group)
             self._uses[group] = 0
-        elif group is self._lingering:
-            self._lingering = None
+        elif group in self._lingering:
+            self._lingering.clear()
         self._uses[group] += 1
         self._calls[-1].append(group)
 
     def _drop_lingering(self) -> None:
-        if self._lingering is not None:
-            group, self._lingering = self._lingering, None
+        if self._lingering:
+            group = self._lingering.pop()
             del self._uses[group]
-            self._mover.offload(group)
+            self.mover.offload(group)
+
+    @property
+    def _watched(self) -> list[Group]:
+        return [*self.groups, *(group for group in self._borrowed if group.holders)]
 
     def _before_read(self, group: Group) -> None:
+        group = self._borrowed.get(group, group)
         if not self._calls:
-            self._mover.expose(group)
+            self.mover.expose(group)
         elif not self._uses.get(group):
             self._hold(group)
-
-    def _all_groups(self) -> Iterator[Group]:
-        return itertools.chain(self._resident, self._groups)
 
 
 class _HoldHook(Hook):
@@ -187,13 +264,13 @@ class _HoldHook(Hook):
 
     def __init__(self, placement: Placement, groups: tuple[Group, ...]) -> None:
         self._placement = placement
-        self._groups = groups
+        self.groups = groups
 
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Brings what is not there yet."""
-        return self._placement.enter(self._groups, args, kwargs)
+        return self._placement.enter(self.groups, args, kwargs)
 
     def post_forward(self, module: nn.Module, output: Any) -> None:
         """Lets go of it."""
@@ -226,6 +303,18 @@ class _PlacementHook(_HoldHook):
     def report(self, module: nn.Module) -> Mapping[str, int]:
         """Where the component's bytes lie between calls."""
         return self._placement.report()
+
+    def needs(self, module: nn.Module) -> Mapping[str, int]:
+        """What the whole component will take."""
+        return self._placement.needs()
+
+    def run_report(self, module: nn.Module) -> object:
+        """What the mover counted."""
+        return self._placement.run_report()
+
+    def recording(self, timeline: Timeline) -> AbstractContextManager[None]:
+        """Times what is moved until the end of the block."""
+        return self._placement.recording(timeline)
 
 
 def moved(value: Any, device: torch.device) -> Any:

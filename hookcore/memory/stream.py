@@ -13,12 +13,14 @@ FSDP's and DeepSpeed ZeRO-Infinity's (Rajbhandari et al., 2021).
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define
+from attrs import define, evolve
 
-from hookcore.errors import BudgetError
+from hookcore.memory.allotment import Allotment, allot
+from hookcore.memory.budget import largest_held
+from hookcore.memory.counts import StreamReport
 from hookcore.memory.device import DeviceMover
 from hookcore.memory.engine import CopyEngine, Load
 from hookcore.memory.grouping import Group, spanning_groups
@@ -28,11 +30,13 @@ from hookcore.memory.order import LearnedOrder
 from hookcore.memory.packed import Packed
 from hookcore.memory.schedule import choose_layout
 from hookcore.memory.tensors import current_tensors, go_back, memory_seen_elsewhere, move_apart
-from hookcore.units import format_bytes
+from hookcore.memory.timeline import Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping
 
+    from hookcore.memory.mover import Needed
+    from hookcore.memory.timeline import Timeline
     from hookcore.memory.timing import PassTimes
     from hookcore.target import TensorSlot
 
@@ -61,6 +65,7 @@ class _Member:
         left: Memory that parameters came from and that others see, too.
         in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
         stays: Whether it stays on the device, in memory of its own.
+        used: An event at the beginning of its use, if it stays and a timeline is recorded.
     """
 
     parameters: Group
@@ -70,6 +75,7 @@ class _Member:
     left: list[tuple[torch.Tensor, torch.Tensor]]
     in_use: Load | None = None
     stays: bool = False
+    used: Any = None
 
 
 class StreamMover(GroupMover):
@@ -106,6 +112,9 @@ class StreamMover(GroupMover):
         self._order: LearnedOrder[Group] = LearnedOrder(())
         self._ahead: dict[Group, Load] = {}
         self._set_up: CopyEngine | None = None  # by the first call
+        self._expected: dict[str, Needed] = {}
+        self._counts = StreamReport()
+        self._recorder: Recorder | None = None
 
     def __del__(self) -> None:
         # A model that goes away with its hooks on: copies to memory that goes with it may still be under way.
@@ -117,7 +126,7 @@ class StreamMover(GroupMover):
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Moves a group's parameters to locked host memory, and its buffers to the device."""
-        if resident or any(tensor.is_inference() for slot in group.slots for tensor in current_tensors(slot)):
+        if resident or _is_inference(group):
             self._plain.attach(group, resident=resident)
             self._fixed[group] = group.nbytes if resident else 0
             return
@@ -126,7 +135,7 @@ class StreamMover(GroupMover):
         try:
             homes = {slot: it[0].device for slot in parameters.slots if (it := current_tensors(slot))}
             left = memory_seen_elsewhere(parameters.slots)
-            packed = self._host.pack(parameters.slots)
+            packed = self._host.pack(parameters.slots, group.name)
         except BaseException:
             self._plain.detach(buffers)
             raise
@@ -152,7 +161,8 @@ class StreamMover(GroupMover):
             self._set_up = None
 
     def reset(self) -> None:
-        """Forgets the order of use, and what was copied ahead."""
+        """Forgets the order of use, what was copied ahead, and what was counted."""
+        self._counts = StreamReport()
         self._order.forget()
         if self._set_up is not None:
             self._drop_ahead()
@@ -164,6 +174,58 @@ class StreamMover(GroupMover):
             return {here if resident else there: group.nbytes}
         staying = member.parameters.nbytes if member.stays else 0
         return {here: member.buffers.nbytes + staying, there: member.parameters.nbytes - staying}
+
+    def expect(self, needed: Needed) -> None:
+        """Takes down what a component needs."""
+        self._expected[needed.component] = needed
+
+    def needs(self) -> dict[str, int]:
+        """What the first call will allocate: the ring, what stays, and buffers.
+
+        What autograd keeps comes besides, as does what is used outside of the calls that hold it.
+
+        Raises:
+            BudgetError: The budget is too small.
+        """
+        groups = [group for needed in self._expected.values() for group in needed.groups]
+        uncounted = {group: group.nbytes for group in groups if _is_inference(group)}
+        parts = {group: _split(group) for group in groups if group not in uncounted}
+        fixed = sum(buffers.nbytes for _, buffers in parts.values())
+        fixed += sum(group.nbytes for needed in self._expected.values() for group in needed.resident)
+        sizes = {group: Packed(mine.slots).nbytes for group, (mine, _) in parts.items() if mine.slots}
+        allotment = self._allot(sizes, fixed)
+        staying = sum(parts[group][0].nbytes for group in allotment.staying)
+        return {str(self._device): fixed + staying + allotment.ring + largest_held(uncounted)[0]}
+
+    def run_report(self) -> StreamReport:
+        """What was counted since the last reset, with the bytes that are taken now."""
+        engine = self._set_up
+        staging = None if engine is None else engine.staging
+        return evolve(
+            self._counts,
+            resident_bytes=sum(self._fixed.values())
+            + sum(it.parameters.nbytes for it in self._members.values() if it.stays),
+            ring_bytes=0 if engine is None else engine.slab.memory.nbytes,
+            locked_bytes=self._host.locked + (0 if staging is None else staging.nbytes),
+        )
+
+    @contextlib.contextmanager
+    def recording(self, timeline: Timeline) -> Iterator[None]:
+        """Times copies, uses and stalls until the end of the block."""
+        recorder = self._recorder = Recorder(self._device)
+        timeline.recorders.append(recorder)
+        passes = self._counts.passes
+        try:
+            if self._set_up is not None:
+                self._set_up.timeline = recorder
+            yield
+        finally:
+            self._recorder = None
+            if self._set_up is not None:
+                self._set_up.timeline = None
+            recorder.close()
+            self._counts.timed_passes += self._counts.passes - passes
+            self._counts.stalled_seconds = (self._counts.stalled_seconds or 0.0) + recorder.stalled
 
     def expose(self, group: Group) -> None:
         """Sees to it that a group's tensors can be changed: no copy reads them, and none has read them."""
@@ -192,6 +254,7 @@ class StreamMover(GroupMover):
 
     def end(self) -> None:
         """Ends an outermost call; what the next one needs first is copied meanwhile."""
+        self._counts.passes += 1
         self._order.end_pass()
         if self._engine.times is not None:
             self._engine.times.end_pass()
@@ -201,15 +264,19 @@ class StreamMover(GroupMover):
         member = self._members.get(group)
         if member is None:
             self._plain.onload(group)
+            self._count_demand(group.nbytes)
             return
         if member.stays:
             member.packed.bring_given(self._device)
+            if self._recorder is not None:
+                member.used = self._engine.mark()
             return
         if not self._order.note(group):
             self._drop_unexpected(group)
         load = self._load_of(group, member)
         if load is None:
             self._plain.onload(member.parameters)
+            self._count_demand(member.packed.nbytes)
             return
         self._engine.wait_for(load)
         member.packed.show(load.place.views)
@@ -225,6 +292,9 @@ class StreamMover(GroupMover):
         if load is None:
             if not member.stays:
                 self._plain.offload(member.parameters)
+            elif member.used is not None:
+                self._engine.used(member.packed, member.used)
+                member.used = None
             return
         packed, place = member.packed, load.place
         changed, replaced = packed.is_changed, packed.replaced(place.addresses)
@@ -247,30 +317,38 @@ class StreamMover(GroupMover):
     def _make_engine(self) -> CopyEngine:
         """Allocates the memory on the device, and decides what stays from the start."""
         sizes = {group: member.packed.nbytes for group, member in self._members.items() if not member.stays}
-        spanning = spanning_groups(sizes)
-        always = sum(sizes[group] for group in spanning)
-        coming = [nbytes for group, nbytes in sizes.items() if group not in spanning]
-        if self._budget is None:
-            count = self._prefetched + 1
-            windows = (sum(coming[at : at + count]) for at in range(len(coming)))
-            room = always + max(windows, default=0)
-        else:
-            fixed = sum(self._fixed.values())
-            _check_budget(self._budget, fixed + always + max(coming, default=0), self._device)
-            room = self._budget - fixed
-        everything = sum(sizes.values())
-        staying = list(sizes) if everything <= room else spanning
-        self._keep_on_device(staying)
-        engine = CopyEngine(self._device, min(room, everything) - sum(sizes[group] for group in staying))
-        self._order = LearnedOrder([group for group in sizes if group not in staying])
+        allotment = self._allot(sizes, sum(self._fixed.values()))
+        self._keep_on_device(allotment.staying)
+        engine = CopyEngine(self._device, allotment.ring)
+        engine.timeline = self._recorder
+        self._order = LearnedOrder([group for group in sizes if group not in allotment.staying])
         unlocked = [
             it.packed.nbytes for it in self._members.values() if not (it.stays or it.packed.is_locked)
         ]
         if unlocked:
             engine.staging = Staging(self._device, _STAGED * max(unlocked))
-        if self._budget is not None and staying is spanning:
+        if self._budget is not None and len(allotment.staying) < len(sizes):
             engine.measure()
         return engine
+
+    def _allot(self, sizes: Mapping[Group, int], fixed: int) -> Allotment[Group]:
+        return allot(
+            sizes,
+            [group for group in sizes if group in self._spanning(sizes)],
+            fixed=fixed,
+            budget=self._budget,
+            prefetch=self._prefetched,
+            device=self._device,
+        )
+
+    def _spanning(self, passing: Container[Group]) -> set[Group]:
+        """The groups that a call of any component holds while others of these come and go."""
+        found: set[Group] = set()
+        for needed in self._expected.values():
+            home = {group: group for group in needed.groups} | dict(needed.borrowed)
+            groups = spanning_groups(group for group in home if home[group] in passing)
+            found.update(home[group] for group in groups)
+        return found
 
     def _learn_layout(self, times: PassTimes) -> None:
         """Divides memory by what the first pass has shown."""
@@ -314,7 +392,16 @@ class StreamMover(GroupMover):
                 load = self._engine.take(member.packed)
             if load is not None:
                 self._engine.copy([load])
+                self._count_demand(member.packed.nbytes)
+        elif load is not None:
+            self._counts.hits += 1
         return load
+
+    def _count_demand(self, nbytes: int) -> None:
+        counts = self._counts
+        counts.on_demand += 1
+        counts.copies += 1
+        counts.moved_bytes += nbytes
 
     def _pack_again(self, member: _Member) -> None:
         """Takes the data that tensors were given into host memory of the group's own."""
@@ -322,7 +409,7 @@ class StreamMover(GroupMover):
             member.packed.copied.synchronize()
         self._engine.slab.forget(member.packed)
         self._host.release(member.packed.let_go())
-        member.packed = self._host.pack(member.parameters.slots)
+        member.packed = self._host.pack(member.parameters.slots, member.parameters.name)
 
     def _prefetch(self) -> None:
         """Begins to copy what is used next, as far as there is room."""
@@ -340,6 +427,8 @@ class StreamMover(GroupMover):
             loads.append(load)
         if loads:
             engine.copy(loads)
+            self._counts.copies += len(loads)
+            self._counts.moved_bytes += sum(load.packed.nbytes for load in loads)
 
     def _drop_ahead(self) -> None:
         for load in self._ahead.values():
@@ -355,35 +444,9 @@ class StreamMover(GroupMover):
             self._engine.give_back(self._ahead.pop(group))
 
 
-def check_budget(
-    budget: int, groups: Sequence[Group], resident: Iterable[Group], onload_device: torch.device
-) -> None:
-    """Refuses a budget in which not even one group after the other can be used.
-
-    Args:
-        budget: Bytes of the device that all weights may take.
-        groups: The groups that come and go.
-        resident: Those that stay.
-        onload_device: Where they are used; for the message.
-
-    Raises:
-        BudgetError: It is too small; names the smallest one that works.
-    """
-    sizes = {group: Packed(_split(group)[0].slots).nbytes for group in groups}
-    spanning = spanning_groups(groups)
-    least = sum(group.nbytes for group in resident)
-    least += sum(_split(group)[1].nbytes for group in groups)
-    least += sum(sizes.pop(group) for group in spanning) + max(sizes.values(), default=0)
-    _check_budget(budget, least, onload_device)
-
-
-def _check_budget(budget: int, least: int, device: torch.device) -> None:
-    if budget < least:
-        raise BudgetError(
-            f"memory_budget is {format_bytes(budget)} ({budget} B), but the weights that have to be on "
-            f"{str(device)!r} at once take {format_bytes(least)}. The smallest budget that works is "
-            f"{least} bytes"
-        )
+def _is_inference(group: Group) -> bool:
+    """Whether a tensor of it was made in inference mode; torch counts no changes of these."""
+    return any(tensor.is_inference() for slot in group.slots for tensor in current_tensors(slot))
 
 
 def _split(group: Group) -> tuple[Group, Group]:

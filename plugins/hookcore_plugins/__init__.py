@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hookcore_plugins.attention_backend import AttentionBackend
     from hookcore_plugins.channels_last import ChannelsLast
     from hookcore_plugins.compile import Compile
     from hookcore_plugins.disk_offload import DiskOffload
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from hookcore_plugins.trace import Trace
 
 __all__ = [
+    "AttentionBackend",
     "ChannelsLast",
     "Compile",
     "DiskOffload",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "AttentionBackend": "attention_backend",
     "ChannelsLast": "channels_last",
     "Compile": "compile",
     "DiskOffload": "disk_offload",

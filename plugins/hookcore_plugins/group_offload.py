@@ -18,13 +18,12 @@ from hookcore import (
 )
 from hookcore.memory import (
     DeviceMover,
-    Placement,
+    GroupMover,
     StreamMover,
-    check_budget,
+    Together,
     find_blocks,
     has_streams,
     leaf_units,
-    make_groups,
     merge_neighbours,
     moving_and_staying,
 )
@@ -157,19 +156,21 @@ class GroupOffload(Technique):
             units = merge_neighbours(find_blocks(component), self.num_blocks_per_group)
         else:
             units = leaf_units(component)
-        groups = make_groups(component, units, moving)
-        mover: DeviceMover | StreamMover
-        if self._streams:
-            budget = self._budget
-            if budget is not None:
-                check_budget(budget, groups, resident, here)
-            ahead = _LAYERS_AHEAD if self.offload_type == "auto" else 1
-            if self.prefetch is not None:
-                ahead = self.prefetch
-            mover = StreamMover(here, budget, ahead, 0 if self.low_cpu_mem_usage else None)
-        else:
-            mover = DeviceMover(here, self.offload_device)
-        yield from Placement(component, groups, resident, mover, here).bindings()
+        together = Together.of(component, self)
+        placement = together.place(
+            component, units, moving, resident=resident, make_mover=self._mover, onload_device=here
+        )
+        if self.memory_budget is not None:
+            placement.mover.needs()  # raises if that is more
+        yield from placement.bindings()
+
+    def _mover(self) -> GroupMover:
+        if not self._streams:
+            return DeviceMover(self.onload_device, self.offload_device)
+        ahead = _LAYERS_AHEAD if self.offload_type == "auto" else 1
+        if self.prefetch is not None:
+            ahead = self.prefetch
+        return StreamMover(self.onload_device, self._budget, ahead, 0 if self.low_cpu_mem_usage else None)
 
     @property
     def _budget(self) -> int | None:

@@ -17,11 +17,11 @@ from hookcore import (
 )
 from hookcore.memory import (
     DeviceMover,
-    Placement,
+    GroupMover,
     StreamMover,
+    Together,
     has_streams,
     leaf_units,
-    make_groups,
     moving_and_staying,
 )
 
@@ -64,13 +64,21 @@ class SequentialOffload(Technique):
             yield Skipped("", "it has no parameters or buffers")
             return
         moving, resident = moving_and_staying(component, self.exclude_modules, self.device)
-        groups = make_groups(component, leaf_units(component), moving)
-        mover: DeviceMover | StreamMover
+        together = Together.of(component, self)
+        placement = together.place(
+            component,
+            leaf_units(component),
+            moving,
+            resident=resident,
+            make_mover=self._mover,
+            onload_device=self.device,
+        )
+        yield from placement.bindings()
+
+    def _mover(self) -> GroupMover:
         if has_streams(self.device):
-            mover = StreamMover(self.device, prefetch=1)
-        else:
-            mover = DeviceMover(self.device, torch.device("cpu"))
-        yield from Placement(component, groups, resident, mover, self.device).bindings()
+            return StreamMover(self.device, prefetch=1)
+        return DeviceMover(self.device, torch.device("cpu"))
 
 
 @hookimpl

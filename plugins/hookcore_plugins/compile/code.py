@@ -75,7 +75,7 @@ class SharedCode:
         if function not in self._compiled:
             options = options_of(self._options)
             if LIMIT in inspect.signature(torch.compile).parameters:
-                # Where code depends on a block's number, each block is a recompile, and none is to be left out.
+                # Where code depends on a block's number, each block is a recompile; leave none out.
                 options.setdefault(LIMIT, torch._dynamo.config.recompile_limit + self.users)
             self._compiled[function] = torch.compile(_copy(function), **options)
         return self._compiled[function]

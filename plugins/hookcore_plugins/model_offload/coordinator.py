@@ -49,9 +49,27 @@ class Coordinator:
         self._order = ComponentOrder(sequence)
         # A model that nobody else keeps goes away, whatever becomes of those that it ran with.
         self._attached: weakref.WeakValueDictionary[str, ComponentWeights] = weakref.WeakValueDictionary()
+        self._planned: weakref.WeakValueDictionary[str, ComponentWeights] = weakref.WeakValueDictionary()
         self._calls: list[ComponentWeights] = []
         self._before = 0  # bytes allocated when the outermost call began
         self._lock = threading.RLock()
+
+    def plan(self, weights: ComponentWeights) -> None:
+        """Is told that a component is to be attached, perhaps."""
+        self._planned[weights.name] = weights
+
+    def needs(self, weights: ComponentWeights) -> dict[str, int]:
+        """What a component's buffers take on the device; the first one says, too, what they share.
+
+        This is the largest component, or a budget. Without one, the next component takes what is free.
+        """
+        planned = list(self._planned.values())
+        nbytes = weights.staying
+        if weights is planned[0]:
+            sizes = [it.size for it in planned]
+            room = None if self._budget is None else self._budget - sum(it.staying for it in planned)
+            nbytes += max(sizes) if room is None else max(*sizes, min(sum(sizes), room))
+        return {str(self._device): nbytes}
 
     def attach(self, weights: ComponentWeights) -> None:
         """Takes a component in."""

@@ -110,6 +110,7 @@ class ModelOffload(Technique):
             component.target.shared[self] = Coordinator(self.device, sequence, self.memory_budget, last)
         coordinator = component.target.shared[self]
         weights = ComponentWeights(component, self.device, coordinator.link)
+        coordinator.plan(weights)
         claims = [Claim(Resource.PLACEMENT, slot.name) for slot in component.slots]
         first, *others = entries_of(component)
         yield Binding("", _ComponentHook(coordinator, weights, self.device), first, claims)
@@ -180,6 +181,10 @@ class _ComponentHook(_EntryHook):
     def offload(self) -> None:
         """Has the component go off."""
         self._coordinator.offload(self._weights)
+
+    def needs(self, module: nn.Module) -> Mapping[str, int]:
+        """What the component takes; what the components share is the first one's."""
+        return self._coordinator.needs(self._weights)
 
     def report(self, module: nn.Module) -> Mapping[str, int]:
         """Where the component's bytes lie now."""

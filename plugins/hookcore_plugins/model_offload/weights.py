@@ -65,6 +65,13 @@ class ComponentWeights:
         return self._packed.nbytes + sum(slot.nbytes for slot in self._uncounted)
 
     @property
+    def size(self) -> int:
+        """What `nbytes` is when it is attached."""
+        uncounted = [slot for slot in self._slots if any(it.is_inference() for it in current_tensors(slot))]
+        packed = Packed([slot for slot in self._slots if slot not in uncounted])
+        return packed.nbytes + sum(slot.nbytes for slot in uncounted)
+
+    @property
     def staying(self) -> int:
         """Bytes of what stays on the device."""
         return self._buffers.nbytes

@@ -1,0 +1,248 @@
+"""Finds the modules of a model that compute attention, by what their code names.
+
+Planning calls no model. What a module's forward calls is read off the code itself: the functions that it
+names, those of its own class and of its package that these name, and so on. A model whose attention is hidden
+better than that needs `AttentionBackend(modules=...)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, Any
+
+from attrs import field, frozen
+from torch import nn
+from torch.nn import functional
+
+from hookcore import Skipped
+from hookcore_plugins.attention_backend.stand_in import StandIn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from hookcore import Component
+
+_TORCH = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
+_DIFFUSERS = "dispatch_attention_fn"
+_TRANSFORMERS = "ALL_ATTENTION_FUNCTIONS"
+_NAMES = _TORCH | {_DIFFUSERS, _TRANSFORMERS}
+_DEPTH = 4  # calls from a forward to what it names, as in forward -> processor -> helper
+
+_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+"""These may call a fused kernel instead of what is in them; torch does not while functions are overridden."""
+
+
+@frozen
+class Found:
+    """A module that computes attention.
+
+    Attributes:
+        fqn: Its FQN.
+        entry: The method that does.
+        computes: Whether it does itself; False for one that is hooked for the sake of those in it.
+        stand_in: What has to stand in during its calls, so that it calls torch's function at all.
+        head_size: Features of each head, as far as the module tells.
+    """
+
+    fqn: str
+    entry: str = "forward"
+    computes: bool = True
+    stand_in: StandIn | None = None
+    head_size: int | None = field(default=None, eq=False)
+
+
+def find_attention(component: Component, patterns: tuple[str, ...] | None) -> Iterator[Found | Skipped]:
+    """Yields what computes attention, and what seems to in a way that nobody can redirect.
+
+    Args:
+        component: Where to look.
+        patterns: Regular expressions, searched in FQNs: take the modules that match, also where their code
+            names no attention, if no module around or inside them is taken. None for all that name it.
+    """
+    reader = _Reader()
+    places: set[str] = set()
+    unknown: list[str] = []
+    for fqn, module in component.modules.items():
+        if patterns is not None and not any(re.search(pattern, fqn) for pattern in patterns):
+            continue
+        entries = ("forward", *component.conventions.entries) if not fqn else ("forward",)
+        reached = {entry: names for entry in entries if (names := reader.names(module, entry))}
+        for entry, names in reached.items():
+            places.add(fqn)
+            yield _described(component, fqn, module, entry, names)
+        if reached:
+            continue
+        if isinstance(module, _FUSED):
+            places.add(fqn)
+            yield Found(fqn, computes=False)
+        elif reason := _computes_otherwise(module):
+            places.add(fqn)
+            yield Skipped(fqn, reason)
+        else:
+            unknown.append(fqn)
+    if patterns is None:
+        return
+    for fqn in unknown:  # the user knows more than the code tells
+        module = component.modules[fqn]
+        if type(module).forward is not nn.Module.forward and not any(_related(fqn, it) for it in places):
+            places.add(fqn)
+            yield Found(fqn, head_size=_head_size(module))
+
+
+def _related(one: str, other: str) -> bool:
+    """Whether one of two modules is in the other, or both are one."""
+    return not one or not other or f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _described(
+    component: Component, fqn: str, module: nn.Module, entry: str, names: frozenset[str]
+) -> Found | Skipped:
+    stand_in: StandIn | Skipped | None = None
+    if _TRANSFORMERS in names:
+        stand_in = _of_transformers(component, fqn, module)
+    elif _DIFFUSERS in names:
+        stand_in = _of_diffusers(fqn, module)
+    if isinstance(stand_in, Skipped):
+        return stand_in
+    return Found(fqn, entry, stand_in=stand_in, head_size=_head_size(module))
+
+
+# What is named
+
+
+class _Reader:
+    """Reads code, that of each class once."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, frozenset[str]] = {}
+
+    def names(self, module: nn.Module, entry: str) -> frozenset[str]:
+        """Which of the names of attention a module's method reaches."""
+        key = type(module), entry, *(type(it) for it in _callables(module).values())
+        if key not in self._known:
+            method = getattr(type(module), entry, None)
+            self._known[key] = frozenset(_reached(method, module, set(), _DEPTH))
+        return self._known[key]
+
+
+def _callables(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module that are called as parts of it: those that have a `__call__` of their own.
+
+    Such are diffusers' attention processors, of which some are modules too.
+    """
+    held = {**vars(module), **module._modules}
+    return {
+        name: value
+        for name, value in held.items()
+        if callable(value) and _is_written(type(value).__call__) and name not in vars(nn.Module)
+    }
+
+
+def _is_written(function: object) -> bool:
+    """Whether it is somebody's Python code, not that of torch's modules."""
+    return isinstance(function, FunctionType) and not function.__module__.startswith(("torch.", "hookcore."))
+
+
+def _reached(function: object, owner: object, seen: set[CodeType], depth: int) -> Iterator[str]:
+    """The names of attention in a function, and in the functions that it names.
+
+    Args:
+        function: The function.
+        owner: Whose methods and parts its attribute names may be.
+        seen: Code that was read before; added to.
+        depth: How many calls to follow.
+    """
+    function = inspect.unwrap(function) if callable(function) else function
+    if not isinstance(function, FunctionType) or function.__code__ in seen:
+        return
+    seen.add(function.__code__)
+    named = set(_names_in(function.__code__))
+    yield from named & _NAMES
+    # torch's own modules name torch's functions, which is as far as there is to look.
+    if not depth or function.__module__.startswith("torch."):
+        return
+    package = function.__module__.partition(".")[0]
+    parts = _callables(owner) if isinstance(owner, nn.Module) else {}
+    for name in named:
+        if name in parts:
+            part = parts[name]
+            yield from _reached(type(part).__call__, part, seen, depth - 1)
+            continue
+        if name == "forward" or name not in vars(nn.Module):
+            for kind in type(owner).__mro__:  # all of them, since a method may call that of its base
+                yield from _reached(vars(kind).get(name), owner, seen, depth - 1)
+        other = function.__globals__.get(name)
+        if other is functional.scaled_dot_product_attention:  # imported by another name
+            yield "scaled_dot_product_attention"
+        if inspect.isfunction(other) and other.__module__.partition(".")[0] == package:
+            yield from _reached(other, None, seen, depth - 1)
+
+
+def _names_in(code: CodeType) -> Iterable[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a function within the function
+            yield from _names_in(constant)
+
+
+# What the libraries do
+
+
+def _of_transformers(component: Component, fqn: str, module: nn.Module) -> StandIn | Skipped | None:
+    """What a module needs that looks its function up in transformers' table."""
+    chosen = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+    if chosen in {None, "sdpa"}:
+        return None
+    if chosen != "eager":
+        return Skipped(
+            fqn,
+            f"its attn_implementation is {chosen!r}, which takes other masks than torch's function: call "
+            "model.set_attn_implementation('sdpa') before",
+        )
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+    parts = fqn.split(".")
+    above = (component.modules.get(".".join(parts[:end])) for end in range(len(parts), -1, -1))
+    model = next((it for it in above if isinstance(it, base)), None)
+    if model is not None and not getattr(model, "_supports_sdpa", False):
+        return Skipped(fqn, f"{type(model).__name__} has no way to compute attention but its own ('eager')")
+    # Masks made for 'eager' are added to scores, which torch's function can do too.
+    return StandIn("config", "_attn_implementation_internal", "sdpa")
+
+
+def _of_diffusers(fqn: str, module: nn.Module) -> StandIn | Skipped | None:
+    """What a module needs whose processor calls diffusers' table of backends."""
+    processor = getattr(module, "processor", None)
+    if not hasattr(processor, "_attention_backend"):
+        return None
+    if getattr(processor, "_parallel_config", None) is not None:
+        return Skipped(fqn, "diffusers splits its attention over several devices (context parallelism)")
+    native = sys.modules["diffusers.models.attention_dispatch"].AttentionBackendName.NATIVE
+    # Whatever was set with model.set_attention_backend(), which sets it for all models of the process too.
+    return StandIn("processor", "_attention_backend", native)
+
+
+def _computes_otherwise(module: nn.Module) -> str | None:
+    """Why a module that is known to compute attention does not call torch's function; None for any other."""
+    processor = getattr(module, "processor", None)
+    if processor is not None and callable(getattr(module, "set_processor", None)):
+        kind = type(processor).__name__
+        return (
+            f"its processor, {kind}, computes attention in its own way: call model.set_attn_processor(...) "
+            "with one that calls torch's function (AttnProcessor2_0) before"
+        )
+    return None
+
+
+def _head_size(module: nn.Module) -> int | None:
+    """Features of each head, under the names that torch, transformers and diffusers give it."""
+    for name in ("head_dim", "attention_head_size", "dim_head", "key_value_proj_dim"):
+        size = getattr(module, name, None)
+        if isinstance(size, int):
+            return size
+    features, heads = getattr(module, "inner_dim", None), getattr(module, "heads", None)
+    if isinstance(features, int) and isinstance(heads, int) and heads:
+        return features // heads
+    return None

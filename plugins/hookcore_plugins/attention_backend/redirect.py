@@ -1,0 +1,99 @@
+"""Sends calls of torch's attention function to another one, in the calls of some modules and nowhere else.
+
+torch lets a mode, which belongs to one thread, stand in for its functions however they were imported. The
+mode is on while a hooked module is called. There is one at a time, at the outermost of hooked modules inside
+each other; whose attention it is, the innermost says.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from torch.nn import functional as F  # noqa: N812 -- the name that all of torch's users know
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    Attend = Callable[..., Tensor]
+
+_ATTENTION = F.scaled_dot_product_attention
+_MULTI_HEAD = F.multi_head_attention_forward
+
+
+class _Scope(threading.local):
+    """What attention goes to in this thread; None outside of hooked calls."""
+
+    attend: Attend | None = None
+
+
+_SCOPE = _Scope()
+
+
+class _Redirecting(TorchFunctionMode):
+    """Stands in for torch's attention function."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Goes on to the function that was called, unless it is one of those."""
+        if func is _ATTENTION:
+            func = _SCOPE.attend or func
+        elif func is _MULTI_HEAD:
+            func = _multi_head_redirected()
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+_MODE = _Redirecting()
+
+
+def redirected(attend: Attend, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Calls something, with `attend` in the place of torch's attention function.
+
+    Args:
+        attend: Called with what torch's function would be called with, while no mode of this module is on.
+        call: What to call.
+        *args: With what.
+        **kwargs: Likewise.
+
+    Returns:
+        What the call returns.
+    """
+    outer = _SCOPE.attend
+    _SCOPE.attend = attend
+    try:
+        if outer is not None:
+            return call(*args, **kwargs)
+        with _MODE:
+            return call(*args, **kwargs)
+    finally:
+        _SCOPE.attend = outer
+
+
+def _multi_head_redirected() -> Callable[..., Any]:
+    """`torch.nn.functional.multi_head_attention_forward`, but with this thread's attention function.
+
+    While a mode handles a function of torch's that is written in Python, it doesn't see what that calls. So
+    the same code is run with other names: that of the attention function, and that by which torch would ask
+    the mode again.
+    """
+    names = {
+        **vars(F),
+        "has_torch_function": _never,
+        "scaled_dot_product_attention": _SCOPE.attend or _ATTENTION,
+    }
+    function = FunctionType(_MULTI_HEAD.__code__, names, _MULTI_HEAD.__name__, _MULTI_HEAD.__defaults__)
+    function.__kwdefaults__ = _MULTI_HEAD.__kwdefaults__
+    return function
+
+
+def _never(_tensors: object) -> bool:
+    return False

@@ -1,0 +1,192 @@
+"""The technique: another function in the place of torch's attention, in one model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from attrs import field, frozen
+
+import hookcore
+from hookcore import Binding, Claim, Objection, Phase, PlanError, Resource, Skipped, Technique
+from hookcore.memory import wanted_dtype
+from hookcore_plugins.attention_backend.finding import Found, find_attention
+from hookcore_plugins.attention_backend.hook import AttentionHook, refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import nn
+
+    from hookcore import AttentionFunction, Component
+
+
+def _patterns(patterns: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    if patterns is None:
+        return None
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+@frozen
+class AttentionBackend(Technique):
+    """Has a backend of the user's choice compute a model's attention, and that of no other model.
+
+    Whatever calls `torch.nn.functional.scaled_dot_product_attention` in a call of one of the model's
+    attention modules calls the backend instead: diffusers' processors, transformers' attention,
+    `nn.MultiheadAttention`, and modules of the user's own. What these libraries were told to use
+    (`set_attention_backend`, `attn_implementation="eager"`) doesn't matter while the technique is applied.
+
+    Attributes:
+        backend: Name of the backend: "sdpa" (torch's own choice), "math", "flash", "efficient", "cudnn",
+            "flex", "chunked", "xformers", "flash_attn", "sage", or any that a plugin brings
+            (`hookcore.attention_functions()`).
+        fallback: Name of the backend that computes what the first one cannot; None to raise an error. How
+            often that happened is counted.
+        modules: Regular expressions, searched in module FQNs: attention is redirected in the calls of modules
+            that match, and in no others. None for all whose code is seen to compute attention.
+
+    Raises:
+        TypeError: A name is no text.
+        ValueError: A pattern is no regular expression, or the fallback is the backend itself.
+    """
+
+    name: ClassVar[str] = "attention_backend"
+    phase: ClassVar[Phase] = Phase.COMPUTE
+    replans: ClassVar[bool] = True
+
+    backend: str = field()
+    fallback: str | None = field(default=None, kw_only=True)
+    modules: tuple[str, ...] | None = field(default=None, converter=_patterns, kw_only=True)
+
+    @backend.validator
+    def _check_backend(self, _attribute: object, backend: object) -> None:
+        if not isinstance(backend, str):
+            raise TypeError(
+                f"backend is the name of an attention backend, such as 'chunked', not {backend!r}"
+            )
+
+    @fallback.validator
+    def _check_fallback(self, _attribute: object, fallback: object) -> None:
+        if fallback is not None and not isinstance(fallback, str):
+            raise TypeError(f"fallback is the name of an attention backend, such as 'math', not {fallback!r}")
+        if fallback == self.backend:
+            raise ValueError(f"fallback is {fallback!r}, which is the backend itself; name another one")
+
+    @modules.validator
+    def _check_modules(self, _attribute: object, patterns: tuple[Any, ...] | None) -> None:
+        for pattern in patterns or ():
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(f"modules has {pattern!r}, no regular expression: {error}") from error
+
+    def bind(self, component: Component) -> Iterator[Binding | Skipped]:
+        """Lists a hook for each module that computes attention.
+
+        Raises:
+            PlanError: There is no such module or backend, or the backend cannot be used here or with these
+                modules, and no fallback was given that can.
+        """
+        known = hookcore.attention_functions()
+        chosen = _look_up(self.backend, known)
+        fallback = None if self.fallback is None else _look_up(self.fallback, known)
+        found = list(find_attention(component, self.modules))
+        skipped = [item for item in found if isinstance(item, Skipped)]
+        places = [item for item in found if isinstance(item, Found)]
+        if not any(item.computes for item in places):
+            raise PlanError(self._nothing(component, skipped))
+        unavailable = _unavailable(chosen)
+        self._check(component, places, chosen, fallback, unavailable)
+        yield from skipped
+        if unavailable is not None and self.fallback is not None:
+            yield Skipped("", f"{unavailable.found}: {self.fallback!r} computes instead of {self.backend!r}")
+        for item in places:
+            hook = AttentionHook(
+                component.label(item.fqn),
+                chosen,
+                fallback,
+                unavailable,
+                computes=item.computes,
+                stand_in=item.stand_in,
+            )
+            claims = [Claim(Resource.ATTENTION)] if item.computes else []
+            yield Binding(item.fqn, hook, item.entry, claims=claims)
+
+    def _check(
+        self,
+        component: Component,
+        places: list[Found],
+        chosen: AttentionFunction,
+        fallback: AttentionFunction | None,
+        unavailable: Objection | None,
+    ) -> None:
+        """Refuses what can be seen now that no call will be able to do."""
+        for item in places:
+            if not item.computes:
+                continue
+            module = component.modules[item.fqn]
+            objections = []
+            for function in (chosen, fallback):
+                if function is None:
+                    continue
+                missing = unavailable if function is chosen else _unavailable(function)
+                objection = missing or _objection(function, module, item.head_size)
+                if objection is None:
+                    break
+                objections.append((function, objection))
+            else:
+                raise PlanError(refusal(component.label(item.fqn), objections))
+
+    def _nothing(self, component: Component, skipped: list[Skipped]) -> str:
+        text = f"{self.name} finds nothing in {component.label('')!r} that calls torch's attention function"
+        if self.modules is not None:
+            return f"{text} and matches modules={self.modules!r}. Give a pattern that is found in an FQN"
+        reasons = "; ".join(f"{component.label(item.fqn)!r}: {item.reason}" for item in skipped[:3])
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        return (
+            f"{text}. "
+            + (f"It skips {reasons}{more}. " if skipped else "")
+            + "Name the modules that do, as modules=['attn'], or leave this component out"
+        )
+
+
+def _look_up(name: str, known: Mapping[str, AttentionFunction]) -> AttentionFunction:
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known)
+    guess = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+    raise PlanError(f"no attention backend is named {name!r}{guess}; there are: {', '.join(sorted(known))}")
+
+
+def _unavailable(function: AttentionFunction) -> Objection | None:
+    """Why a backend cannot be used in this process at all, or None."""
+    missing = function.unavailable()
+    if missing is None and function.devices is not None and not any(map(_is_here, function.devices)):
+        return Objection(f"there is no device {' or '.join(map(repr, function.devices))} here")
+    return missing
+
+
+def _is_here(device: str) -> bool:
+    if device == "cpu":
+        return True
+    try:
+        return bool(torch.get_device_module(device).is_available())
+    except (AttributeError, RuntimeError):  # a kind of device that this torch does not know
+        return False
+
+
+def _objection(function: AttentionFunction, module: nn.Module, head_size: int | None) -> Objection | None:
+    """Why a backend will not be able to compute a module's attention, as far as its weights tell."""
+    weights = [weight for weight in module.parameters() if weight.dtype.is_floating_point]
+    for kind in {weight.device.type for weight in weights} - {"cpu", "meta"}:  # from there they may be moved
+        if objection := function.objection_to_device(kind):
+            return objection
+    # Weights of one byte are cast before they are used.
+    dtypes = {dtype for weight in weights if (dtype := wanted_dtype(weight)).itemsize > 1}
+    if dtypes and not any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        objections = [function.objection_to_dtype(dtype) for dtype in sorted(dtypes, key=str)]
+        if all(objections):
+            return objections[0]
+    return None if head_size is None else function.objection_to_head_size(head_size)

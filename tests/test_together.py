@@ -1,0 +1,207 @@
+"""Components that share weights, under one technique: right whatever is called, and given back in the end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import hookcore
+from hookcore.testing.snapshot import same_bits
+from hookcore_plugins import GroupOffload, SequentialOffload
+
+FOR_EACH_EXAMPLE = settings(
+    max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+WIDTH = 8
+
+
+class BoomError(Exception):
+    pass
+
+
+class Part(nn.Module):
+    """Layers, of which some are another component's, too, with a weight that is read outside of its layer."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.other = ()  # a component that is called inside
+
+    def forward(self, x, fails=False):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        for other in self.other:
+            x = other(x)
+        if fails:
+            raise BoomError
+        return x + self.head(x) @ self.layers[0].weight
+
+
+def linear():
+    return nn.Linear(WIDTH, WIDTH)
+
+
+def tied_weight():
+    """A head is the other's first layer's weight; the last one stands in all of them."""
+    models = {name: Part(linear(), linear()) for name in ("text", "unet", "vae")}
+    models["unet"].head.weight = models["text"].layers[0].weight
+    models["vae"].layers[1].bias = models["text"].layers[1].bias
+    return models
+
+
+def shared_module():
+    shared = nn.Sequential(linear(), linear())
+    shared.weight = nn.Parameter(torch.ones(WIDTH, WIDTH))
+    return {"text": Part(linear(), shared), "unet": Part(linear(), shared), "vae": Part(shared)}
+
+
+def part_of_another():
+    """The second component is a module in the first, and the third joins them with one that was apart."""
+    text, vae = Part(linear(), linear()), Part(linear())
+    text.layers.append(Part(linear(), linear()))
+    text.layers[2].weight = text.head.weight
+    last = Part(text.layers[2].layers[0], vae.layers[0])
+    return {"text": text, "unet": text.layers[2], "vae": vae, "last": last}
+
+
+def calls_another():
+    models = tied_weight()
+    models["vae"].other = (models["text"],)
+    return models
+
+
+BUILDS = [tied_weight, shared_module, part_of_another, calls_another]
+
+
+def build(which, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return which()
+
+
+names = st.sampled_from(["text", "unet", "vae"])
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("call"), names),
+        st.tuples(st.just("fail"), names),
+        st.tuples(st.just("edit"), names),
+        st.tuples(st.just("load"), names),
+        st.tuples(st.just("gradients"), names),
+        st.tuples(st.just("reset"), st.none()),
+    ),
+    max_size=10,
+)
+
+
+def techniques(device):
+    return st.one_of(
+        st.builds(SequentialOffload, st.just(device)),
+        st.builds(
+            GroupOffload,
+            st.just(device),
+            offload_type=st.sampled_from(["auto", "block_level", "leaf_level"]),
+            exclude_modules=st.lists(st.just("layers.0"), max_size=1),
+        ),
+        st.builds(GroupOffload, st.just(device), memory_budget=st.integers(3_000, 9_000))
+        if device == "sim"
+        else st.nothing(),
+    )
+
+
+class Twins:
+    """Components with a technique and their bare twins, to which the same is done."""
+
+    def __init__(self, which, technique):
+        self.ours, self.bare = build(which), build(which)
+        self.device = (
+            technique.device if isinstance(technique, SequentialOffload) else technique.onload_device
+        )
+        self.x = torch.linspace(-1, 1, 2 * WIDTH).reshape(2, WIDTH)
+        self.applied = hookcore.apply(self.ours, [technique])
+        self.outputs = []
+
+    def call(self, name):
+        with torch.no_grad():
+            self.outputs.append((self.ours[name](self.x.to(self.device)), self.bare[name](self.x)))
+
+    def fail(self, name):
+        for models in (self.ours, self.bare):
+            with pytest.raises(BoomError), torch.no_grad():
+                models[name](self.x, fails=True)
+
+    def edit(self, name):
+        for models in (self.ours, self.bare):
+            with torch.no_grad():
+                models[name].layers[-1].bias.mul_(1.5) if hasattr(models[name].layers[-1], "bias") else None
+                models[name].layers[0].weight.data *= 0.5
+
+    def load(self, name):
+        for models in (self.ours, self.bare):
+            state = {key: it.cpu() * 0.75 for key, it in models[name].state_dict().items()}
+            models[name].load_state_dict(state)
+
+    def gradients(self, name):
+        for models in (self.ours, self.bare):
+            models[name](self.x).sum().backward()
+        for ours, theirs in zip(self.ours[name].parameters(), self.bare[name].parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None)
+            if ours.grad is not None:
+                torch.testing.assert_close(ours.grad.cpu(), theirs.grad)
+        for models in (self.ours, self.bare):
+            for model in models.values():
+                model.zero_grad()
+
+    def reset(self, _):
+        self.applied.reset()
+
+    def check(self):
+        for ours, theirs in self.outputs:
+            assert same_bits(ours.cpu(), theirs)
+        self.outputs.clear()
+
+    def check_removed(self, names):
+        for name in names:
+            states = [models[name].state_dict() for models in (self.ours, self.bare)]
+            for key, theirs in states[1].items():
+                assert states[0][key].device.type == "cpu", key
+                assert same_bits(states[0][key], theirs), key
+            for ours, theirs in zip(self.ours[name].modules(), self.bare[name].modules(), strict=True):
+                assert vars(ours).keys() == vars(theirs).keys()
+                assert type(ours._parameters) is dict
+
+
+def ties(models):
+    every = [it for model in models.values() for it in model.parameters()]
+    return [[it is other for other in every] for it in every]
+
+
+def do(twins, steps):
+    for kind, what in steps:
+        getattr(twins, kind)(what)
+    twins.check()
+
+
+@pytest.mark.parametrize("which", BUILDS)
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+@FOR_EACH_EXAMPLE
+@given(data=st.data(), steps=steps)
+def test_outputs_are_those_of_the_bare_components(sim, which, device, data, steps):
+    technique = data.draw(techniques(device))
+    bare = build(which)
+    try:
+        for component in bare.values():
+            hookcore.plan(component, [technique])
+    except hookcore.PlanError:
+        return  # nothing is excluded of a component that lacks it
+    twins = Twins(which, technique)
+    do(twins, steps)
+    for name in twins.ours:
+        twins.call(name)
+    twins.check()
+    assert ties(twins.ours) == ties(twins.bare)
+    twins.applied.remove()
+    twins.check_removed(twins.ours)

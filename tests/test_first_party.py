@@ -12,7 +12,7 @@ import torch
 from attrs import field, frozen
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import rule, run_state_machine_as_test
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -426,6 +426,39 @@ class AttentionAndOffloads(ExactInFloat8, Offloads):
         ]
 
 
+class Compiled(ExactInFloat8, OffloadsFromTheDevice):
+    """Blocks compiled on the model or a part of it, with hooks that come and go around and inside."""
+
+    def techniques(self):
+        return [
+            Compile(backend="eager"),
+            ChannelsLast(),
+            GroupOffload(self.device, offload_type="leaf_level"),
+            LayerwiseCasting(torch.float8_e4m3fn),
+        ]
+
+    def models(self):
+        leaves = st.sampled_from([linear, layer_norm, Lookup, Picture]).map(Recipe)
+        blocks = st.builds(Recipe, st.just(sequential), st.tuples(leaves, leaves))
+        count = st.integers(2, 3)
+        trees = st.builds(lambda block, count: Recipe(Listed, (block,) * count), blocks, count)
+        blueprints = st.builds(TreeModel, trees, st.just(4), freeze_every=st.integers(0, 2))
+        return st.builds(ModelCase, blueprints, seed=st.integers(0, 9))
+
+    @rule(data=st.data(), seed=st.integers(0, 3))
+    def put_several_on(self, data, seed):
+        """In any order, each on the model or on a part of it, and calls."""
+        for technique in data.draw(st.permutations(self.techniques()), label="techniques"):
+            target = st.sampled_from(["", "", "", *self.targets()])
+            self.put_on(technique, data.draw(target, label="target"))
+            self.call_entry("forward", seed)
+
+    def fail_entry(self, entry, seed, fqn):
+        """Compiled code does not see that somebody has hooked a module in it."""
+        if not any(item.technique.name == "compile" for item in self.items):
+            super().fail_entry(entry, seed, fqn)
+
+
 class Disk(FromCheckpoints, HookMachine):
     def __init__(self):
         super().__init__()
@@ -441,7 +474,7 @@ class Disk(FromCheckpoints, HookMachine):
 @pytest.mark.filterwarnings("ignore:the checkpoint in .* tensors that .* lacks:hookcore.HookcoreWarning")
 @pytest.mark.parametrize("device", ["cpu", "sim"])
 @pytest.mark.parametrize(
-    "machine", [Offloads, OffloadsFromTheDevice, OffloadsAndCasting, AttentionAndOffloads, Disk]
+    "machine", [Offloads, OffloadsFromTheDevice, OffloadsAndCasting, AttentionAndOffloads, Compiled, Disk]
 )
 def test_any_sequence_of_steps(machine, device):
     there = type(machine.__name__, (machine,), {"device": device})

@@ -15,7 +15,7 @@ from hookcore import Binding, ConflictError, Hook, Phase, PlanError, Technique
 from hookcore.testing import simulator
 from hookcore.testing.models import autoencoder, flux, gpt2, unet
 from hookcore.testing.snapshot import ModelSnapshot
-from hookcore_plugins import Compile, GroupOffload, LayerwiseCasting, ModelOffload
+from hookcore_plugins import ChannelsLast, Compile, GroupOffload, LayerwiseCasting, ModelOffload
 from hookcore_plugins.compile.code import LIMIT
 
 
@@ -190,6 +190,31 @@ def test_weights_may_change_between_calls():
     assert counts(model) == once(2)
 
 
+@pytest.mark.parametrize("order", [[0, 1], [1, 0], None])
+def test_layers_of_a_compiled_block_are_brought_together_as_long_as_it_is_compiled(order):
+    model = Model()
+    leaves = GroupOffload("cpu", offload_type="leaf_level")
+
+    def brought_at():
+        (found,) = (it for it in hookcore.status(model).attachments if it.technique is leaves)
+        return {binding.fqn for binding in found.bindings}
+
+    together = {"", "stem", *(f"blocks.{at}" for at in range(3)), *(f"others.{at}" for at in range(2))}
+    techniques = [compiled(), leaves]
+    for group in [techniques] if order is None else [[techniques[at]] for at in order]:
+        handle = hookcore.apply(model, group)
+    assert brought_at() == together
+    model(torch.randn(2, 4))
+    if order is not None:
+        hookcore.remove(model)
+        hookcore.apply(model, [leaves])
+        with hookcore.apply(model, [compiled()]):
+            assert brought_at() == together
+        assert {"blocks.0.norm", "blocks.0.layers.0"} < brought_at()
+    else:
+        handle.remove()
+
+
 # What may stand where
 
 
@@ -353,12 +378,14 @@ def test_an_error_inside_leaves_weights_where_they_were():
         assert torch.equal(model(torch.ones(2, 4)), expected)
 
 
-def test_the_users_own_marks_on_tensors_stay():
+def test_torchs_marks_on_tensors_go_and_the_users_own_stay():
     model = Model()
     torch._dynamo.mark_static_address(model.blocks[0].norm.weight)
     before = ModelSnapshot.take(model)
     with hookcore.apply(model, [compiled()]):
         model(torch.randn(2, 4))
+        with hookcore.apply(model, [ChannelsLast(), LayerwiseCasting("bfloat16", keep_originals=True)]):
+            model(torch.randn(2, 4))
     before.assert_restored(model, same_storage=True)
 
 

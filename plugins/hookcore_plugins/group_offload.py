@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
@@ -158,16 +159,21 @@ class GroupOffload(Technique):
             units = leaf_units(component)
         together = Together.of(component, self)
         placement = together.place(
-            component, units, moving, resident=resident, make_mover=self._mover, onload_device=here
+            component,
+            units,
+            moving,
+            resident=resident,
+            make_mover=partial(self._mover, 1 if component.wholes else _LAYERS_AHEAD),
+            onload_device=here,
         )
         if self.memory_budget is not None:
             placement.mover.needs()  # raises if that is more
         yield from placement.bindings()
 
-    def _mover(self) -> GroupMover:
+    def _mover(self, layers_ahead: int) -> GroupMover:
         if not self._streams:
             return DeviceMover(self.onload_device, self.offload_device)
-        ahead = _LAYERS_AHEAD if self.offload_type == "auto" else 1
+        ahead = layers_ahead if self.offload_type == "auto" else 1
         if self.prefetch is not None:
             ahead = self.prefetch
         return StreamMover(self.onload_device, self._budget, ahead, 0 if self.low_cpu_mem_usage else None)

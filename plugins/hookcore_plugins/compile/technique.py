@@ -61,6 +61,7 @@ class Compile(Technique):
 
     name: ClassVar[str] = "compile"
     phase: ClassVar[Phase] = Phase.COMPUTE
+    encloses: ClassVar[bool] = True
 
     regional: bool
     options: Mapping[str, Any] = field(eq=_as_value)
@@ -117,11 +118,12 @@ class CompileHook(Hook):
     def __init__(self, code: SharedCode, *, reports: bool) -> None:
         self._code = code
         self._reports = reports
-        self._marked: set[int] = set()  # tensors that somebody else's compiling had marked
+        self._marked: set[int] | None = None  # tensors that somebody else's compiling had marked
 
     def attach(self, module: nn.Module) -> None:
-        """Notes which tensors are marked already."""
-        self._marked = {id(tensor) for tensor in _tensors(module) if _MARK in vars(tensor)}
+        """Notes, the first time, which tensors are marked already."""
+        if self._marked is None:
+            self._marked = {id(tensor) for tensor in _tensors(module) if _MARK in vars(tensor)}
 
     def substitute(self, module: nn.Module, entry: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled entry; compiled at its first call."""
@@ -131,7 +133,7 @@ class CompileHook(Hook):
         """Drops the compiled code, and the marks that torch has left on the tensors of what it compiled."""
         self._code.forget()
         for tensor in _tensors(module):
-            if id(tensor) not in self._marked:
+            if id(tensor) not in (self._marked or ()):
                 vars(tensor).pop(_MARK, None)
 
     def counts(self, module: nn.Module) -> dict[str, int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from attrs import evolve
 
 from hookcore.applied import Applied, Status, take_off
+from hookcore.enclosed import wholes_of
 from hookcore.errors import ConflictError, PlanError
 from hookcore.plan import Placed, Plan, PlanStep, check_conflicts, left_alone, make_step, ordered
 from hookcore.plugins import plugins
@@ -113,13 +114,28 @@ def _plan(target: Any, techniques: Techniques, components: Iterable[str] | None)
     for component in touched:
         _refuse_foreign(component)
     registry = HookRegistry(touched)
-    steps = [make_step(item, opened[name]) for name, chosen in wanted.items() for item in chosen]
+    steps = _steps(wanted, opened, registry.attachments)
     check_conflicts(steps, registry.attachments)
     present: list[Placed] = [*registry.attachments, *steps]
     made = Plan(
         tuple(item for item in ordered(present) if isinstance(item, PlanStep)), left_alone=tuple(alone)
     )
     return evolve(made, notes=tuple(plugins().review(made))), registry
+
+
+def _steps(
+    wanted: Mapping[str, Sequence[Technique]], opened: Mapping[str, Component], attached: Sequence[Placed]
+) -> list[PlanStep]:
+    """Binds techniques, in their order; first those that decide what others can see."""
+    places = [(name, item) for name, chosen in wanted.items() for item in chosen]
+    steps = {at: make_step(it, opened[name]) for at, (name, it) in enumerate(places) if it.encloses}
+    enclosing = [*attached, *steps.values()]
+    for at, (name, item) in enumerate(places):
+        if at not in steps:
+            component = opened[name]
+            wholes = wholes_of(component, enclosing)
+            steps[at] = make_step(item, component.afresh(wholes) if wholes else component)
+    return [steps[at] for at in range(len(places))]
 
 
 def _by_component(techniques: Techniques, opened: Mapping[str, Component]) -> dict[str, list[Technique]]:

@@ -85,12 +85,15 @@ class Component:
         name: Its name in the target (`"transformer"`), or `""` for a target that is a module itself.
         module: The module.
         target: What it was opened from.
+        wholes: FQNs of modules whose calls run what is below as one with them (compiled blocks), so that
+            weights there are best brought together.
     """
 
     name: str
     module: nn.Module
     _describe: Callable[[Component], ModelConventions] = field(repr=False)
     target: Target = field(factory=Target, repr=False)
+    wholes: frozenset[str] = frozenset()
 
     @cached_property
     def places(self) -> tuple[tuple[str, nn.Module], ...]:
@@ -129,9 +132,10 @@ class Component:
         tensors = (id(tensor) for slot in self.slots for tensor in slot.tensors)
         return frozenset(map(id, self.modules.values())).union(tensors)
 
-    def afresh(self) -> Component:
-        """The same component, to be looked at again."""
-        return Component(self.name, self.module, self._describe, self.target)
+    def afresh(self, wholes: frozenset[str] | None = None) -> Component:
+        """The same component, to be looked at again, with other `wholes` if they are given."""
+        known = self.wholes if wholes is None else wholes
+        return Component(self.name, self.module, self._describe, self.target, known)
 
     @cached_property
     def conventions(self) -> ModelConventions:

@@ -103,7 +103,8 @@ def merge_neighbours(runs: Iterable[Unit], size: int) -> tuple[Unit, ...]:
 def leaf_units(component: Component) -> tuple[Unit, ...]:
     """Finds the smallest units: each module that has tensors of its own and is called.
 
-    Modules that read their children's weights without calling them are one unit with all that is below.
+    Modules that read their children's weights without calling them are one unit with all that is below; so
+    are those whose calls run all that is below as one.
     Tensors of a module without a forward, such as a ParameterList, belong to the nearest module above it.
     """
     unit_of: dict[str, str] = {}
@@ -114,7 +115,7 @@ def leaf_units(component: Component) -> tuple[Unit, ...]:
         if above in wholes:
             wholes.add(fqn)
             unit_of[fqn] = unit_of[above]
-        elif isinstance(module, _READ_THEIR_CHILDREN):
+        elif isinstance(module, _READ_THEIR_CHILDREN) or component.fqns[module][0] in component.wholes:
             wholes.add(fqn)
             unit_of[fqn] = component.fqns[module][0]
         elif _can_be_called(module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -233,7 +234,7 @@ class GroupOffload(Technique):
             units,
             moving,
             resident=resident,
-            make_mover=self._mover,
+            make_mover=partial(self._mover, component),
             onload_device=here,
             exclude_kwargs=self.exclude_kwargs,
         )
@@ -281,7 +282,7 @@ class GroupOffload(Technique):
         yield from dtype_hooks(component, known)
         if self._streams:
             groups = make_groups(component, units, moving)
-            mover: GroupMover = self._stream_mover(FileStore(origins, _READ_AHEAD))
+            mover: GroupMover = self._stream_mover(component, FileStore(origins, _READ_AHEAD))
         else:
             groups = make_groups(component, units, [slot for slot in moving if not slot.is_buffer])
             resident.append(Group("buffers", tuple(slot for slot in moving if slot.is_buffer), ()))
@@ -295,13 +296,14 @@ class GroupOffload(Technique):
             mover.needs()  # raises if that is more
         yield from placement.bindings()
 
-    def _mover(self) -> GroupMover:
+    def _mover(self, component: Component) -> GroupMover:
         if self._streams:
-            return self._stream_mover()
+            return self._stream_mover(component)
         return DeviceMover(self.onload_device, self.offload_device)
 
-    def _stream_mover(self, store: Store | None = None) -> StreamMover:
-        ahead = _LAYERS_AHEAD if self.offload_type == "auto" else 1
+    def _stream_mover(self, component: Component, store: Store | None = None) -> StreamMover:
+        # What runs as a whole is a group as large as a block: one ahead is enough.
+        ahead = _LAYERS_AHEAD if self.offload_type == "auto" and not component.wholes else 1
         if self.prefetch is not None:
             ahead = self.prefetch
         limit = 0 if self.low_cpu_mem_usage else None

@@ -63,6 +63,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/dispatch.py
 	$(BIN)/python benchmarks/components.py
+	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/offload.py
 	$(BIN)/python benchmarks/disk.py
 	$(BIN)/python benchmarks/simulator.py

@@ -71,6 +71,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/components.py
 	$(BIN)/python benchmarks/tiling.py
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/offload.py
 	$(BIN)/python benchmarks/disk.py
 	$(BIN)/python benchmarks/simulator.py

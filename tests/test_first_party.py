@@ -262,6 +262,12 @@ class TestGroupsOnDisk(OnBoth):
     def make(self):
         return GroupOffload(self.device, offload_to_disk_path=self.folder)
 
+    def models(self):
+        """Those whose weights a file can hold as they lie: neither transposed nor parts of others."""
+        return module_trees().filter(
+            lambda case: not any(tie.how in {"transpose", "row"} for tie in case.blueprint.ties)
+        )
+
 
 # Slicing and tiling
 

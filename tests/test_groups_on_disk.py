@@ -228,6 +228,28 @@ def test_a_file_that_changes_is_found(sim, device, tmp_path):
     applied.remove()
 
 
+@each_device
+def test_each_of_several_files_is_looked_after(sim, device, tmp_path):
+    """The base's checkpoint, and what was written beside it."""
+    save(stored_tensors(wide()), tmp_path)
+    model = hookcore.load(Deep, tmp_path)
+    with torch.no_grad():
+        model.layers[7].weight = nn.Parameter(torch.zeros(128, 128))
+    expected = call(model)
+    hookcore.apply(model, [GroupOffload(device, offload_to_disk_path=tmp_path / "written")])
+    for folder in (tmp_path, tmp_path / "written"):
+        (file,) = folder.glob("*.safetensors")
+        torch.testing.assert_close(call(model, device), expected)
+        put_back = damage(file, "overwrite")
+        ran = []
+        handle = model.layers[0].register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
+        with pytest.raises(CheckpointError, match=file.name):
+            call(model, device)
+        assert ran == []
+        handle.remove()
+        put_back()
+
+
 def test_files_go_away_with_the_model_and_at_the_end_of_the_process(tmp_path):
     model = wide()
     hookcore.apply(model, [GroupOffload("cpu", offload_to_disk_path=tmp_path)])

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import hookcore
 from hookcore.testing import models
 from hookcore.testing.cases import tensors_in
+from hookcore.testing.modules import Reassigned
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.disk_offload import DiskOffload
 from hookcore_plugins.group_offload import GroupOffload
@@ -129,6 +130,20 @@ def test_what_came_from_another_device_goes_back_there(sim):
     model(torch.ones(3))
     applied.remove()
     assert [str(it.device) for it in model.parameters()] == ["cpu", "cpu", "sim:1", "sim:1"]
+
+
+@pytest.mark.parametrize("use_stream", [True, False])
+def test_a_buffer_that_a_call_replaced_goes_back_too(left, sim, use_stream):
+    """Whoever keeps the handle keeps the tensors that there were."""
+    model = nn.Sequential(nn.Linear(4, 4), Reassigned(4))
+    steps = model[1].steps
+    applied = hookcore.apply(model, [GroupOffload("sim", use_stream=use_stream)])
+    with torch.no_grad():
+        model(torch.zeros(1, 4))
+    applied.remove()
+    assert steps is not model[1].steps
+    assert steps.device.type == model[1].steps.device.type == "cpu"
+    assert left() == 0
 
 
 def test_what_is_moved_in_inference_mode_can_be_trained_after_it(sim):

@@ -477,8 +477,8 @@ class OffloadsAndCasting(ExactInFloat8, OffloadsFromTheDevice):
         return [GroupOffload(self.device, offload_type="leaf_level"), *casting]
 
 
-class AttentionAndOffloads(ExactInFloat8, Offloads):
-    """And casting, on a model that lies on the CPU."""
+class AttentionAndOffloads(ExactInFloat8, OffloadsFromTheDevice):
+    """And casting."""
 
     tolerance = 1e-4
 

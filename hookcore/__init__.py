@@ -28,7 +28,7 @@ from hookcore.errors import (
     UnsupportedModelError,
 )
 from hookcore.hook import Hook
-from hookcore.hookspecs import ForeignMechanism, ModelConventions, hookimpl
+from hookcore.hookspecs import ForeignMechanism, ModelConventions, OpenedTarget, hookimpl
 from hookcore.loading import load
 from hookcore.plan import Plan, PlanStep
 from hookcore.plugins import attention_functions
@@ -66,6 +66,7 @@ __all__ = [
     "LossyRemovalError",
     "ModelConventions",
     "Objection",
+    "OpenedTarget",
     "OrderError",
     "Phase",
     "Plan",

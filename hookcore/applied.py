@@ -76,9 +76,12 @@ class Applied:
         self.remove()
 
     def __repr__(self) -> str:
-        if not any(item.attached for item in self._attachments):
-            return "<Applied: removed>" if self._attachments else "<Applied: nothing>"
-        return "Applied\n" + attachment_table([item for item in self._attachments if item.attached])
+        if self._attachments and not any(item.attached for item in self._attachments):
+            return "<Applied: removed>"
+        if not self._attachments and not self.plan.left_alone:
+            return "<Applied: nothing>"
+        attached = [item for item in self._attachments if item.attached]
+        return "Applied\n" + attachment_table(attached, self.plan.left_alone)
 
 
 @frozen(eq=False)

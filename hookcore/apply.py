@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from attrs import evolve
 
 from hookcore.applied import Applied, Status, take_off
+from hookcore.enclosed import wholes_of
 from hookcore.errors import ConflictError, PlanError
-from hookcore.plan import Placed, Plan, PlanStep, check_conflicts, make_step, ordered
+from hookcore.plan import Placed, Plan, PlanStep, check_conflicts, left_alone, make_step, ordered
 from hookcore.plugins import plugins
 from hookcore.registry import CHANGING, HookRegistry
-from hookcore.target import Component, open_components
+from hookcore.target import Component, open_components, why
 from hookcore.technique import Technique
 
 Techniques = Iterable[Technique | str] | Mapping[str, Iterable[Technique | str]]
@@ -26,7 +27,9 @@ def apply(target: Any, techniques: Techniques, *, components: Iterable[str] | No
         techniques: Technique objects or registered names (`"layerwise_casting"`), for all components; or a
             mapping from component to such a list. The order given decides only what phases and the
             techniques' `before` and `after` leave open: the first stands outermost.
-        components: Take only these components of the target; None takes all.
+        components: Take only these components of the target. None takes all, except those that a technique
+            leaves alone unless they are named, here or in a mapping: casting is for denoisers. What is left
+            alone is said in the plan and the handle.
 
     Returns:
         The handle that resets and removes them.
@@ -104,26 +107,60 @@ def _open(target: Any, names: Iterable[str] | None) -> dict[str, Component]:
 def _plan(target: Any, techniques: Techniques, components: Iterable[str] | None) -> tuple[Plan, HookRegistry]:
     opened = _open(target, components)
     wanted = _by_component(techniques, opened)
+    alone: list[PlanStep] = []
+    if components is None and len(opened) > 1 and not isinstance(techniques, Mapping):
+        alone = _leave_alone(wanted, opened)
     touched = [opened[name] for name, chosen in wanted.items() if chosen]
     for component in touched:
         _refuse_foreign(component)
     registry = HookRegistry(touched)
-    steps = [make_step(item, opened[name]) for name, chosen in wanted.items() for item in chosen]
+    steps = _steps(wanted, opened, registry.attachments)
     check_conflicts(steps, registry.attachments)
     present: list[Placed] = [*registry.attachments, *steps]
-    made = Plan(tuple(item for item in ordered(present) if isinstance(item, PlanStep)))
+    made = Plan(
+        tuple(item for item in ordered(present) if isinstance(item, PlanStep)), left_alone=tuple(alone)
+    )
     return evolve(made, notes=tuple(plugins().review(made))), registry
+
+
+def _steps(
+    wanted: Mapping[str, Sequence[Technique]], opened: Mapping[str, Component], attached: Sequence[Placed]
+) -> list[PlanStep]:
+    """Binds techniques, in their order; first those that decide what others can see."""
+    places = [(name, item) for name, chosen in wanted.items() for item in chosen]
+    steps = {at: make_step(it, opened[name]) for at, (name, it) in enumerate(places) if it.encloses}
+    enclosing = [*attached, *steps.values()]
+    for at, (name, item) in enumerate(places):
+        if at not in steps:
+            component = opened[name]
+            wholes = wholes_of(component, enclosing)
+            steps[at] = make_step(item, component.afresh(wholes) if wholes else component)
+    return [steps[at] for at in range(len(places))]
 
 
 def _by_component(techniques: Techniques, opened: Mapping[str, Component]) -> dict[str, list[Technique]]:
     if not isinstance(techniques, Mapping):
-        return dict.fromkeys(opened, as_techniques(techniques))
+        everywhere = as_techniques(techniques)
+        return {name: list(everywhere) for name in opened}
     if unknown := [name for name in techniques if name not in opened]:
+        absent = next(iter(opened.values())).target.absent
         raise PlanError(
             f"techniques are given for {', '.join(map(repr, unknown))}, but the target has "
-            f"{', '.join(map(repr, opened))}. Name one of these"
+            f"{', '.join(map(repr, opened))}{why(unknown, absent)}. Name one of these"
         )
     return {name: as_techniques(items) for name, items in techniques.items()}
+
+
+def _leave_alone(wanted: Mapping[str, list[Technique]], opened: Mapping[str, Component]) -> list[PlanStep]:
+    """Takes out of what is wanted what the techniques leave alone unless it is named, and returns that."""
+    found = []
+    for name, chosen in wanted.items():
+        for technique in list(chosen):
+            step = left_alone(technique, opened[name])
+            if step is not None:
+                chosen.remove(technique)
+                found.append(step)
+    return found
 
 
 def as_techniques(items: Iterable[Technique | str]) -> list[Technique]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hookcore.plan import Placed
+    from hookcore.target import Component
 
     Key = tuple[nn.Module, str]  # an entry of a module
 
@@ -60,13 +61,27 @@ def enclosing_calls(attached: Iterable[Placed]) -> dict[nn.Module, list[Key]]:
     """Module to the entries, further out, whose calls run it as one with them."""
     found: dict[nn.Module, list[Key]] = {}
     for item in attached:
-        for binding in item.bindings:
+        for binding in item.bindings if item.technique.encloses else ():
             if binding.encloses:
                 top = item.component.modules[binding.fqn]
                 for module in top.modules():
                     if module is not top:
                         found.setdefault(module, []).append((top, binding.entry))
     return found
+
+
+def wholes_of(component: Component, attached: Iterable[Placed]) -> frozenset[str]:
+    """The modules in a component whose calls run what is below as one, and let it be brought for them."""
+    tops = {
+        item.component.modules[binding.fqn]
+        for item in attached
+        if item.technique.encloses
+        for binding in item.bindings
+        if binding.encloses and not binding.forbids_below
+    }
+    if not tops:
+        return frozenset()
+    return frozenset(fqn for fqn, module in component.modules.items() if module in tops)
 
 
 def moved_outside(

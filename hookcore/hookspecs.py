@@ -43,6 +43,8 @@ class ModelConventions:
         keep_dtype_patterns: Regular expressions, searched in module FQNs, of modules whose weights must
             keep their dtype.
         group_modules: FQNs of modules that hold the blocks; empty where the library doesn't say.
+        unmoved_kwargs: Names of keyword inputs that stay the objects that they are, since calls change them;
+            no technique moves them to another device.
         repeated_classes: Names of the classes of those blocks that are worth compiling once for all; empty
             where the library doesn't say.
     """
@@ -52,6 +54,7 @@ class ModelConventions:
     keep_dtype_patterns: tuple[str, ...] = field(default=(), converter=_strings)
     group_modules: tuple[str, ...] = field(default=(), converter=_strings)
     repeated_classes: tuple[str, ...] = field(default=(), converter=_strings)
+    unmoved_kwargs: tuple[str, ...] = field(default=(), converter=_strings)
 
     @keep_dtype_patterns.validator
     def _check_patterns(self, _attribute: object, patterns: tuple[str, ...]) -> None:
@@ -66,7 +69,28 @@ class ModelConventions:
             keep_dtype_patterns=dict.fromkeys(self.keep_dtype_patterns + other.keep_dtype_patterns),
             group_modules=dict.fromkeys(self.group_modules + other.group_modules),
             repeated_classes=dict.fromkeys(self.repeated_classes + other.repeated_classes),
+            unmoved_kwargs=dict.fromkeys(self.unmoved_kwargs + other.unmoved_kwargs),
         )
+
+
+@frozen(eq=False)
+class OpenedTarget:
+    """What a plugin found in an object that holds several models, such as a pipeline.
+
+    Attributes:
+        components: The models by name, each once.
+        absent: What a user may take for a component, by name, and why it is none, as a phrase that follows
+            the name: `"is None"`.
+        sequence: Names of components in the order in which a run of the object calls them; empty if unknown.
+        denoisers: Names of the components that a run calls once for each step; empty if unknown.
+        run_end: Name of the method of the object that a run calls last; None if there is none.
+    """
+
+    components: Mapping[str, nn.Module]
+    absent: Mapping[str, str] = field(factory=dict)
+    sequence: tuple[str, ...] = field(default=(), converter=_strings)
+    denoisers: tuple[str, ...] = field(default=(), converter=_strings)
+    run_end: str | None = None
 
 
 @frozen
@@ -95,8 +119,11 @@ def hookcore_register_attention_functions() -> Iterable[AttentionFunction]:  # t
 
 
 @hookspec(firstresult=True)
-def hookcore_open_target(target: Any) -> Mapping[str, nn.Module] | None:
-    """Returns the named modules of an object (a pipeline's components), or None if it isn't known here."""
+def hookcore_open_target(target: Any) -> OpenedTarget | Mapping[str, nn.Module] | None:
+    """Returns the named modules of an object (a pipeline's components), or None if it isn't known here.
+
+    An `OpenedTarget` says more of it than a mapping can.
+    """
 
 
 @hookspec

@@ -83,10 +83,12 @@ class Plan:
         steps: One for each technique and component; where they meet on a module, the first stands
             outermost.
         notes: What plugins remarked on it.
+        left_alone: What would not be done, since nobody named the component: steps without bindings.
     """
 
     steps: tuple[PlanStep, ...]
     notes: tuple[str, ...] = field(default=())
+    left_alone: tuple[PlanStep, ...] = field(default=(), kw_only=True)
 
     @property
     def needs(self) -> Mapping[str, int]:
@@ -125,6 +127,22 @@ def make_step(technique: Technique, component: Component) -> PlanStep:
             f"{technique.name} binds one hook object twice; each binding needs a hook of its own"
         )
     return PlanStep(technique, component, tuple(bindings), tuple(skipped))
+
+
+def left_alone(technique: Technique, component: Component) -> PlanStep | None:
+    """The step that says why a technique leaves a component alone that nobody named; None if it does not.
+
+    Raises:
+        PluginError: The technique gave no text for a reason.
+    """
+    reason = technique.skip_unless_named(component)
+    if reason is None:
+        return None
+    if not isinstance(reason, str):
+        raise PluginError(
+            f"{technique.name}.skip_unless_named() gave {reason!r}; expected a reason as text, or None"
+        )
+    return PlanStep(technique, component, (), (Skipped("", reason),))
 
 
 def _check(item: object, technique: Technique, component: Component) -> None:

@@ -28,7 +28,7 @@ from torch import nn
 from hookcore import hookspecs
 from hookcore.attention import AttentionFunction
 from hookcore.errors import HookcoreError, HookcoreWarning, PluginError
-from hookcore.hookspecs import PROJECT, ForeignMechanism, ModelConventions
+from hookcore.hookspecs import PROJECT, ForeignMechanism, ModelConventions, OpenedTarget
 from hookcore.technique import Phase, Technique
 
 if TYPE_CHECKING:
@@ -132,16 +132,16 @@ class PluginHost:
             )
         raise PluginError(message)
 
-    def open_target(self, target: object) -> Mapping[str, nn.Module] | None:
-        """Asks for the named modules of an object; None when no plugin knows it.
+    def open_target(self, target: object) -> OpenedTarget | None:
+        """Asks what models an object holds; None when no plugin knows it.
 
         Raises:
-            PluginError: A plugin failed, or returned no mapping.
+            PluginError: A plugin failed, or returned neither an `OpenedTarget` nor a mapping.
             HookcoreError: A plugin refuses the object.
         """
-        answers = self._answers("hookcore_open_target", _one(Mapping), target=target)
-        components: Mapping[str, nn.Module] | None = next(answers, None)
-        return components
+        answers = self._answers("hookcore_open_target", _one(OpenedTarget, Mapping), target=target)
+        answer: OpenedTarget | Mapping[str, nn.Module] | None = next(answers, None)
+        return OpenedTarget(answer) if isinstance(answer, Mapping) else answer
 
     def describe(self, component: Component) -> ModelConventions:
         """Asks what the model's library declares about it, and merges the answers.
@@ -434,12 +434,13 @@ def _call(implementation: pluggy.HookImpl, **arguments: Any) -> Any:
     return implementation.function(*(arguments[name] for name in implementation.argnames))
 
 
-def _one(kind: type[Any]) -> Callable[[object], Any]:
-    """Makes a reader of answers that have to be of a kind."""
+def _one(*kinds: type[Any]) -> Callable[[object], Any]:
+    """Makes a reader of answers that have to be of one of some kinds."""
 
     def read(answer: object) -> object:
-        if not isinstance(answer, kind):
-            raise TypeError(f"it returned {answer!r}, expected a {kind.__name__}")
+        if not isinstance(answer, kinds):
+            expected = " or a ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"it returned {answer!r}, expected a {expected}")
         return answer
 
     return read

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from tqdm import tqdm
 
-from hookcore.enclosed import enclosing_calls, moved_outside
+from hookcore.enclosed import enclosing_calls, moved_outside, wholes_of
 from hookcore.errors import ConcurrentCallError
 from hookcore.guard import CallLock, WeightGuard
 from hookcore.hook import overrides
@@ -221,6 +221,9 @@ class HookRegistry:
     def _change_to(self, after: Sequence[Attachment], *, rebind: Sequence[Attachment] = ()) -> None:
         """The one way in which anything changes: off from outside in, on from inside out, or all undone."""
         before = self._found
+        replanning = [item for item in after if item.technique.replans]
+        if any(item.component.wholes != wholes_of(item.component, after) for item in replanning):
+            rebind = [item for item in replanning if item in before]
         hooked = [key for item in before for key in _hooked_entries(item)]
         try:
             self._move(before, after, rebind)
@@ -256,7 +259,7 @@ class HookRegistry:
         with _Undo() as undo:
             for item in reversed(old[stays:]):
                 item.take_off(undo)
-            _rebind(rebind, [item for item in after if item not in rebind], undo)
+            _rebind(rebind, after, undo)
             for item in new[stays:]:
                 item.put_on(undo)
             for item in before:
@@ -313,10 +316,13 @@ class _Undo:
                 error.add_note(f"hookcore: undoing failed in part: {another!r}")
 
 
-def _rebind(items: Sequence[Attachment], others: Sequence[Attachment], undo: _Undo) -> None:
+def _rebind(items: Sequence[Attachment], after: Sequence[Attachment], undo: _Undo) -> None:
     """Has the techniques of these attachments bind to their components as they are now."""
-    steps = [make_step(item.technique, item.component.afresh()) for item in items]
-    check_conflicts(steps, others)
+    steps = []
+    for item in items:
+        component = item.component.afresh()
+        steps.append(make_step(item.technique, component.afresh(wholes_of(component, after))))
+    check_conflicts(steps, [item for item in after if item not in items])
     for item, step in zip(items, steps, strict=True):
         undo.then(partial(item.take, item.component, item.bindings, item.skipped))
         item.take(step.component, step.bindings, step.skipped)

@@ -31,7 +31,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def plan_table(plan: Plan) -> str:
     """What a plan would do, outermost first, and what it leaves alone."""
     if not plan.steps:
-        return "nothing to apply"
+        return "\n".join(["nothing to apply", *_left_alone(plan.left_alone)])
     rows = [("component", "technique", "phase", "hooks on")]
     rows += [
         (step.component.label(""), step.technique.name, step.technique.phase.name, _hooked(step.bindings))
@@ -39,17 +39,18 @@ def plan_table(plan: Plan) -> str:
     ]
     needs = [f"weights need {format_bytes(size)} of {device}" for device, size in plan.needs.items()]
     notes = [f"note: {note}" for note in plan.notes]
-    return "\n".join([table(rows), *needs, *_skipped(plan.steps), *notes])
+    return "\n".join([table(rows), *needs, *_skipped(plan.steps), *_left_alone(plan.left_alone), *notes])
 
 
-def attachment_table(attachments: Sequence[Attachment]) -> str:
+def attachment_table(attachments: Sequence[Attachment], left_alone: Sequence[Placed] = ()) -> str:
     """What is on a model, outermost first, where the bytes are, what happened, and what was left alone."""
     rows = [("component", "technique", "hooks on", "bytes")]
     rows += [
         (item.component.label(""), item.technique.name, _hooked(item.bindings), _placed(item) or "-")
         for item in attachments
     ]
-    return "\n".join([table(rows), *_skipped(attachments), *_counted(attachments)])
+    skipped = (*_skipped(attachments), *_left_alone(left_alone))
+    return "\n".join([table(rows), *skipped, *_counted(attachments)])
 
 
 def tensor_bytes(components: Iterable[Component]) -> dict[str, int]:
@@ -92,3 +93,13 @@ def _skipped(placed: Sequence[Placed]) -> Iterator[str]:
             by_reason.setdefault(skip.reason, []).append(skip.fqn or item.component.label(""))
         for reason, fqns in by_reason.items():
             yield f"skipped by {item.technique.name}: {shortened(fqns, _SKIPPED_SHOWN)}: {reason}"
+
+
+def _left_alone(steps: Sequence[Placed]) -> Iterator[str]:
+    """Lines for whole components, those together that a technique leaves alone for one reason."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for step in steps:
+        for skip in step.skipped:
+            names.setdefault((step.technique.name, skip.reason), []).append(step.component.label(""))
+    for (technique, reason), components in names.items():
+        yield f"skipped by {technique}: {shortened(components)}: {reason}"

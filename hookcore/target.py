@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +12,12 @@ from attrs import field, frozen
 from torch import nn
 
 from hookcore.errors import PlanError, UnsupportedModelError
+from hookcore.run_end import call_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from hookcore.hookspecs import ModelConventions
+    from hookcore.hookspecs import ModelConventions, OpenedTarget
 
 
 @frozen(eq=False, slots=False)  # with a dict, making thousands of them takes half the time
@@ -53,11 +55,23 @@ class Target:
 
     Attributes:
         names: The components' names.
+        sequence: Those of them that a run calls in a known order, in this order; empty if unknown.
+        denoisers: Names of the components that a run calls once for each step, also of those that were not
+            taken; empty if unknown.
+        absent: What a user may take for a component, by name, and why it is none.
+        at_run_end: Has a function be called at the end of each run, until the function that it returns is
+            called. None if the target does not tell when a run ends.
         shared: Where a technique keeps what its bindings to several components share, such as who of them
             is in memory; under a key of its own, best the technique itself.
     """
 
     names: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = field(default=(), kw_only=True)
+    denoisers: tuple[str, ...] = field(default=(), kw_only=True)
+    absent: Mapping[str, str] = field(factory=dict, kw_only=True, repr=False)
+    at_run_end: Callable[[Callable[[], object]], Callable[[], object]] | None = field(
+        default=None, kw_only=True, repr=False
+    )
     shared: dict[Any, Any] = field(factory=dict, repr=False)
 
 
@@ -71,12 +85,15 @@ class Component:
         name: Its name in the target (`"transformer"`), or `""` for a target that is a module itself.
         module: The module.
         target: What it was opened from.
+        wholes: FQNs of modules whose calls run what is below as one with them (compiled blocks), so that
+            weights there are best brought together.
     """
 
     name: str
     module: nn.Module
     _describe: Callable[[Component], ModelConventions] = field(repr=False)
     target: Target = field(factory=Target, repr=False)
+    wholes: frozenset[str] = frozenset()
 
     @cached_property
     def places(self) -> tuple[tuple[str, nn.Module], ...]:
@@ -115,9 +132,10 @@ class Component:
         tensors = (id(tensor) for slot in self.slots for tensor in slot.tensors)
         return frozenset(map(id, self.modules.values())).union(tensors)
 
-    def afresh(self) -> Component:
-        """The same component, to be looked at again."""
-        return Component(self.name, self.module, self._describe, self.target)
+    def afresh(self, wholes: frozenset[str] | None = None) -> Component:
+        """The same component, to be looked at again, with other `wholes` if they are given."""
+        known = self.wholes if wholes is None else wholes
+        return Component(self.name, self.module, self._describe, self.target, known)
 
     @cached_property
     def conventions(self) -> ModelConventions:
@@ -247,7 +265,7 @@ def open_components(
     target: object,
     names: Iterable[str] | None,
     *,
-    open_target: Callable[[Any], Mapping[str, nn.Module] | None],
+    open_target: Callable[[Any], OpenedTarget | None],
     describe: Callable[[Component], ModelConventions],
 ) -> dict[str, Component]:
     """Turns a target into its named components.
@@ -262,29 +280,51 @@ def open_components(
         UnsupportedModelError: The target is none of these, or holds something that is no module.
         PlanError: `names` has one that the target lacks, or the target has no component.
     """
-    modules: Mapping[str, Any] | None
+    opened: OpenedTarget | None = None
+    modules: Mapping[str, Any]
     if isinstance(target, nn.Module):
         modules = {"": target}
     elif isinstance(target, Mapping):
         modules = target
     else:
-        modules = open_target(target)
-    if modules is None:
-        raise UnsupportedModelError(
-            f"cannot put techniques on a {type(target).__qualname__}: expected a torch.nn.Module, a mapping "
-            "of named modules, or an object that a plugin opens (`hookcore plugins` lists the plugins)"
-        )
+        opened = open_target(target)
+        if opened is None:
+            raise UnsupportedModelError(
+                f"cannot put techniques on a {type(target).__qualname__}: expected a torch.nn.Module, a "
+                "mapping of named modules, or an object that a plugin opens (`hookcore plugins` lists the "
+                "plugins)"
+            )
+        modules = opened.components
     for name, module in modules.items():
         if not isinstance(name, str) or not isinstance(module, nn.Module):
             raise UnsupportedModelError(
                 f"component {name!r} is a {type(module).__qualname__}, expected a torch.nn.Module; "
                 "leave it out of the mapping"
             )
+    absent = opened.absent if opened else {}
     chosen = list(modules) if names is None else list(names)
     if unknown := [name for name in chosen if name not in modules]:
         there = "is one module" if list(modules) == [""] else f"has {', '.join(map(repr, modules)) or 'none'}"
-        raise PlanError(f"no component named {', '.join(map(repr, unknown))}; this target {there}")
+        raise PlanError(
+            f"no component named {', '.join(map(repr, unknown))}; this target {there}{why(unknown, absent)}"
+        )
     if not chosen:
-        raise PlanError("there is no component to put techniques on")
-    together = Target(tuple(chosen))
+        raise PlanError(f"there is no component to put techniques on{why(absent, absent)}")
+    if opened is None:
+        together = Target(tuple(chosen))
+    else:
+        ends = opened.run_end
+        together = Target(
+            tuple(chosen),
+            sequence=tuple(name for name in opened.sequence if name in chosen),
+            denoisers=opened.denoisers,
+            absent=opened.absent,
+            at_run_end=None if ends is None else partial(call_after, weakref.ref(target), ends),
+        )
     return {name: Component(name, modules[name], describe, together) for name in chosen}
+
+
+def why(names: Iterable[str], absent: Mapping[str, str]) -> str:
+    """Says of names that are no components why they are none, to end a sentence with."""
+    reasons = [f"{name!r} {absent[name]}" for name in names if name in absent]
+    return f" ({'; '.join(reasons)})" if reasons else ""

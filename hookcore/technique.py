@@ -115,6 +115,7 @@ class Technique:
         incompatible_with: Names of techniques that may not share a module with this one.
         replans: Whether to bind anew when parameters or submodules were added, replaced or removed
             (a LoRA was loaded) since the last call.
+        encloses: Whether its bindings may have calls run the modules below as one with them.
         materializes: Whether it brings weights from a checkpoint, so that a model without data (on the
             meta device) can be run with it.
     """
@@ -126,6 +127,21 @@ class Technique:
     incompatible_with: ClassVar[tuple[str, ...]] = ()
     replans: ClassVar[bool] = False
     materializes: ClassVar[bool] = False
+    encloses: ClassVar[bool] = False
+
+    def skip_unless_named(self, component: Component) -> str | None:
+        """Why this technique leaves a component alone that nobody named, as a phrase for people.
+
+        Asked of each component when a plain list of techniques is put on a target of several. A component is
+        named by `components=`, or by a mapping from components to techniques. Touches nothing.
+
+        Args:
+            component: The component; what it was opened with is in `component.target`.
+
+        Returns:
+            The reason; None to take the component as if it was named.
+        """
+        return None
 
     def bind(self, component: Component) -> Iterable[Binding | Skipped]:
         """Lists the hooks that this technique needs on a component. Touches nothing.

@@ -20,6 +20,7 @@ TESTING = {"pytest", "hypothesis", "_pytest"}
 USES_LIBRARIES = {
     CORE / "memory" / "timeline.py": {"matplotlib"},  # draws
     CORE / "testing" / "models.py": {"diffusers", "transformers"},  # small models of these libraries
+    CORE / "testing" / "pipelines.py": {"diffusers", "transformers"},
     CORE / "testing" / "simulator" / "trace.py": {"matplotlib"},  # draws
 }
 PUBLIC = {"hookcore", "hookcore.memory", "hookcore.testing", "hookcore.testing.simulator"}

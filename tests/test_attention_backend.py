@@ -156,7 +156,7 @@ def test_real_models_take_it(name, backend):
                 else:
                     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert counted(model) == {f"computed by {backend}": ATTENTIONS[name]}
-    assert f"counted by attention_backend: {ATTENTIONS[name]} computed by {backend}" in str(applied)
+    assert f"attention_backend: {ATTENTIONS[name]} computed by {backend}" in str(applied)
     applied.remove()
     before.assert_restored(model)
 
@@ -736,6 +736,10 @@ def test_the_dtype_that_is_computed_in_counts(brought):
         assert model(X).dtype is torch.bfloat16
     with pytest.raises(AttentionError, match="found dtype torch.float32"):
         model(X)
+    brought(AttentionFunction("wide", attention_by_name, dtypes=[torch.float64]))
+    mixed = plain().double()
+    mixed.norm = nn.LayerNorm(8)
+    assert hookcore.plan(mixed, [AttentionBackend("wide")])
     mixed = plain().bfloat16()
     mixed.norm = nn.LayerNorm(8)
     assert hookcore.plan(mixed, [AttentionBackend("narrow")])
@@ -851,8 +855,14 @@ def test_its_name_alone_is_not_enough():
         hookcore.plan(plain(), ["attention_backend"])
 
 
-def test_devices_are_found_before_the_run(sim):
+def test_devices_are_found_before_the_run(sim, brought):
     """Where the weights lie on a device already; from the CPU they may be moved."""
+    brought(AttentionFunction("of_the_device", attention_by_name, devices=["sim"]))
+    moved = plain()
+    hookcore.apply(moved, [AttentionBackend("of_the_device"), GroupOffload("sim")])
+    with torch.no_grad():
+        assert moved(X).device.type == "sim"
+    hookcore.remove(moved)
     model = plain().to("sim")
     with pytest.raises(
         PlanError, match=r"found device 'sim', expected 'cpu' or 'cuda'\. Move the model there"
@@ -1045,6 +1055,30 @@ def test_kernels_of_cuda_are_called_with_what_they_take(name, mask, monkeypatch)
     assert output.dtype is torch.float16
 
 
+def test_heads_are_padded_for_the_flash_kernel_of_cuda(monkeypatch):
+    """It takes multiples of eight, and the scale is that of the heads before."""
+    monkeypatch.setattr(functions, "can_use_flash_attention", lambda *_: True)
+    monkeypatch.setattr(functions, "SDPAParams", lambda *_: None)
+
+    def kernel(query, key, value, dropout_p, is_causal, _debug, *, scale):
+        assert {tensor.shape[-1] for tensor in (query, key, value)} == {16}
+        output = attention_by_name(
+            query.cpu(), key.cpu(), value.cpu(), None, dropout_p, is_causal, scale=scale
+        )
+        return (output,)
+
+    monkeypatch.setattr(functions, "_aten", types.SimpleNamespace(_scaled_dot_product_flash_attention=kernel))
+
+    class OnAnother(torch.Tensor):
+        """Says that it lies on another device than it does."""
+
+        device = torch.device("meta")
+
+    query = torch.randn(2, 3, 5, 10)
+    got = functions._flash(query.as_subclass(OnAnother), query, query)
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), attention_by_name(query, query, query))
+
+
 @pytest.mark.parametrize("name", ["flash", "efficient", "cudnn"])
 def test_kernels_of_cuda_are_refused_where_torch_says_so(name, monkeypatch):
     for check in ("can_use_flash_attention", "can_use_efficient_attention", "can_use_cudnn_attention"):
@@ -1136,6 +1170,13 @@ def test_the_same_attention_cannot_have_two():
         hookcore.apply(model, [AttentionBackend("math")])
 
 
+def test_attention_is_claimed():
+    """So that another plugin's technique that replaces it is refused."""
+    (step,) = hookcore.plan(CASES["bert"].build(), [AttentionBackend("chunked")]).steps
+    assert {claim.resource for binding in step.bindings for claim in binding.claims} == {"attention"}
+    assert all(binding.claims for binding in step.bindings)
+
+
 def test_compiled_models_compute_the_same():
     """With breaks in the graph at hooked attentions, but with what they compute and count."""
     model = nn.Sequential(plain(), nn.Linear(8, 8))
@@ -1194,6 +1235,13 @@ def test_names_of_other_plugins_are_taken():
     same = BRINGING.format(functions="AttentionFunction('mine', print)")
     host = hosting(same, same)
     assert [info.state for info in host.listing] == ["active", "broken"]
+
+
+@pytest.mark.parametrize(("size", "value_size", "taken"), [(4, 4, True), (5, 4, False), (4, 5, False)])
+def test_heads_of_both_kinds_are_checked(size, value_size, taken):
+    function = AttentionFunction("narrow", attention_by_name, max_head_size=4)
+    query, value = torch.zeros(1, 1, 2, size), torch.zeros(1, 1, 2, value_size)
+    assert (function.objection(query, query, value) is None) == taken
 
 
 def test_an_objection_says_what_it_has():

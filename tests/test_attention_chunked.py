@@ -290,6 +290,31 @@ def test_no_tile_takes_more_than_it_may(sim):
         assert peak <= 4 * nbytes + 2 * (2 * 256 * 8 * 4) + 8 * 1024
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    st.tuples(*[st.integers(1, 4)] * 3, st.integers(1, 9), st.integers(1, 9)),
+    st.booleans(),
+    st.integers(1, 200),
+    st.integers(1, 10),
+)
+def test_tiles_cover_what_is_attended_to_once(shape, causal, numbers, most_keys):
+    """No tile has more scores than it may, unless those of one query of a group are more."""
+    batch, heads, group, queries, keys = shape
+    q, k = torch.zeros(batch, heads, group, queries, 1), torch.zeros(batch, heads, keys, 1)
+    seen = torch.zeros(shape, dtype=torch.int64)
+    with mock.patch.object(chunked, "MOST_KEYS", most_keys):
+        for rows in chunked._blocks(q, k, chunked._How(causal, 1.0, 4 * numbers)):
+            for tile in rows.tiles():
+                part = seen[tile.within(seen)]
+                part += 1
+                assert part.numel() <= max(numbers, group * part.shape[-1])
+                assert part.shape[-1] <= min(most_keys, numbers)
+                assert not causal or tile.keys.start < tile.queries.stop
+    allowed = torch.ones(queries, keys, dtype=torch.bool)
+    assert seen.max() == 1
+    assert (seen[..., allowed.tril() if causal else allowed] == 1).all()
+
+
 @example(5, 3)
 @given(st.integers(0, 30), st.integers(1, 30))
 def test_ranges_are_even(size, most):

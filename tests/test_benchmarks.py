@@ -53,6 +53,20 @@ def test_offloading_on_the_simulated_device(tmp_path):
         assert line.endswith("MISSED") != reached
 
 
+def test_attention(tmp_path):
+    path = tmp_path / "results.json"
+    run("attention.py", "--lengths", 256, 512, "--rounds", 1, "--json", path)
+    found = json.loads(path.read_text())
+    assert [(it["length"], it["grad"], it["way"]) for it in found["lengths"]] == [
+        (length, grad, way)
+        for grad in (False, True)
+        for length in (256, 512)
+        for way in ("math", "sdpa", "chunked")
+    ]
+    assert all(it["largest_difference"] < 1e-5 for it in found["lengths"][2::3])
+    assert [it["model"] for it in found["cost"]] == ["bert", "flux"]
+
+
 def test_offloading_on_a_device(tmp_path):
     path = tmp_path / "results.json"
     chosen = ["resident", "hookcore-25", "diffusers-leaf-stream", "accelerate"]

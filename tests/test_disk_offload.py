@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import itertools
-import json
-import os
-import pickle
 import random
 import struct
 import tempfile
 import threading
 import time
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from checkpoints import (
+    Wide,
+    X,
+    class_of,
+    contents,
+    copyings,
+    damage,
+    edit,
+    edits,
+    every_damage,
+    save,
+    stored_tensors,
+    wide,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -40,48 +48,12 @@ from hookcore_plugins.layerwise_casting import LayerwiseCasting
 
 PAGE = 4096
 
-# Making checkpoints and models
-
-
-def stored_tensors(model):
-    """The state dict with each tensor in memory of its own, tied ones once, as save_pretrained writes it."""
-    seen = set()
-    stored = {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            stored[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
-    return stored
-
-
-def save(tensors, folder, shards=1):
-    """Writes a checkpoint of some shards, the tensors dealt round."""
-    folder = Path(folder)
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
-        return
-    names = [f"model-{number:05}-of-{shards:05}.safetensors" for number in range(1, shards + 1)]
-    dealt = {name: {} for name in names}
-    for name, (key, tensor) in zip(itertools.cycle(names), tensors.items(), strict=False):
-        dealt[name][key] = tensor
-    for name, part in dealt.items():
-        if part:
-            save_file(part, folder / name)
-    weight_map = {key: name for name, part in dealt.items() for key in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-def class_of(case):
-    """A class whose call without arguments makes the case's model."""
-    kind = type(case.build())
-    return type("Drawn", (kind,), {"__init__": lambda self: vars(self).update(vars(case.build()))})
-
 
 def mover_of(model):
     """The mover on a model, or None if nothing is streamed."""
     for attachment in hookcore.status(model).attachments:
         for binding in attachment.bindings:
-            return binding.hook._placement._mover
+            return binding.hook._placement.mover
     return None
 
 
@@ -102,7 +74,7 @@ def reading(way, seed=0):
             number = counts[str(where)] = counts.get(str(where), 0) + 1
         return random.Random(f"{seed} {where} {number}").random() < 0.5  # noqa: S311
 
-    with patch.object(disk, "_is_cached", is_cached):
+    with patch.object(disk, "is_cached", is_cached):
         yield
 
 
@@ -275,33 +247,11 @@ def test_outputs_and_gradients_are_those_of_mapped_weights(  # noqa: PLR0917
         assert all(same_bits(*pair) for pair in zip(bare.buffers(), model.buffers(), strict=True))
 
 
-class Wide(nn.Module):
-    """Layers that each take many pages, so that an edit of one leaves the others' pages as they are."""
-
-    def __init__(self, layers=4):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(layers))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
-
-
-X = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A checkpoint of `Wide` in two shards."""
     save(stored_tensors(wide()), tmp_path, shards=2)
     return tmp_path
-
-
-def wide(dtype=torch.float32):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Wide().to(dtype).eval()
 
 
 def call(model):
@@ -315,10 +265,6 @@ def read_ahead_done(model):
     for load in loads:
         load.done.exception()
     return len(loads)
-
-
-def contents(folder):
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path(folder).iterdir()}
 
 
 @pytest.mark.parametrize("name", models.real_models())
@@ -451,19 +397,6 @@ def test_the_second_call_finds_everything_read_ahead_also_the_first_of_it(folder
 
 # Copies and true reading
 
-copyings = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": lambda model: torch.load(through_file(model), weights_only=False),
-}
-
-
-def through_file(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return file
-
 
 @pytest.mark.parametrize("copying", copyings.values(), ids=copyings.keys())
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -523,58 +456,6 @@ def test_weights_read_true_in_the_middle_of_a_call(way, folder):
 
 
 # Edits
-
-
-def edit(model, how, layer, value):  # noqa: C901 - a list of ways
-    """One change, as users make it."""
-    linear = model.layers[layer]
-    weight = linear.weight
-    new = torch.full((128, 128), value)
-    with torch.no_grad():
-        match how:
-            case "copy_":
-                weight.copy_(new)
-            case "add_":
-                weight[:60].add_(value)
-            case "data.add_":
-                weight.data[3].add_(value)
-            case "data =":
-                weight.data = new
-            case "bias" if linear.bias is not None:  # an earlier step may have put one without there
-                linear.bias.data.mul_(value)
-            case "load_state_dict":
-                model.load_state_dict({f"layers.{layer}.weight": new}, strict=False)
-            case "assign":
-                model.load_state_dict({f"layers.{layer}.weight": new}, strict=False, assign=True)
-            case "parameter":
-                linear.weight = nn.Parameter(new)
-            case "assign all":
-                model.load_state_dict(
-                    {key: it * value for key, it in model.state_dict().items()}, assign=True
-                )
-            case "module":
-                model.layers[layer] = nn.Linear(128, 128, bias=False).requires_grad_(False)
-                model.layers[layer].weight.fill_(value / 128)
-
-
-edits = st.tuples(
-    st.sampled_from(
-        [
-            "copy_",
-            "add_",
-            "data.add_",
-            "data =",
-            "bias",
-            "load_state_dict",
-            "assign",
-            "parameter",
-            "assign all",
-            "module",
-        ]
-    ),
-    st.integers(0, 3),
-    st.sampled_from([-0.5, 0.25, 1.5]),
-)
 
 
 @settings(max_examples=100)
@@ -674,7 +555,7 @@ def test_what_a_forward_changes_in_its_weight_is_kept(way, stored, tmp_path):
 
 def test_nothing_is_brought_while_what_makes_room_for_it_is_being_let_go(folder):
     leaving, met = [], []
-    drop, populate = disk._drop, MappedFile.populate
+    drop, populate = disk.drop, MappedFile.populate
 
     def slow(ranges):
         leaving.append(ranges)
@@ -687,7 +568,7 @@ def test_nothing_is_brought_while_what_makes_room_for_it_is_being_let_go(folder)
         populate(mapping, start, nbytes)
 
     with (
-        patch.object(disk, "_drop", slow),
+        patch.object(disk, "drop", slow),
         patch.object(MappedFile, "populate", checked),
         reading("mapped"),
     ):
@@ -699,14 +580,14 @@ def test_nothing_is_brought_while_what_makes_room_for_it_is_being_let_go(folder)
 def test_a_call_does_not_end_before_its_pages_are_let_go(folder):
     """Or a user's edit after the call could be let go with them."""
     dropped = []
-    drop = disk._drop
+    drop = disk.drop
 
     def slow(ranges):
         time.sleep(0.02)
         drop(ranges)
         dropped.append(ranges)
 
-    with patch.object(disk, "_drop", slow), reading("mapped"):
+    with patch.object(disk, "drop", slow), reading("mapped"):
         streamed = hookcore.load(Wide, folder, [DiskOffload(read_ahead=0)])
         call(streamed)
         assert len(dropped) == 4
@@ -969,43 +850,6 @@ def test_files_whose_tensors_are_not_aligned(tmp_path):
 # Files that change
 
 
-def damage(path, how):
-    """Changes a file; returns what puts it back as it was."""
-    aside = path.with_suffix(".aside")
-    before = path.stat()
-    data = path.read_bytes()
-
-    def rewrite(new):
-        with path.open("r+b") as file:
-            file.truncate(len(new))
-            file.write(new)
-
-    def put_back():
-        rewrite(data)
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-    match how:
-        case "truncate":
-            with path.open("r+b") as file:
-                file.truncate(len(data) // 2)
-        case "append":
-            rewrite(data + b"more")
-        case "overwrite":
-            rewrite(data[:-70_000] + bytes(70_000))
-            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-        case "replace":
-            path.rename(aside)
-            path.write_bytes(data[:-70_000] + bytes(70_000))
-            return lambda: aside.replace(path)
-        case "delete":
-            path.rename(aside)
-            return lambda: aside.replace(path)
-    return put_back
-
-
-every_damage = pytest.mark.parametrize("how", ["truncate", "append", "overwrite", "replace", "delete"])
-
-
 @every_damage
 @each_way
 @pytest.mark.parametrize("read_ahead", [0, "1MiB"])
@@ -1077,7 +921,7 @@ def test_no_later_layer_computes_once_a_file_has_changed_during_a_call(how, way,
 
 
 @each_way
-@pytest.mark.parametrize("step", ["_place_of", "_is_cached"])
+@pytest.mark.parametrize("step", ["_place_of", "is_cached"])
 def test_a_group_that_cannot_be_brought_is_let_go_and_brought_the_next_time(way, step, folder):
     expected = call(hookcore.load(Wide, folder))
 

@@ -12,7 +12,7 @@ import torch
 from attrs import field, frozen
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import rule, run_state_machine_as_test
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -38,12 +38,18 @@ from hookcore.testing.modules import (
 )
 from hookcore_plugins import (
     AttentionBackend,
+    ChannelsLast,
+    Compile,
     DiskOffload,
     GroupOffload,
     LayerwiseCasting,
     ModelOffload,
     SequentialOffload,
+    Slicing,
+    Tiling,
+    Trace,
 )
+from tests.autoencoders import Pointwise
 
 
 def nested(*leaves):
@@ -57,6 +63,14 @@ def nested(*leaves):
     trees = containers(kinds | containers(kinds))
     blueprints = st.builds(TreeModel, trees, st.sampled_from([4, 8]), freeze_every=st.integers(0, 2))
     return st.builds(ModelCase, blueprints, seed=st.integers(0, 99))
+
+
+def shallow(*leaves):
+    """Models of one to three of these leaves, for techniques that take long to apply."""
+    lists = st.lists(st.sampled_from(leaves).map(Recipe), min_size=1, max_size=3).map(tuple)
+    trees = st.builds(Recipe, st.sampled_from([sequential, Listed, Backwards]), lists)
+    blueprints = st.builds(TreeModel, trees, st.just(4), freeze_every=st.integers(0, 2))
+    return st.builds(ModelCase, blueprints, seed=st.integers(0, 9))
 
 
 READS_OTHERS = (WeightReader, nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -238,6 +252,70 @@ class TestDiskOffloadWithABudget(TestDiskOffload):
     options: ClassVar[dict] = {"memory_budget": "64KiB", "read_ahead": "16KiB"}
 
 
+class TestGroupsOnDisk(OnBoth):
+    """Written to files of the technique's own."""
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path):
+        self.folder = tmp_path
+
+    def make(self):
+        return GroupOffload(self.device, offload_to_disk_path=self.folder)
+
+    def models(self):
+        """Those whose weights a file can hold as they lie: neither transposed nor parts of others."""
+        return module_trees().filter(
+            lambda case: not any(tie.how in {"transpose", "row"} for tie in case.blueprint.ties)
+        )
+
+
+# Slicing and tiling
+
+
+class TestSlicing(OnBoth):
+    """One row at a time: sums over one row at a time are rounded otherwise than those over three.
+
+    Models of few layers, whose gradients are no larger than what they are rounded to can be told from.
+    """
+
+    tolerance = 1e-5
+
+    def make(self):
+        return Slicing()
+
+    def models(self):
+        leaves = st.sampled_from([linear, linear_without_bias, layer_norm, Lookup]).map(Recipe)
+        containers = st.sampled_from([sequential, Listed, Backwards])
+        pairs = st.builds(Recipe, containers, st.tuples(leaves, leaves))
+        blueprints = st.builds(
+            TreeModel, leaves | pairs, st.sampled_from([4, 8]), st.just(()), st.integers(0, 2)
+        )
+        return st.builds(ModelCase, blueprints, seed=st.integers(0, 99))
+
+
+class TestTilingWithTheWholeInView(OnBoth):
+    """Of models that compute each pixel by itself, so that tiles can be put together with no difference."""
+
+    tolerance = 1e-5
+
+    def make(self):
+        return Tiling(8, 4)
+
+    def models(self):
+        return st.builds(ModelCase, st.builds(Pointwise, st.sampled_from([4, 6])), seed=st.integers(0, 9))
+
+    # What is made of several autoencoders is none, and neither are its parts.
+    test_modules_are_called_in_any_order = None
+    test_it_works_on_a_submodule = None
+
+
+class TestTiling(TestTilingWithTheWholeInView):
+    devices = ("sim",)
+
+    def make(self):
+        return Tiling((8, 10), 2, context="tile")
+
+
 # Attention
 
 
@@ -282,6 +360,83 @@ class TestChunkedAttention(OnBoth):
         return st.builds(ModelCase, blueprints, seed=st.integers(0, 9))
 
 
+# Memory format, tracing, compiling
+
+
+class Picture(nn.Module):
+    """A convolution of the batch as one picture, 2D or 3D, in float64: kernels then differ by little."""
+
+    dimensions = 2
+
+    def __init__(self, width):
+        super().__init__()
+        kind = (nn.Conv2d, nn.ConvTranspose3d)[self.dimensions - 2]
+        self.convolution = kind(3, 3, 3, padding=1, groups=3, dtype=torch.float64)
+
+    def forward(self, x):
+        picture = x.double().expand(2, 3, *[2] * (self.dimensions - 2), *x.shape)
+        return x + self.convolution(picture).flatten(2).mean(2).sum().to(x.dtype)
+
+
+class Film(Picture):
+    dimensions = 3
+
+
+class TiedPictures(nn.Module):
+    """Two convolutions with one weight, and one whose weight is a view of a part of larger memory."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second, self.third = Picture(width), Picture(width), Picture(width)
+        self.second.convolution.weight = self.first.convolution.weight
+        memory = torch.rand(2, *self.third.convolution.weight.shape, dtype=torch.float64)
+        self.third.convolution.weight = nn.Parameter(memory[1])
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x)))
+
+
+class TestChannelsLast(OnBoth):
+    tolerance = 1e-5
+
+    def make(self):
+        return ChannelsLast()
+
+    def models(self):
+        return shallow(Picture, Film, TiedPictures, linear)
+
+
+class TestTrace(TechniqueContract):
+    tolerance = 1e-5
+    hides_modules = True
+    example = None
+
+    def build(self, case):
+        self.example = case.inputs(seed=1)[0]
+        return super().build(case)
+
+    def make(self):
+        return Trace(self.example or (torch.zeros(3, 4),))
+
+    def models(self):
+        return shallow(linear, layer_norm, Picture, Attention)
+
+
+class TestCompile(TechniqueContract):
+    hides_modules = True
+
+    def make(self):
+        return Compile(backend="eager")
+
+    def models(self):
+        return shallow(linear, linear_without_bias, layer_norm)
+
+
+@pytest.mark.slow
+class TestCompileOnTheSimulator(TestCompile):
+    devices = ("sim",)
+
+
 # In any order
 
 
@@ -322,8 +477,8 @@ class OffloadsAndCasting(ExactInFloat8, OffloadsFromTheDevice):
         return [GroupOffload(self.device, offload_type="leaf_level"), *casting]
 
 
-class AttentionAndOffloads(ExactInFloat8, Offloads):
-    """And casting, on a model that lies on the CPU."""
+class AttentionAndOffloads(ExactInFloat8, OffloadsFromTheDevice):
+    """And casting."""
 
     tolerance = 1e-4
 
@@ -336,6 +491,39 @@ class AttentionAndOffloads(ExactInFloat8, Offloads):
             GroupOffload(self.device, offload_type="leaf_level"),
             LayerwiseCasting(torch.float8_e4m3fn),
         ]
+
+
+class Compiled(ExactInFloat8, OffloadsFromTheDevice):
+    """Blocks compiled on the model or a part of it, with hooks that come and go around and inside."""
+
+    def techniques(self):
+        return [
+            Compile(backend="eager"),
+            ChannelsLast(),
+            GroupOffload(self.device, offload_type="leaf_level"),
+            LayerwiseCasting(torch.float8_e4m3fn),
+        ]
+
+    def models(self):
+        leaves = st.sampled_from([linear, layer_norm, Lookup, Picture]).map(Recipe)
+        blocks = st.builds(Recipe, st.just(sequential), st.tuples(leaves, leaves))
+        count = st.integers(2, 3)
+        trees = st.builds(lambda block, count: Recipe(Listed, (block,) * count), blocks, count)
+        blueprints = st.builds(TreeModel, trees, st.just(4), freeze_every=st.integers(0, 2))
+        return st.builds(ModelCase, blueprints, seed=st.integers(0, 9))
+
+    @rule(data=st.data(), seed=st.integers(0, 3))
+    def put_several_on(self, data, seed):
+        """In any order, each on the model or on a part of it, and calls."""
+        for technique in data.draw(st.permutations(self.techniques()), label="techniques"):
+            target = st.sampled_from(["", "", "", *self.targets()])
+            self.put_on(technique, data.draw(target, label="target"))
+            self.call_entry("forward", seed)
+
+    def fail_entry(self, entry, seed, fqn):
+        """Compiled code does not see that somebody has hooked a module in it."""
+        if not any(item.technique.name == "compile" for item in self.items):
+            super().fail_entry(entry, seed, fqn)
 
 
 class Disk(FromCheckpoints, HookMachine):
@@ -353,7 +541,7 @@ class Disk(FromCheckpoints, HookMachine):
 @pytest.mark.filterwarnings("ignore:the checkpoint in .* tensors that .* lacks:hookcore.HookcoreWarning")
 @pytest.mark.parametrize("device", ["cpu", "sim"])
 @pytest.mark.parametrize(
-    "machine", [Offloads, OffloadsFromTheDevice, OffloadsAndCasting, AttentionAndOffloads, Disk]
+    "machine", [Offloads, OffloadsFromTheDevice, OffloadsAndCasting, AttentionAndOffloads, Compiled, Disk]
 )
 def test_any_sequence_of_steps(machine, device):
     there = type(machine.__name__, (machine,), {"device": device})

@@ -25,6 +25,7 @@ from hookcore import Component, Hook, ModelConventions, Phase, PlanError, Techni
 from hookcore.memory import (
     DeviceMover,
     Group,
+    GroupMover,
     Placement,
     WatchedTensors,
     current_tensors,
@@ -477,7 +478,7 @@ def closing(handle):
 # The order of bringing and dropping, with a mover that moves nothing
 
 
-class Ledger:
+class Ledger(GroupMover):
     """A mover that keeps books."""
 
     def __init__(self):

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from hookcore import Component, ModelConventions, PlanError, UnsupportedModelError
+from hookcore import Component, ModelConventions, OpenedTarget, PlanError, UnsupportedModelError
 from hookcore.target import byte_span, has_memory, open_components, own_tensors
 from hookcore.testing.modules import module_trees
 
@@ -212,7 +212,8 @@ def test_labels():
 # Opening
 
 
-def opened(target, names=None, answer=None):
+def opened(target, names=None, answer=None, **more):
+    answer = None if answer is None else OpenedTarget(answer, **more)
     return open_components(target, names, open_target=lambda _: answer, describe=lambda _: ModelConventions())
 
 
@@ -277,3 +278,35 @@ def test_components_that_were_opened_together_share_a_target_also_when_taken_afr
     assert one.target.names == ("two", "one")
     assert one.afresh().target is one.target
     assert component(nn.Linear(1, 1)).target is not component(nn.Linear(1, 1)).target
+
+
+def test_components_know_what_is_known_of_their_target():
+    modules = {"one": nn.Linear(1, 1), "two": nn.Linear(1, 1), "three": nn.Linear(1, 1)}
+
+    on = opened(
+        object(),
+        ["three", "one"],
+        modules,
+        sequence=["one", "two", "three"],
+        denoisers=["two"],
+    )
+    target = on["one"].target
+    assert target.sequence == ("one", "three")
+    assert target.denoisers == ("two",)
+    assert target.at_run_end is None
+
+
+@pytest.mark.parametrize(
+    ("names", "modules", "message"),
+    [
+        (
+            ["b", "x"],
+            {"a": nn.Identity()},
+            r"^no component named 'b', 'x'; this target has 'a' \('b' is None\)$",
+        ),
+        (None, {}, r"^there is no component to put techniques on \('b' is None; 'c' is gone\)$"),
+    ],
+)
+def test_what_is_no_component_is_explained(names, modules, message):
+    with pytest.raises(PlanError, match=message):
+        opened(object(), names, modules, absent={"b": "is None", "c": "is gone"})

@@ -6,7 +6,17 @@ from hookcore.memory.budget import choose_residents, largest_held
 from hookcore.memory.checkpoint import Checkpoint, TensorEntry
 from hookcore.memory.counts import StreamReport
 from hookcore.memory.device import DeviceMover
-from hookcore.memory.disk import DiskMover, cost
+from hookcore.memory.disk import DiskMover
+from hookcore.memory.file_origins import (
+    FileOrigins,
+    check_ties,
+    dtype_hooks,
+    known_origins,
+    origins_in,
+    origins_of_mapped,
+)
+from hookcore.memory.file_ranges import cost
+from hookcore.memory.file_store import FileStore
 from hookcore.memory.grouping import (
     Group,
     entries_of,
@@ -22,6 +32,7 @@ from hookcore.memory.host import HostMemory
 from hookcore.memory.keys import find_entries
 from hookcore.memory.layout import Layout, choose_layout
 from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
+from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
 from hookcore.memory.mover import GroupMover, Needed
 from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
@@ -30,6 +41,7 @@ from hookcore.memory.placement import Placement, moved
 from hookcore.memory.ranges import Quota, Ranges
 from hookcore.memory.reads import WatchedTensors, stop_watching, watch
 from hookcore.memory.schedule import Use, pass_seconds
+from hookcore.memory.store import MemoryStore, Store
 from hookcore.memory.stream import StreamMover, has_streams
 from hookcore.memory.tensors import check_movable, current_tensors, is_on, move_apart
 from hookcore.memory.timeline import Recorder, Span, Timeline, record_timeline
@@ -39,11 +51,15 @@ __all__ = [
     "Checkpoint",
     "DeviceMover",
     "DiskMover",
+    "FileOrigins",
+    "FileStore",
     "Group",
     "GroupMover",
     "HostMemory",
     "Layout",
     "MappedFile",
+    "MemoryStore",
+    "ModelDevice",
     "ModelDtypeHook",
     "Needed",
     "Origin",
@@ -53,6 +69,7 @@ __all__ = [
     "Ranges",
     "Recorder",
     "Span",
+    "Store",
     "StreamMover",
     "StreamReport",
     "TensorEntry",
@@ -61,16 +78,19 @@ __all__ = [
     "Use",
     "WatchedTensors",
     "check_movable",
+    "check_ties",
     "choose_layout",
     "choose_residents",
     "cost",
     "current_tensors",
+    "dtype_hooks",
     "entries_of",
     "find_blocks",
     "find_entries",
     "find_mapping",
     "has_streams",
     "is_on",
+    "known_origins",
     "largest_held",
     "leaf_units",
     "make_groups",
@@ -81,6 +101,8 @@ __all__ = [
     "moved",
     "moving_and_staying",
     "origin_of",
+    "origins_in",
+    "origins_of_mapped",
     "pass_seconds",
     "record_timeline",
     "set_origin",

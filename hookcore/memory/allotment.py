@@ -82,5 +82,5 @@ def allot(
     if sum(sizes.values()) <= room:
         return Allotment(tuple(sizes), 0)
     ring = (room - always) // ALIGNMENT * ALIGNMENT
-    in_pieces, one_by_one = ring <= _FOR_PIECES * max(coming), ring < max(coming) + min(coming)
+    in_pieces, one_by_one = ring < _FOR_PIECES * max(coming), ring < max(coming) + min(coming)
     return Allotment(tuple(held), ring, in_pieces, one_by_one)

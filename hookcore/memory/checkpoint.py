@@ -24,7 +24,7 @@ from hookcore.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -354,11 +354,11 @@ def _entry(path: Path, key: str, fields: object, data_start: int) -> TensorEntry
         raise fault(f"expected a shape, found {shape!r}")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise fault(f"expected data_offsets [begin, end], found {offsets!r}")
-    dtype = _DTYPES.get(name) if isinstance(name, str) else None
+    dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
         raise CheckpointError(
             f"Tensor {key!r} in '{path}' has dtype {name!r}, which has no torch dtype of whole bytes; "
-            f"expected one of {', '.join(_DTYPES)}. Save it in one of these, or load it in the usual way."
+            f"expected one of {', '.join(DTYPES)}. Save it in one of these, or load it in the usual way."
         )
     begin, end = offsets
     nbytes = math.prod(shape) * dtype.itemsize

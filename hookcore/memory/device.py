@@ -82,9 +82,15 @@ class DeviceMover(GroupMover):
     def detach(self, group: Group) -> None:
         """Moves a group back to the device that it came from."""
         homes = {slot: self._homes[slot] for slot in group.slots if slot in self._homes}
-        _move((current_tensors(slot), device) for slot, device in homes.items())
+        _move((self._tensors_of(slot), device) for slot, device in homes.items())
         for slot in homes:
             del self._homes[slot]
+
+    def _tensors_of(self, slot: TensorSlot) -> list[torch.Tensor]:
+        """What there is now, and what there was and still lies where it was brought."""
+        tensors = current_tensors(slot)
+        now = set(map(id, tensors))
+        return tensors + [it for it in slot.tensors if id(it) not in now and is_on(it, self._onload_device)]
 
     def onload(self, group: Group) -> None:
         """Gives the group's tensors a copy of their memory; a real one even on the same device."""

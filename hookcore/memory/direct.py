@@ -37,6 +37,7 @@ class DirectReader:
 
     Args:
         path: The file, held open until `close`.
+        cached: Whether to read through the system's cache, and to leave that as it is.
 
     Attributes:
         path: The file.
@@ -46,10 +47,11 @@ class DirectReader:
         CheckpointError: The file cannot be opened or read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, cached: bool = False) -> None:
         self.path = path
+        self._cached = cached
         try:
-            self.direct = _reads_direct(path)
+            self.direct = not cached and _reads_direct(path)
             self._fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if self.direct else 0))
         except OSError as error:
             raise CheckpointError(
@@ -123,7 +125,7 @@ class DirectReader:
                     "was cut short. Put the original back and load the model again."
                 )
             done = next_block
-        if not self.direct and hasattr(os, "posix_fadvise"):
+        if not self.direct and not self._cached and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, begin, wanted, os.POSIX_FADV_DONTNEED)
         return position
 

@@ -17,16 +17,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, field
 
 from hookcore.errors import CheckpointError
+from hookcore.memory import file_weights
 from hookcore.memory.arena import Arena, Piece, piece_beside, rounded
-from hookcore.memory.copies import copy_as, copy_as_is, is_copied_as_is
 from hookcore.memory.direct import DirectReader, aligned_span
-from hookcore.memory.mapping import find_mapping
+from hookcore.memory.file_ranges import (
+    FileRange,
+    are_aligned,
+    cost,
+    drop,
+    is_cached,
+    merged,
+    was_written,
+)
+from hookcore.memory.file_weights import FileWeight, is_as_stored
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
-from hookcore.memory.origins import Origin, origin_of, set_origin
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,81 +42,20 @@ if TYPE_CHECKING:
 
     from hookcore.memory.checkpoint import Checkpoint
     from hookcore.memory.grouping import Group
-    from hookcore.memory.mapping import MappedFile
+    from hookcore.memory.origins import Origin
     from hookcore.target import TensorSlot
 
-_CACHED = 0.9
-"""From this part of a group on in the system's cache, mapping it is faster than reading it directly."""
-
-_NEIGHBOURS = 64 * 1024
-"""Bytes between two tensors in a file that are read along rather than read around."""
-
 _WORKERS = 2  # one reads the next group while the other lets go of the last
-
-
-@frozen
-class FileRange:
-    """Bytes of a mapped file, `[start, stop)`."""
-
-    mapping: MappedFile
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Length."""
-        return self.stop - self.start
-
-
-@define(eq=False)
-class _Weight:
-    """One streamed parameter: a slot, the tensor objects in it, and where their values come from."""
-
-    slot: TensorSlot
-    origin: Origin
-    homes: list[torch.Tensor]
-    """What each object shows between calls: the checkpoint's tensor, or what somebody gave it instead."""
-    copied: list[torch.Tensor] = field(factory=list)
-    """Of which objects copies are made to hold what calls find."""
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.slot.tensors
-
-    @property
-    def versions(self) -> list[int]:
-        """How often torch had counted a change in place of each object."""
-        return [tensor._version for tensor in self.tensors]
-
-    @property
-    def edited(self) -> bool:
-        """Whether an object was given other data than the checkpoint's: that stays in memory."""
-        return any(home is not self.origin.raw for home in self.homes)
-
-    @property
-    def converts(self) -> bool:
-        return self.origin.dtype != self.origin.entry.dtype
-
-    def show(self, data: Sequence[torch.Tensor]) -> None:
-        for tensor, value in zip(self.tensors, data, strict=True):
-            tensor.data = value
-
-    def adopt(self) -> None:
-        """Takes data that somebody gave an object since it was last shown its home for its new home."""
-        for index, tensor in enumerate(self.tensors):
-            if not _holds(tensor, self.homes[index]):
-                self.homes[index] = tensor.data
 
 
 class _Streamed:
     """What there is to bring for a group: its weights, their places in files, the memory that takes."""
 
-    def __init__(self, weights: list[_Weight]) -> None:
+    def __init__(self, weights: list[FileWeight]) -> None:
         self.weights = weights
         origins = [weight.origin for weight in weights if not weight.edited]
-        self.ranges = _merged(origins)
-        # Files of old writers do not align tensors, which views of a buffer must be.
-        self.aligned = all(it.entry.offset % it.entry.dtype.itemsize == 0 for it in origins)
+        self.ranges = merged(origins)
+        self.aligned = are_aligned(origins)
         self.read_bytes = sum(aligned_span(it.start, it.stop) for it in self.ranges)
         self.converted_bytes = cost(origins) - self.read_bytes
 
@@ -136,7 +83,7 @@ class _Load:
     positions: list[int] = field(factory=list)
     """Where each range begins in `read`; none if it is mapped."""
     converted_used: int = 0
-    shown: list[tuple[_Weight, list[torch.Tensor], list[int]]] = field(factory=list)
+    shown: list[tuple[FileWeight, list[torch.Tensor], list[int]]] = field(factory=list)
     """What the parameters of which weight hold now, and how often torch had counted a change of each."""
     done: Future[None] = field(factory=Future)
 
@@ -180,6 +127,7 @@ class DiskMover(GroupMover):
         self._leaving: list[tuple[Future[None], Piece]] = []  # mapped pages that are being let go
         self._calls = 0
         self._arena = Arena(budget)
+        self._files: dict[Path, Checkpoint] = {}
         self._readers: dict[Path, DirectReader] = {}
         self._reader_lock = threading.Lock()
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="hookcore-disk")
@@ -190,15 +138,10 @@ class DiskMover(GroupMover):
         Raises:
             CheckpointError: A parameter in memory differs from the checkpoint.
         """
-        streamed = _Streamed([self._weight(slot) for slot in group.slots])
+        streamed = _Streamed([FileWeight.compare(slot, self._origins[slot]) for slot in group.slots])
         for weight in streamed.weights:
-            for tensor in weight.tensors:
-                set_origin(tensor, weight.origin)
-                # Otherwise a technique inside of this one sees to its copies.
-                if weight.converts and is_copied_as_is(tensor):
-                    copy_as(tensor, _as_calls_find_it)
-                    weight.copied.append(tensor)
-            weight.show(weight.homes)
+            weight.take_over()
+            self._files[weight.origin.entry.path] = weight.origin.checkpoint
         self._streamed[group] = streamed
         if resident:
             self._to_stay.append(group)
@@ -220,38 +163,28 @@ class DiskMover(GroupMover):
         for weight in weights:
             if weight not in shown:
                 weight.adopt()
-        found = [self._values_to_give_back(weight) for weight in weights]
+        try:
+            found = [weight.values_to_give_back() for weight in weights]
+        except CheckpointError:
+            self._discard_all()
+            raise
         if load is not None:
             self._let_go(self._resident.pop(group))
         for weight, values in zip(weights, found, strict=True):
-            weight.show(values)
-            for tensor in weight.copied:
-                copy_as_is(tensor)
-            weight.origin.paused = weight.origin.strides is not None
+            weight.give_back(values)
         del self._streamed[group]
         if group in self._to_stay:
             self._to_stay.remove(group)
         if not self._streamed:
             self._close()
 
-    @torch.inference_mode(False)
     def settle(self, group: Group) -> None:
         """Has parameters lie in memory, or simply show the checkpoint's tensor, after the last `detach`.
 
         Raises:
             CheckpointError: Values have to be converted, and a file has changed.
         """
-        for slot in group.slots:
-            origin = origin_of(slot.tensors[0])
-            if origin is not None and any(_is_as_stored(tensor, origin) for tensor in slot.tensors):
-                values = {tensor.data_ptr(): tensor.data for tensor in slot.tensors}
-                origin.checkpoint.verify_file(origin.entry.path)
-                values = {where: _in_dtype_of_calls(data, origin) for where, data in values.items()}
-                origin.checkpoint.verify_file(origin.entry.path)
-                for tensor in slot.tensors:
-                    tensor.data = values[tensor.data_ptr()]
-            for tensor in slot.tensors:
-                set_origin(tensor, None)
+        file_weights.settle(group.slots)
 
     def begin(self) -> None:
         """Begins an outermost call.
@@ -301,19 +234,15 @@ class DiskMover(GroupMover):
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
         """Where the bytes of the group lie."""
-        weights = self._streamed[group].weights
-        on_disk = sum(weight.origin.entry.nbytes for weight in weights if not weight.edited)
-        in_memory = sum(home.nbytes for it in weights for home in it.homes if home is not it.origin.raw)
-        where = f"resident on {self._device}" if resident else "on disk"
-        return {where: on_disk} | (
-            {"in memory, as they differ from the disk": in_memory} if in_memory else {}
+        return file_weights.report(
+            self._streamed[group].weights, f"resident on {self._device}" if resident else None
         )
 
     def _bring(self, group: Group, load: _Load) -> _Load:
         """Waits for a load and shows it."""
         try:
             load.wait()
-            if load.positions and load.during_call != self._calls and _was_written(load.ranges):
+            if load.positions and load.during_call != self._calls and was_written(load.ranges):
                 self._let_go(load)  # edited since it was read
                 load = self._start(group)
                 load.wait()
@@ -324,45 +253,6 @@ class DiskMover(GroupMover):
             self._let_go(load)
             raise
         return load
-
-    @property
-    def _checkpoint(self) -> Checkpoint:
-        return next(iter(self._origins.values())).checkpoint
-
-    def _weight(self, slot: TensorSlot) -> _Weight:
-        """Compares a parameter with the checkpoint, unless it shows the checkpoint's own tensor."""
-        origin = self._origins[slot]
-        raw = origin.raw
-        if all(_holds(tensor, raw) for tensor in slot.tensors):
-            return _Weight(slot, origin, [raw] * len(slot.tensors))
-        tensor = slot.tensors[0]
-        found_before = origin_of(tensor, paused=origin.paused) is origin
-        homes = [raw if _same_bits(raw.to(it.dtype), it.data) else it.data for it in slot.tensors]
-        origin.mapping.drop(origin.entry.offset, origin.entry.nbytes)
-        if not found_before and any(home is not raw for home in homes):
-            raise CheckpointError(
-                f"{slot.name!r} in memory differs from {origin.entry.key!r} in '{origin.entry.path}', which "
-                "it would be replaced with. Save the model and give the path of what was saved as checkpoint="
-            )
-        if origin.paused or not found_before:
-            origin.dtype, origin.strides, origin.paused = tensor.dtype, tensor.stride(), False
-        mapped = [found for it in slot.tensors if (found := find_mapping(it))]
-        if mapped and tensor.dtype == raw.dtype:
-            origin.strides = None  # it took no memory, and need not when it is given back
-        for mapping, offset, nbytes in mapped:
-            mapping.drop(offset, nbytes)
-        return _Weight(slot, origin, homes)
-
-    def _values_to_give_back(self, weight: _Weight) -> list[torch.Tensor]:
-        """What each object held before, with the values it has now."""
-        origin = weight.origin
-        if origin.strides is None:
-            return weight.homes
-        self._verify(origin.entry.path)
-        memory = torch.empty_strided(origin.entry.shape, origin.strides, dtype=origin.dtype)
-        memory.copy_(origin.raw)
-        self._verify(origin.entry.path)
-        return [memory if home is origin.raw else _in_dtype_of_calls(home, origin) for home in weight.homes]
 
     @torch.inference_mode(False)  # as parameters take over from data whether it was made in the mode
     def _show(self, group: Group, load: _Load) -> None:
@@ -377,7 +267,7 @@ class DiskMover(GroupMover):
             for home in weight.homes:
                 if id(home) not in made:
                     value = place if home is weight.origin.raw else home
-                    dtype = weight.origin.dtype if _is_as_stored(home, weight.origin) else home.dtype
+                    dtype = weight.origin.dtype if is_as_stored(home, weight.origin) else home.dtype
                     if copies or dtype != home.dtype:
                         value = self._converted(value, dtype, load)
                     made[id(home)] = value
@@ -415,7 +305,7 @@ class DiskMover(GroupMover):
             if load.positions or load.done.cancelled():
                 self._arena.give_back(load.read)
             else:
-                self._leaving.append((self._workers.submit(_drop, load.ranges), load.read))
+                self._leaving.append((self._workers.submit(drop, load.ranges), load.read))
             load.nbytes -= load.read.nbytes
         load.read = None
         load.positions.clear()
@@ -475,16 +365,20 @@ class DiskMover(GroupMover):
             load.done.exception()  # waits for it
         self._let_go(load)
 
+    def _discard_all(self) -> None:
+        while self._ahead:
+            self._discard()
+
     def _verify(self, path: Path | None = None) -> None:
         """Checks a file, or all; what was read ahead may be of one changed, even if it is put back later."""
         try:
             if path is None:
-                self._checkpoint.verify()
+                for checkpoint in set(self._files.values()):
+                    checkpoint.verify()
             else:
-                self._checkpoint.verify_file(path)
+                self._files[path].verify_file(path)
         except CheckpointError:
-            while self._ahead:
-                self._discard()
+            self._discard_all()
             raise
 
     def _wait_for_leaving(self) -> None:
@@ -516,7 +410,7 @@ class DiskMover(GroupMover):
         """Brings a group's bytes into memory, the faster way. Runs in a worker."""
         if load.read is None:
             return
-        if not load.aligned or _is_cached(load.ranges) or _was_written(load.ranges):
+        if not load.aligned or is_cached(load.ranges) or was_written(load.ranges):
             load.read.forget()  # these bytes of the budget are in the mapping now
             for it in load.ranges:
                 it.mapping.populate(it.start, it.nbytes)
@@ -536,35 +430,14 @@ class DiskMover(GroupMover):
             return self._readers[path]
 
     def _close(self) -> None:
-        while self._ahead:
-            self._discard()
+        self._discard_all()
         self._wait_for_leaving()
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
 
 
-def cost(origins: Sequence[Origin]) -> int:
-    """Bytes of memory that parameters take together while they are used."""
-    read = sum(aligned_span(it.start, it.stop) for it in _merged(origins))
-    converted = [it.raw.numel() * it.dtype.itemsize for it in origins if it.dtype != it.entry.dtype]
-    return read + sum(aligned_span(0, nbytes) for nbytes in converted)  # buffers are whole pages
-
-
-def _merged(origins: Sequence[Origin]) -> tuple[FileRange, ...]:
-    """The file ranges that hold these tensors; neighbours are read in one go."""
-    ranges: list[FileRange] = []
-    for origin in sorted(origins, key=lambda it: (it.entry.path, it.entry.offset)):
-        start, stop = origin.entry.offset, origin.entry.offset + origin.entry.nbytes
-        last = ranges[-1] if ranges else None
-        if last is not None and last.mapping is origin.mapping and start - last.stop <= _NEIGHBOURS:
-            ranges[-1] = FileRange(last.mapping, last.start, max(stop, last.stop))
-        elif start < stop:
-            ranges.append(FileRange(origin.mapping, start, stop))
-    return tuple(ranges)
-
-
-def _place_of(weight: _Weight, load: _Load) -> torch.Tensor:
+def _place_of(weight: FileWeight, load: _Load) -> torch.Tensor:
     """The tensor that holds a weight's bytes: in a buffer it was read into, or in the mapping."""
     origin = weight.origin
     start, nbytes = origin.entry.offset, origin.entry.nbytes
@@ -573,28 +446,6 @@ def _place_of(weight: _Weight, load: _Load) -> torch.Tensor:
             begin = position + start - it.start
             return load.read.tensor[begin : begin + nbytes].view(origin.entry.dtype).view(origin.entry.shape)
     return origin.raw
-
-
-def _is_cached(ranges: Sequence[FileRange]) -> bool:
-    for it in ranges:
-        fraction = it.mapping.cached_fraction(it.start, it.nbytes)
-        if fraction is not None and fraction < _CACHED:
-            return False
-    return True
-
-
-def _was_written(ranges: Sequence[FileRange]) -> bool:
-    return any(it.mapping.was_written(it.start, it.nbytes) for it in ranges)
-
-
-def _drop(ranges: Sequence[FileRange]) -> None:
-    for it in ranges:
-        it.mapping.drop(it.start, it.nbytes)
-
-
-def _holds(tensor: torch.Tensor, data: torch.Tensor) -> bool:
-    """Whether a tensor object holds exactly these data."""
-    return tensor.data_ptr() == data.data_ptr() and tensor.dtype == data.dtype and tensor.shape == data.shape
 
 
 def _unbind(load: _Load) -> None:
@@ -606,48 +457,6 @@ def _unbind(load: _Load) -> None:
 
 
 def _keep_edits(load: _Load, *, compare: bool) -> None:
-    """Gives what a group that is in memory was edited to a home.
-
-    Args:
-        load: The group.
-        compare: Whether to look for changes that torch does not count, too.
-    """
+    """Gives what a group that is in memory was edited to a home."""
     for weight, data, versions in load.shown:
-        for index, (tensor, value) in enumerate(zip(weight.tensors, data, strict=True)):
-            if not _holds(tensor, value):
-                weight.homes[index] = tensor.data  # somebody gave it other data: its value from now on
-            elif tensor._version != versions[index] or (
-                compare and not _same_bits(value.cpu(), weight.homes[index].to(value.dtype))
-            ):
-                _keep_edit(weight, index, value)
-            versions[index] = tensor._version
-
-
-def _keep_edit(weight: _Weight, index: int, value: torch.Tensor) -> None:
-    """Keeps what was changed in place: at its home, if that can hold it."""
-    if weight.homes[index].dtype == value.dtype:
-        weight.homes[index].copy_(value)
-    else:
-        weight.homes[index] = value.to("cpu", copy=True)
-
-
-def _is_as_stored(data: torch.Tensor, origin: Origin) -> bool:
-    """Whether it is in the checkpoint's dtype, and that is not the one that calls find."""
-    return data.dtype == origin.entry.dtype != origin.dtype
-
-
-def _in_dtype_of_calls(data: torch.Tensor, origin: Origin) -> torch.Tensor:
-    """Data in the dtype that calls find; what was given in another than the checkpoint's keeps its own."""
-    return data.to(origin.dtype) if _is_as_stored(data, origin) else data
-
-
-def _as_calls_find_it(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of what a streamed parameter is in a call."""
-    origin = origin_of(tensor)
-    data = tensor.data if origin is None else _in_dtype_of_calls(tensor.data, origin)
-    return data.clone() if data.data_ptr() == tensor.data_ptr() else data
-
-
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    flat = (first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
-    return torch.equal(*flat)
+        weight.keep_edits(data, versions, compare=compare)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import difflib
 import itertools
+from functools import partial
 from typing import TYPE_CHECKING
 
 from attrs import frozen
 from torch import nn
 
 from hookcore.errors import PlanError
-from hookcore.memory.tensors import check_movable, is_on
+from hookcore.memory.tensors import check_movable, current_tensors, is_on
 from hookcore.target import own_tensors
 
 if TYPE_CHECKING:
@@ -59,18 +60,40 @@ class Group:
         """Bytes of memory, as the tensors are now."""
         return sum(slot.nbytes for slot in self.slots)
 
+    @property
+    def is_inference(self) -> bool:
+        """Whether a tensor of it was made in inference mode; torch counts no changes of these."""
+        return any(tensor.is_inference() for slot in self.slots for tensor in current_tensors(slot))
 
-def find_blocks(component: Component) -> tuple[Unit, ...]:
+    def divided(self) -> tuple[Group, Group]:
+        """Its parameters, and its buffers, which no call needs to have brought."""
+        parameters = tuple(slot for slot in self.slots if not slot.is_buffer)
+        buffers = tuple(slot for slot in self.slots if slot.is_buffer)
+        return Group(self.name, parameters, self.holders), Group(self.name, buffers, ())
+
+
+def find_blocks(component: Component, holders: Collection[str] | None = None) -> tuple[Unit, ...]:
     """Finds a model's repeated blocks: those that its library declares, else those that its structure shows.
 
     In this order: the modules in `group_modules`; modules of the `block_classes`; elements of the outermost
     lists, sequences and dicts of two or more modules; siblings of one class that have tensors.
 
+    Args:
+        component: Where to look.
+        holders: FQNs of modules that hold the blocks; None for the library's `group_modules`.
+
     Returns:
         FQNs of the blocks, one tuple for each container that they are in; empty where there are none.
+
+    Raises:
+        PlanError: A name is no module's; says which ones are near.
     """
+    if holders is None:
+        holders = component.conventions.group_modules
+    else:
+        check_names(component, holders)
     seen: set[nn.Module] = set()
-    for rule in (_declared_modules, _declared_classes, _elements, _siblings):
+    for rule in (partial(_declared_modules, holders), _declared_classes, _elements, _siblings):
         runs: list[Unit] = []
         for run in rule(component):
             blocks = [_first_fqn(component, fqn) for fqn in run]
@@ -91,7 +114,8 @@ def merge_neighbours(runs: Iterable[Unit], size: int) -> tuple[Unit, ...]:
 def leaf_units(component: Component) -> tuple[Unit, ...]:
     """Finds the smallest units: each module that has tensors of its own and is called.
 
-    Modules that read their children's weights without calling them are one unit with all that is below.
+    Modules that read their children's weights without calling them are one unit with all that is below; so
+    are those whose calls run all that is below as one.
     Tensors of a module without a forward, such as a ParameterList, belong to the nearest module above it.
     """
     unit_of: dict[str, str] = {}
@@ -102,7 +126,7 @@ def leaf_units(component: Component) -> tuple[Unit, ...]:
         if above in wholes:
             wholes.add(fqn)
             unit_of[fqn] = unit_of[above]
-        elif isinstance(module, _READ_THEIR_CHILDREN):
+        elif isinstance(module, _READ_THEIR_CHILDREN) or component.fqns[module][0] in component.wholes:
             wholes.add(fqn)
             unit_of[fqn] = component.fqns[module][0]
         elif _can_be_called(module):
@@ -172,8 +196,17 @@ def slots_below(component: Component, names: Collection[str]) -> tuple[TensorSlo
     Raises:
         PlanError: A name is no module's; says which ones are near.
     """
-    if not names:
-        return ()
+    check_names(component, names)
+    chosen = {module for name in names for module in component.module.get_submodule(name).modules()}
+    return tuple(slot for slot in component.slots if any(owner in chosen for owner, _ in slot.owners))
+
+
+def check_names(component: Component, names: Iterable[str]) -> None:
+    """Refuses names that are no module's.
+
+    Raises:
+        PlanError: There is one; says which ones are near.
+    """
     known = set(itertools.chain.from_iterable(component.fqns.values()))
     for name in names:
         if name not in known:
@@ -182,8 +215,6 @@ def slots_below(component: Component, names: Collection[str]) -> tuple[TensorSlo
                 f"{component.label('')!r} has no module named {name!r}"
                 + (f"; near matches are {near}" if near else "; give the FQN of a module, such as 'blocks.0'")
             )
-    chosen = {module for name in names for module in component.module.get_submodule(name).modules()}
-    return tuple(slot for slot in component.slots if any(owner in chosen for owner, _ in slot.owners))
 
 
 def moving_and_staying(
@@ -215,9 +246,9 @@ def entries_of(component: Component) -> tuple[str, ...]:
     )
 
 
-def _declared_modules(component: Component) -> Iterator[Unit]:
+def _declared_modules(holders: Collection[str], component: Component) -> Iterator[Unit]:
     known = set(itertools.chain.from_iterable(component.fqns.values()))
-    for fqn in component.conventions.group_modules:
+    for fqn in holders:
         if fqn in known:
             module = component.module.get_submodule(fqn)
             if isinstance(module, _CONTAINERS):

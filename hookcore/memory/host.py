@@ -123,18 +123,34 @@ class Staging:
         """Its size."""
         return self._ranges.size
 
-    def fill(self, source: torch.Tensor) -> torch.Tensor:
-        """Copies bytes into a free range, and returns that; waits for the oldest copy while there is none."""
+    def take(self, nbytes: int) -> torch.Tensor | None:
+        """Finds a free range; None while there is none. Waits for nothing."""
         while self._sent and self._sent[0][0].query():
             self._free_oldest()
-        while (start := self._ranges.take(source.nbytes)) is None:
-            self._sent[0][0].synchronize()
-            self._free_oldest()
-        return self._memory[start : start + source.nbytes].copy_(source)
+        start = self._ranges.take(nbytes)
+        return None if start is None else self._memory[start : start + nbytes]
+
+    def wait(self) -> bool:
+        """Waits for the oldest copy; says whether there was one."""
+        if not self._sent:
+            return False
+        self._sent[0][0].synchronize()
+        self._free_oldest()
+        return True
+
+    def fill(self, source: torch.Tensor) -> torch.Tensor:
+        """Copies bytes into a free range, and returns that; waits for the oldest copy while there is none."""
+        while (room := self.take(source.nbytes)) is None:
+            self.wait()
+        return room.copy_(source)
 
     def sent(self, filled: torch.Tensor, copied: Any) -> None:
-        """Takes down what `fill` returned, with an event after its copy."""
+        """Takes down what `take` or `fill` returned, with an event after its copy."""
         self._sent.append((copied, int(filled.storage_offset()), filled.nbytes))
+
+    def give_back(self, room: torch.Tensor) -> None:
+        """Takes back what `take` returned, and what was never copied."""
+        self._ranges.give_back(int(room.storage_offset()), room.nbytes)
 
     def _free_oldest(self) -> None:
         _, start, nbytes = self._sent.popleft()

@@ -24,21 +24,26 @@ class _Part:
 
     Attributes:
         tensor: The object that modules hold.
+        dtype: What it was packed in; somebody may give it data of another one, as `module.to(dtype)` does.
+        shape: Likewise.
+        stride: Likewise.
         start: Where its memory begins, in bytes.
         span: Bytes from there that it and what it shares memory with take.
         offset: Of its first element from there, in elements.
     """
 
     tensor: torch.Tensor
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
     start: int
     span: int
     offset: int
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """What the tensor is in this memory (uint8), with its own size, stride and dtype."""
-        flat = memory[self.start : self.start + self.span].view(self.tensor.dtype)
-        offset = self.offset + int(flat.storage_offset())
-        return flat.as_strided(self.tensor.shape, self.tensor.stride(), offset)
+        """What the tensor was when it was packed, in this memory (uint8)."""
+        flat = memory[self.start : self.start + self.span].view(self.dtype)
+        return flat.as_strided(self.shape, self.stride, self.offset + int(flat.storage_offset()))
 
 
 def _lay_out(slots: Iterable[TensorSlot]) -> tuple[list[_Part], int]:
@@ -49,7 +54,10 @@ def _lay_out(slots: Iterable[TensorSlot]) -> tuple[list[_Part], int]:
             first = min(int(it.storage_offset()) for it in tied)
             itemsize = tied[0].element_size()
             span = itemsize * max(int(it.storage_offset()) + extent(it) - first for it in tied)
-            parts += [_Part(it, position, span, int(it.storage_offset()) - first) for it in tied]
+            parts += [
+                _Part(it, it.dtype, it.shape, it.stride(), position, span, int(it.storage_offset()) - first)
+                for it in tied
+            ]
             position += rounded(max(span, 1))  # also what is empty has a place
     return parts, position
 
@@ -73,9 +81,21 @@ class Packed:
         host: The memory, uint8, `(nbytes,)`, from `take` on, until `let_go`.
         is_locked: Whether a device can copy from it by itself.
         copied: An event after the last copy of it; None before the first.
+        read_seconds: How long it takes until its bytes can be copied, if they have to be read first.
     """
 
-    __slots__ = ("_homes", "_parts", "_versions", "copied", "host", "is_locked", "name", "nbytes", "tensors")
+    __slots__ = (
+        "_homes",
+        "_parts",
+        "_versions",
+        "copied",
+        "host",
+        "is_locked",
+        "name",
+        "nbytes",
+        "read_seconds",
+        "tensors",
+    )
 
     def __init__(self, slots: Iterable[TensorSlot], name: str = "") -> None:
         self.name = name
@@ -84,6 +104,7 @@ class Packed:
         self.host = torch.empty(0, dtype=torch.uint8)
         self.is_locked = False
         self.copied: Any = None
+        self.read_seconds = 0.0
         self._homes: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         self._versions: list[int] = []
 
@@ -136,6 +157,11 @@ class Packed:
             if tensor.data_ptr() != address:
                 return False
         return True
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether it would be laid out otherwise if it were made now."""
+        return False
 
     def note_versions(self) -> None:
         """Takes down how often torch has counted a change of each tensor."""

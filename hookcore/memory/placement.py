@@ -10,6 +10,7 @@ brought at that moment, until the innermost running call ends.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,12 +21,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from hookcore.hook import Hook
 from hookcore.memory.grouping import Group, entries_of
+from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.mover import Needed
 from hookcore.memory.reads import stop_watching, watch
 from hookcore.technique import Binding, Claim, Resource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from hookcore.memory.mover import GroupMover
@@ -41,9 +43,11 @@ class Placement:
         groups: The groups that come and go.
         resident: The groups that stay on the onload device.
         mover: Brings and drops them.
-        onload_device: Where the inputs of the outermost call are moved to.
+        onload_device: Where the inputs of the outermost call are moved to. Models in the component that tell
+            their device tell this one.
         borrowed: Groups whose tensors have their home in a group of another placement, which this one joins.
         together: What it has in common with placements that may join it; None for nothing.
+        exclude_kwargs: Names of keyword inputs that are not moved; None for what the model's library says.
 
     Attributes:
         groups: As given.
@@ -61,6 +65,7 @@ class Placement:
         *,
         borrowed: Mapping[Group, Group] | None = None,
         together: object = None,
+        exclude_kwargs: Collection[str] | None = None,
     ) -> None:
         self._component = component
         self.groups = tuple(groups)
@@ -68,9 +73,12 @@ class Placement:
         self.mover = mover
         self._borrowed = dict(borrowed or {})
         self._onload_device = onload_device
+        unmoved = component.conventions.unmoved_kwargs if exclude_kwargs is None else exclude_kwargs
+        self._unmoved_kwargs = frozenset(unmoved)
+        self._told = ModelDevice(component, onload_device)
         self._together = together
         # What placements that are joined have in common:
-        self._joined = [self]
+        self._refs = [weakref.ref(self)]  # or it would keep itself, and the groups' tensors, alive
         self._attached: Counter[Group] = Counter()  # by how many of them
         self._calls: list[list[Group]] = []  # what each running call holds, the innermost last
         self._uses: dict[Group, int] = {}  # how often each group that is in memory is held
@@ -79,15 +87,20 @@ class Placement:
 
     def join(self, other: Placement) -> None:
         """Counts from now on, before anything is attached, who holds what together with another placement."""
-        if self._joined is other._joined:
+        if self._refs is other._refs:
             return
         for placement in self._joined:
             placement.mover = other.mover
             placement._attached, placement._calls = other._attached, other._calls
             placement._uses, placement._lingering = other._uses, other._lingering
-            placement._joined = other._joined
-            other._joined.append(placement)
+            placement._refs = other._refs
+            other._refs.append(weakref.ref(placement))
             other.mover.expect(placement._needed())
+
+    @property
+    def _joined(self) -> list[Placement]:
+        """The placements that it is joined with, itself among them, in the order in which they were made."""
+        return [placement for ref in self._refs if (placement := ref()) is not None]
 
     def _needed(self) -> Needed:
         return Needed(self._component.name, self.groups, self.resident, self._borrowed)
@@ -129,6 +142,7 @@ class Placement:
                 self._take(group)
             raise
         watch(self._watched, self._calls, self._before_read)
+        self._told.attach()
 
     def detach(self) -> None:
         """Puts all groups back where they were, and stops watching."""
@@ -142,6 +156,7 @@ class Placement:
                 self._put(group)
             raise
         stop_watching(self._watched)
+        self._told.detach()
 
     def _put(self, group: Group) -> None:
         """Attaches a group, unless another placement has done so."""
@@ -210,11 +225,21 @@ class Placement:
                 if group not in self._calls[-1]:
                     self._hold(group)
             if len(self._calls) == 1:
-                return moved(args, self._onload_device), moved(kwargs, self._onload_device)
+                return moved(args, self._onload_device), self._moved_kwargs(kwargs)
         except BaseException:
             self.leave()
             raise
         return None
+
+    def _moved_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        unmoved = {name: kwargs[name] for name in self._unmoved_kwargs.intersection(kwargs)}
+        result: dict[str, Any]
+        if not unmoved:
+            result = moved(kwargs, self._onload_device)
+            return result
+        others = {name: value for name, value in kwargs.items() if name not in unmoved}
+        result = moved(others, self._onload_device)
+        return unmoved | result
 
     def leave(self) -> None:
         """Ends the innermost call, whichever way it ended."""
@@ -266,13 +291,13 @@ class _HoldHook(Hook):
 
     def __init__(self, placement: Placement, groups: tuple[Group, ...]) -> None:
         self._placement = placement
-        self.groups = groups
+        self._groups = groups
 
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Brings what is not there yet."""
-        return self._placement.enter(self.groups, args, kwargs)
+        return self._placement.enter(self._groups, args, kwargs)
 
     def post_forward(self, module: nn.Module, output: Any) -> None:
         """Lets go of it."""

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.compiler import is_compiling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sized
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 
     from torch import nn
 
     from hookcore.memory.grouping import Group
 
 _KINDS = ("_parameters", "_buffers")
+
+
+class _Looking(threading.local):
+    depth = 0
+
+
+_looking = _Looking()
+
+
+@contextmanager
+def only_looking() -> Iterator[None]:
+    """Has it be no read, on this thread, to go through all tensors, whose values nobody is going to use."""
+    _looking.depth += 1
+    try:
+        yield
+    finally:
+        _looking.depth -= 1
 
 
 class WatchedTensors(dict[str, torch.Tensor | None]):
@@ -72,7 +91,7 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
         return super().items()
 
     def _before_all(self) -> None:
-        if not self._calls:
+        if not self._calls and not _looking.depth:
             for group in self._groups.values():
                 self._before_read(group)
 

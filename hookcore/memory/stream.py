@@ -1,7 +1,7 @@
 """Groups copied ahead of use, on a stream of their own, into device memory that is allocated once.
 
-Weights lie in page-locked host memory, a group side by side, and are never copied back. The order of use is
-learned; whatever is expected next is copied as soon as there is room for it (see `engine`).
+Weights lie in a store (see `store`), which is host memory or files, and are never copied back. The order of
+use is learned; whatever is expected next is copied as soon as there is room for it (see `engine`).
 
 Once a pass has shown the order and the times of use, the memory that streaming doesn't need goes to groups
 that stay (see `schedule`). These have their home on the device from then on.
@@ -22,26 +22,23 @@ from hookcore.memory.allotment import Allotment, allot
 from hookcore.memory.budget import largest_held
 from hookcore.memory.counts import StreamReport
 from hookcore.memory.device import DeviceMover
-from hookcore.memory.engine import CopyEngine, Load
 from hookcore.memory.grouping import Group, spanning_groups
-from hookcore.memory.host import HostMemory, Staging
 from hookcore.memory.layout import choose_layout
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
-from hookcore.memory.packed import Packed
-from hookcore.memory.tensors import current_tensors, go_back, memory_seen_elsewhere, move_apart
+from hookcore.memory.store import MemoryStore, Store
 from hookcore.memory.timeline import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Mapping
 
+    from hookcore.memory.engine import CopyEngine, Load
     from hookcore.memory.mover import Needed
+    from hookcore.memory.packed import Packed
     from hookcore.memory.timeline import Timeline
     from hookcore.memory.timing import PassTimes
-    from hookcore.target import TensorSlot
 
 _CPU = torch.device("cpu")
-_STAGED = 3  # of the largest group: one is filled while others are copied
 _AHEAD_OF_A_GUESS = 4  # groups; modules are often registered in another order than they run
 
 
@@ -60,9 +57,7 @@ class _Member:
     Attributes:
         parameters: Its parameters, as a group for the plain mover.
         buffers: Its buffers, which always stay on the device.
-        homes: The device that each parameter came from.
         packed: Its parameters.
-        left: Memory that parameters came from and that others see, too.
         in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
         stays: Whether it stays on the device, in memory of its own.
         used: An event at the beginning of its use, if it stays and a timeline is recorded.
@@ -70,16 +65,14 @@ class _Member:
 
     parameters: Group
     buffers: Group
-    homes: dict[TensorSlot, torch.device]
     packed: Packed
-    left: list[tuple[torch.Tensor, torch.Tensor]]
     in_use: Load | None = None
     stays: bool = False
     used: Any = None
 
 
 class StreamMover(GroupMover):
-    """Streams groups from page-locked host memory to a device that has streams.
+    """Streams groups from a store to a device that has streams.
 
     Buffers stay on the device, where calls may change them; so do groups that are held while others come and
     go. While gradients are recorded, nothing is copied ahead and no memory is used again: autograd keeps what
@@ -89,8 +82,11 @@ class StreamMover(GroupMover):
         onload_device: Where groups are used.
         budget: Bytes of the device that all weights may take; None for as little as the prefetch needs.
         prefetch: For how many groups ahead of use there is room, where there is no budget to fill.
-        most_ahead: How many groups may be copied ahead of use; None for as many as there is room for.
         lock_limit: Bytes of host memory that may be locked; None for a share of what is free.
+        store: Where parameters lie between calls; None for host memory that is locked within that limit.
+        most_ahead: How many groups may be copied ahead of use; None for as many as there is room for.
+        in_pieces: Whether memory is there only while a group is; it is anyway where there is room for hardly
+            two.
     """
 
     def __init__(
@@ -98,8 +94,11 @@ class StreamMover(GroupMover):
         onload_device: torch.device,
         budget: int | None = None,
         prefetch: int = 1,
+        *,
         lock_limit: int | None = None,
+        store: Store | None = None,
         most_ahead: int | None = None,
+        in_pieces: bool = False,
     ) -> None:
         index = onload_device.index
         if index is None:
@@ -107,8 +106,9 @@ class StreamMover(GroupMover):
         self._device = torch.device(onload_device.type, index)
         self._budget = budget
         self._prefetched = prefetch
-        self._most_ahead = most_ahead
-        self._host = HostMemory(self._device, lock_limit)
+        self._store = MemoryStore(self._device, lock_limit) if store is None else store
+        self._allowed_ahead = self._most_ahead = most_ahead
+        self._in_pieces = in_pieces
         self._plain = DeviceMover(self._device, _CPU)
         self._members: dict[Group, _Member] = {}
         self._fixed: dict[Group, int] = {}  # bytes on the device that the engine does not manage
@@ -128,40 +128,44 @@ class StreamMover(GroupMover):
     # Between calls
 
     def attach(self, group: Group, *, resident: bool) -> None:
-        """Moves a group's parameters to locked host memory, and its buffers to the device."""
-        if resident or _is_inference(group):
+        """Gives a group's parameters to the store, and its buffers to the device."""
+        self._dissolve()
+        if resident or group.is_inference:
             self._plain.attach(group, resident=resident)
             self._fixed[group] = group.nbytes if resident else 0
             return
-        parameters, buffers = _split(group)
+        parameters, buffers = group.divided()
         self._plain.attach(buffers, resident=True)
         try:
-            homes = {slot: it[0].device for slot in parameters.slots if (it := current_tensors(slot))}
-            left = memory_seen_elsewhere(parameters.slots)
-            packed = self._host.pack(parameters.slots, group.name)
+            packed = self._store.take(parameters)
         except BaseException:
             self._plain.detach(buffers)
             raise
         self._fixed[group] = buffers.nbytes
-        self._members[group] = _Member(parameters, buffers, homes, packed, left, stays=not packed.tensors)
+        self._members[group] = _Member(parameters, buffers, packed, stays=not packed.tensors)
 
     def detach(self, group: Group) -> None:
-        """Moves a group back to the device that it came from, into memory of its own."""
-        if self._set_up is not None:
-            self._set_up.synchronize()
-            self._drop_ahead()
+        """Puts a group back where it came from."""
+        self._dissolve()
         member = self._members.get(group)
         if member is None:
             self._plain.detach(group)
         else:
-            move_apart(member.homes)
-            go_back(member.left)
+            self._store.give_back(member.packed)
             self._plain.detach(member.buffers)
-            self._host.release(member.packed.let_go())
             del self._members[group]
         del self._fixed[group]
-        if not self._members:
+
+    def _dissolve(self) -> None:
+        """Gives the memory on the device back, since what it is for changes."""
+        if self._set_up is not None:
+            self._set_up.synchronize()
+            self._drop_ahead()
             self._set_up = None
+
+    def settle(self, group: Group) -> None:
+        """Is told that the group was detached for good."""
+        self._store.settle(group.divided()[0])
 
     def reset(self) -> None:
         """Forgets the order of use, what was copied ahead, and what was counted."""
@@ -172,11 +176,13 @@ class StreamMover(GroupMover):
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
         """Where the bytes of the group lie."""
-        here, there = f"resident on {self._device}", f"offloaded on {_CPU}"
+        here = f"resident on {self._device}"
         if (member := self._members.get(group)) is None:
-            return {here if resident else there: group.nbytes}
-        staying = member.parameters.nbytes if member.stays else 0
-        return {here: member.buffers.nbytes + staying, there: member.parameters.nbytes - staying}
+            return self._plain.report(group, resident=resident)
+        found = dict(self._store.report(member.packed, here if member.stays else None))
+        if member.buffers.slots:
+            found[here] = found.get(here, 0) + member.buffers.nbytes
+        return found
 
     def expect(self, needed: Needed) -> None:
         """Takes down what a component needs."""
@@ -191,13 +197,13 @@ class StreamMover(GroupMover):
             BudgetError: The budget is too small.
         """
         groups = [group for needed in self._expected.values() for group in needed.groups]
-        uncounted = {group: group.nbytes for group in groups if _is_inference(group)}
-        parts = {group: _split(group) for group in groups if group not in uncounted}
+        uncounted = {group: group.nbytes for group in groups if group.is_inference}
+        parts = {group: group.divided() for group in groups if group not in uncounted}
         fixed = sum(buffers.nbytes for _, buffers in parts.values())
         fixed += sum(group.nbytes for needed in self._expected.values() for group in needed.resident)
-        sizes = {group: Packed(mine.slots).nbytes for group, (mine, _) in parts.items() if mine.slots}
+        sizes = {group: self._store.nbytes(mine) for group, (mine, _) in parts.items() if mine.slots}
         allotment = self._allot(sizes, fixed)
-        staying = sum(parts[group][0].nbytes for group in allotment.staying)
+        staying = sum(self._store.nbytes(parts[group][0], stays=True) for group in allotment.staying)
         return {str(self._device): fixed + staying + allotment.ring + largest_held(uncounted)[0]}
 
     def run_report(self) -> StreamReport:
@@ -209,7 +215,7 @@ class StreamMover(GroupMover):
             resident_bytes=sum(self._fixed.values())
             + sum(it.parameters.nbytes for it in self._members.values() if it.stays),
             ring_bytes=0 if engine is None else engine.slab.allocated,
-            locked_bytes=self._host.locked + (0 if staging is None else staging.nbytes),
+            locked_bytes=self._store.locked + (0 if staging is None else staging.nbytes),
         )
 
     @contextlib.contextmanager
@@ -245,22 +251,35 @@ class StreamMover(GroupMover):
 
         Raises:
             BudgetError: The budget is too small.
+            CheckpointError: A file that weights are read from has changed.
             torch.OutOfMemoryError: The device has less memory than the budget.
         """
-        if self._set_up is None:
-            self._set_up = self._make_engine()
-        self._engine.begin()
-        times = self._engine.times
-        if times is not None and times.is_known:
-            self._learn_layout(times)
+        self._verify()
+        if self._store.is_outdated:
+            self._dissolve()
+        try:
+            if self._set_up is None:
+                self._set_up = self._make_engine()
+            self._engine.begin()
+            times = self._engine.times
+            if times is not None and times.is_known:
+                self._learn_layout(times)
+        except BaseException:
+            self._dissolve()
+            raise
         self._prefetch()
 
     def end(self) -> None:
-        """Ends an outermost call; what the next one needs first is copied meanwhile."""
+        """Ends an outermost call; what the next one needs first is copied meanwhile.
+
+        Raises:
+            CheckpointError: A file has changed, so that the call may have used wrong weights.
+        """
         self._counts.passes += 1
         self._order.end_pass()
-        if self._engine.times is not None:
-            self._engine.times.end_pass()
+        if self._set_up is not None and self._set_up.times is not None:
+            self._set_up.times.end_pass()
+        self._verify()
 
     def onload(self, group: Group) -> None:
         """Has the group's parameters hold their values on the device, once its stream gets there."""
@@ -279,14 +298,19 @@ class StreamMover(GroupMover):
             self._drop_unexpected(group)
         load = self._load_of(group, member)
         if load is None:
-            self._plain.onload(member.parameters)
+            self._store.bring(member.packed, self._device)
             self._count_demand(member.packed.nbytes)
             return
         load.asked = asked
-        self._engine.wait_for(load)
+        try:
+            self._engine.wait_for(load)
+        except BaseException:  # reading its file failed
+            self._engine.give_back(load)
+            self._drop_ahead()
+            raise
         member.packed.show(load.place.views)
         member.in_use = load
-        if self._most_ahead:
+        if self._most_ahead:  # one less is ahead now
             self._prefetch()
 
     def offload(self, group: Group) -> None:
@@ -298,7 +322,7 @@ class StreamMover(GroupMover):
         load, member.in_use = member.in_use, None
         if load is None:
             if not member.stays:
-                self._plain.offload(member.parameters)
+                self._store.drop(member.packed)
             elif member.used is not None:
                 self._engine.used(member.packed, member.used)
                 member.used = None
@@ -327,20 +351,21 @@ class StreamMover(GroupMover):
 
     def _make_engine(self) -> CopyEngine:
         """Allocates the memory on the device, and decides what stays from the start."""
+        for member in self._members.values():
+            # It stays since other groups were there, or is wanted in another dtype than then.
+            if member.packed.tensors and (member.stays or member.packed.is_outdated):
+                member.packed = self._store.take_again(member.packed)
+                member.stays = False
         sizes = {group: member.packed.nbytes for group, member in self._members.items() if not member.stays}
         allotment = self._allot(sizes, sum(self._fixed.values()))
         self._keep_on_device(allotment.staying)
-        engine = CopyEngine(self._device, allotment.ring, in_pieces=allotment.in_pieces)
+        coming = [member.packed for member in self._members.values() if not member.stays]
+        in_pieces = self._in_pieces or allotment.in_pieces
+        engine = self._store.make_engine(self._device, allotment.ring, coming, in_pieces=in_pieces)
         engine.timeline = self._recorder
-        self.lingers = not allotment.in_pieces
-        if allotment.one_by_one:
-            self._most_ahead = 0
+        self.lingers = not in_pieces
+        self._most_ahead = 0 if allotment.one_by_one else self._allowed_ahead
         self._order = LearnedOrder([group for group in sizes if group not in allotment.staying])
-        unlocked = [
-            it.packed.nbytes for it in self._members.values() if not (it.stays or it.packed.is_locked)
-        ]
-        if unlocked:
-            engine.staging = Staging(self._device, _STAGED * max(unlocked))
         if self._budget is not None and len(allotment.staying) < len(sizes) and self._most_ahead != 0:
             engine.measure()
         return engine
@@ -386,12 +411,19 @@ class StreamMover(GroupMover):
             self._order.leave_out({passing[packed] for packed in layout.resident})
 
     def _keep_on_device(self, groups: Iterable[Group]) -> None:
-        """Has groups stay on the device, in memory of their own: a view of shared memory is copied whole."""
+        """Has groups stay on the device, in memory of their own."""
         for group in groups:
             member = self._members[group]
-            move_apart(dict.fromkeys(member.homes, self._device))
-            self._host.release(member.packed.let_go())
+            self._store.keep_on(member.packed, self._device)
             member.stays = True
+
+    def _verify(self) -> None:
+        """Has the store look whether all is as it was; if not, what was copied ahead isn't used either."""
+        try:
+            self._store.verify()
+        except BaseException:
+            self._drop_ahead()
+            raise
 
     def _load_of(self, group: Group, member: _Member) -> Load | None:
         """The copy of a group's values as they are now; None if the plain mover has to bring it."""
@@ -421,12 +453,11 @@ class StreamMover(GroupMover):
         counts.moved_bytes += nbytes
 
     def _pack_again(self, member: _Member) -> None:
-        """Takes the data that tensors were given into host memory of the group's own."""
+        """Takes the data over that tensors were given."""
         if member.packed.copied is not None:
             member.packed.copied.synchronize()
         self._engine.slab.forget(member.packed)
-        self._host.release(member.packed.let_go())
-        member.packed = self._host.pack(member.parameters.slots, member.parameters.name)
+        member.packed = self._store.take_again(member.packed)
 
     def _prefetch(self) -> None:
         """Begins to copy what is used next, as far as there is room."""
@@ -461,15 +492,3 @@ class StreamMover(GroupMover):
             expected.add(group)
         for group in self._ahead.keys() - expected:
             self._engine.give_back(self._ahead.pop(group))
-
-
-def _is_inference(group: Group) -> bool:
-    """Whether a tensor of it was made in inference mode; torch counts no changes of these."""
-    return any(tensor.is_inference() for slot in group.slots for tensor in current_tensors(slot))
-
-
-def _split(group: Group) -> tuple[Group, Group]:
-    """Its parameters, and its buffers."""
-    parameters = tuple(slot for slot in group.slots if not slot.is_buffer)
-    buffers = tuple(slot for slot in group.slots if slot.is_buffer)
-    return Group(group.name, parameters, group.holders), Group(group.name, buffers, ())

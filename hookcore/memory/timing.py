@@ -68,6 +68,12 @@ class PassTimes:
             for (*_, ended), (_, asked, *_) in itertools.pairwise(self._uses)
         ]
         return [
-            Use(group, group.nbytes, begun.elapsed_time(ended) * _MILLI, copies[group], after)
+            Use(
+                group,
+                group.nbytes,
+                begun.elapsed_time(ended) * _MILLI,
+                max(copies[group], group.read_seconds),
+                after,
+            )
             for (group, _, begun, ended), after in zip(self._uses, [*afters, 0.0], strict=True)
         ]

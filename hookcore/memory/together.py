@@ -45,6 +45,7 @@ class Together:
         resident: Sequence[Group],
         make_mover: Callable[[], GroupMover],
         onload_device: torch.device,
+        exclude_kwargs: Collection[str] | None = None,
     ) -> Placement:
         """Makes a placement, which joins those on components that share weights with this one.
 
@@ -55,6 +56,7 @@ class Together:
             resident: The groups that stay on the onload device.
             make_mover: Makes what brings and drops groups, unless a component that shares weights has one.
             onload_device: Where the inputs of the outermost call are moved to.
+            exclude_kwargs: Names of keyword inputs that are not moved; None for what its library says.
 
         Raises:
             UnsupportedModelError: A tensor is tied to one of another component in a way that is none there.
@@ -79,7 +81,16 @@ class Together:
             if (slots := tuple(slot for slot in group.slots if slot not in homes))
         ]
         mover = joined[0].mover if joined else make_mover()
-        made = Placement(component, groups, kept, mover, onload_device, borrowed=borrowed, together=self)
+        made = Placement(
+            component,
+            groups,
+            kept,
+            mover,
+            onload_device,
+            borrowed=borrowed,
+            together=self,
+            exclude_kwargs=exclude_kwargs,
+        )
         for other in joined:
             other.join(joined[0])
         if joined:

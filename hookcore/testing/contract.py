@@ -34,4 +34,6 @@ class TechniqueContract(PlanningPromises, CallPromises, WeightPromises, RemovalP
             the CPU and has to bring them to the device, any other finds them there.
         device: The one of them that a test runs on, for `make` to read.
         gradients: Whether a model can be trained while the technique is on.
+        hides_modules: Whether calls that it hooks do not go through the modules below (tracing, compiling),
+            so that hooks of others there may be refused.
     """

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hookcore_plugins.layerwise_casting import LayerwiseCasting
     from hookcore_plugins.model_offload import ModelOffload
     from hookcore_plugins.sequential_offload import SequentialOffload
+    from hookcore_plugins.slicing import Slicing
+    from hookcore_plugins.tiling import Tiling
     from hookcore_plugins.trace import Trace
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "LayerwiseCasting",
     "ModelOffload",
     "SequentialOffload",
+    "Slicing",
+    "Tiling",
     "Trace",
 ]
 
@@ -41,6 +45,8 @@ _ROOMS = {
     "LayerwiseCasting": "layerwise_casting",
     "ModelOffload": "model_offload",
     "SequentialOffload": "sequential_offload",
+    "Slicing": "slicing",
+    "Tiling": "tiling",
     "Trace": "trace",
 }
 

@@ -41,6 +41,7 @@ def hookcore_describe_model(model: nn.Module, modules: Mapping[str, nn.Module]) 
         # `_keep_in_fp32_modules` with whole components of an FQN, which keeps no module that this does not.
         keep_dtype_patterns=_collect(declaring, "_skip_layerwise_casting_patterns", "_keep_in_fp32_modules"),
         group_modules=_group_modules(model),
+        unmoved_kwargs=_collect([model], "_skip_keys"),
         repeated_classes=_collect(declaring, "_repeated_blocks"),
     )
 

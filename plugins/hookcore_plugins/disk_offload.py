@@ -14,7 +14,6 @@ from hookcore import (
     Phase,
     Skipped,
     Technique,
-    UnsupportedModelError,
     hookimpl,
     parse_bytes,
     parse_device,
@@ -24,28 +23,33 @@ from hookcore.memory import (
     Checkpoint,
     DeviceMover,
     DiskMover,
+    FileStore,
     Group,
-    ModelDtypeHook,
     Origin,
     Placement,
+    StreamMover,
     check_movable,
+    check_ties,
     choose_residents,
     cost,
-    find_entries,
+    dtype_hooks,
+    has_streams,
+    known_origins,
     largest_held,
     leaf_units,
     make_groups,
-    map_checkpoint,
-    models_with_dtype,
-    origin_of,
-    wanted_dtype,
+    origins_in,
 )
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from hookcore import Component, TensorSlot
+
+
+_GROUPS_AHEAD = 3
+"""Copied ahead of use where there is no budget to fill; neighbours differ in how long they take."""
 
 
 def _path(value: str | os.PathLike[str] | None) -> Path | None:
@@ -61,16 +65,18 @@ class DiskOffload(Technique):
     """Streams weights from the checkpoint's own files. Nothing is written.
 
     Parameters take no memory between calls, and read true at any time: they are mapped. For its call a
-    layer's weights are brought into memory, in the order that the last call has shown, ahead of use. Buffers
-    stay in memory, that of the device where the model computes.
+    layer's weights are brought into memory, in the order that the last call has shown, ahead of use: on a
+    device with streams by copies from a little page-locked memory, which never wait for the device but where
+    that is full. Buffers stay in memory, that of the device where the model computes.
 
     Attributes:
         checkpoint: A safetensors file, an index, or a folder, as `save_pretrained` writes it. None for a
             model that `hookcore.load` makes, which knows.
         execution_device: Where the model computes; inputs are moved there.
-        memory_budget: Bytes, or text such as "512MiB", that all weights together may take in memory. As
-            many as it has room for stay, spread evenly. None: as little as one call needs, and `read_ahead`.
-        read_ahead: Bytes of weights that may be read ahead of their use.
+        memory_budget: Bytes, or text such as "512MiB", that all weights together may take in memory, or on
+            an execution device with streams, there. As many as it has room for stay. None: as little as one
+            call needs, and `read_ahead`, or a few layers on the device.
+        read_ahead: Bytes of host memory for weights that are read ahead of their use.
     """
 
     name: ClassVar[str] = "disk_offload"
@@ -97,15 +103,11 @@ class DiskOffload(Technique):
             return
         check_movable(component, origins)
         groups = make_groups(component, leaf_units(component), origins)
-        costs = {group: cost([origins[slot] for slot in group.slots]) for group in groups}
-        budget, what = self.memory_budget, component.label("")
-        resident = choose_residents(costs, budget, self.read_ahead, what)
-        streamed = [group for group in groups if group not in set(resident)]
-        if budget is None:
-            budget = largest_held(costs)[0] + self.read_ahead
-        mover = DiskMover(streamed, origins, self.execution_device, budget, self.read_ahead)
-        yield from _dtype_hooks(component, origins)
-        yield from Placement(component, streamed, resident, mover, self.execution_device).bindings()
+        yield from dtype_hooks(component, origins)
+        if has_streams(self.execution_device):
+            yield from self._streamed(component, groups, origins)
+        else:
+            yield from self._brought(component, groups, origins)
         staying = [slot for slot in component.slots if slot not in origins]
         if staying and self.execution_device.type != "cpu":
             check_movable(component, staying)
@@ -115,14 +117,39 @@ class DiskOffload(Technique):
         for slot in staying:
             yield Skipped(slot.name, "stays in memory: a buffer, or not in the checkpoint")
 
+    def _streamed(
+        self, component: Component, groups: Sequence[Group], origins: Mapping[TensorSlot, Origin]
+    ) -> Iterator[Binding]:
+        """Has groups be read ahead of use, and copied to the device while others compute."""
+        here, budget = self.execution_device, self.memory_budget
+        store = FileStore(origins, self.read_ahead)
+        mover = StreamMover(here, budget, _GROUPS_AHEAD, store=store)
+        placement = Placement(component, groups, [], mover, here)
+        if budget is not None:
+            mover.needs()  # raises if that is more
+        return placement.bindings()
+
+    def _brought(
+        self, component: Component, groups: Sequence[Group], origins: Mapping[TensorSlot, Origin]
+    ) -> Iterator[Binding]:
+        """Has groups be brought into host memory, where the CPU uses them."""
+        costs = {group: cost([origins[slot] for slot in group.slots]) for group in groups}
+        budget, what = self.memory_budget, component.label("")
+        resident = choose_residents(costs, budget, self.read_ahead, what)
+        streamed = [group for group in groups if group not in set(resident)]
+        if budget is None:
+            budget = largest_held(costs)[0] + self.read_ahead
+        mover = DiskMover(streamed, origins, self.execution_device, budget, self.read_ahead)
+        return Placement(component, streamed, resident, mover, self.execution_device).bindings()
+
     def _origins(self, component: Component) -> dict[TensorSlot, Origin]:
         """Finds where each parameter's values lie: known from loading, or by name in the checkpoint."""
         parameters = [slot for slot in component.slots if not slot.is_buffer]
-        _check_ties(component, parameters)
+        check_ties(component, parameters)
         # While it is on the model and only planned anew, names may have changed and weights been replaced: it
         # is known which ones it has streamed, and all others are in memory.
         again = self.name in status(component.module).techniques
-        known = {slot: origin for slot in parameters if (origin := _known(slot, paused=again)) is not None}
+        known = known_origins(parameters, again=again)
         if known or again:
             return known
         if self.checkpoint is None:
@@ -130,52 +157,7 @@ class DiskOffload(Technique):
                 f"{component.label('')!r} was not made by hookcore.load, so nobody knows where its weights "
                 "lie. Give DiskOffload the path of its safetensors files as checkpoint="
             )
-        checkpoint = Checkpoint.open(self.checkpoint)
-        entries = find_entries(component, checkpoint)
-        mappings = map_checkpoint(checkpoint)
-        return {
-            slot: Origin.of_entry(
-                checkpoint, entries[slot], mappings[entries[slot].path], slot.tensors[0].dtype
-            )
-            for slot in parameters
-        }
-
-
-def _known(slot: TensorSlot, *, paused: bool) -> Origin | None:
-    origin = origin_of(slot.tensors[0])
-    return origin_of(slot.tensors[0], paused=True) if origin is None and paused else origin
-
-
-def _check_ties(component: Component, parameters: list[TensorSlot]) -> None:
-    """Refuses parameters that share memory other than wholly: a checkpoint holds each on its own."""
-    for slot in parameters:
-        first, *others = slot.tensors
-        for tensor in others:
-            if (tensor.data_ptr(), tensor.shape, tensor.stride()) != (
-                first.data_ptr(),
-                first.shape,
-                first.stride(),
-            ):
-                names = " and ".join(repr(component.label(fqn)) for fqn in slot.fqns)
-                raise UnsupportedModelError(
-                    f"{names} share memory but are different views of it, which cannot be read from a file. "
-                    "Give one of them memory of its own with .clone()"
-                )
-
-
-def _dtype_hooks(component: Component, origins: Mapping[TensorSlot, Origin]) -> Iterator[Binding]:
-    """Has models tell the dtype that calls find, where their weights show another one between calls."""
-    converted = {
-        owner
-        for slot, origin in origins.items()
-        if origin.dtype != origin.entry.dtype
-        for owner, _ in slot.owners
-    }
-    for fqn, model in models_with_dtype(component.modules):
-        if not converted.isdisjoint(model.modules()):
-            dtypes = (wanted_dtype(parameter) for parameter in model.parameters())
-            first = next((dtype for dtype in dtypes if dtype.is_floating_point), model.dtype)
-            yield Binding(fqn, ModelDtypeHook(first))
+        return origins_in(component, parameters, Checkpoint.open(self.checkpoint))
 
 
 @hookimpl

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
@@ -15,30 +19,68 @@ from hookcore import (
     parse_bytes,
     parse_module_names,
     parse_onload_device,
+    status,
 )
 from hookcore.memory import (
+    Checkpoint,
     DeviceMover,
+    DiskMover,
+    FileOrigins,
+    FileStore,
+    Group,
     GroupMover,
+    Placement,
     StreamMover,
     Together,
+    check_ties,
+    dtype_hooks,
     find_blocks,
     has_streams,
+    known_origins,
     leaf_units,
+    make_groups,
     merge_neighbours,
     moving_and_staying,
+    origins_in,
+    origins_of_mapped,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import os
+    from collections.abc import Iterable, Iterator, Sequence
 
     from attrs import Attribute
+    from torch import nn
 
-    from hookcore import Binding, Component
+    from hookcore import Binding, Component, TensorSlot
+    from hookcore.memory import Store
 
 OffloadType = Literal["auto", "block_level", "leaf_level"]
 
 
 _LAYERS_AHEAD = 3  # one is seldom enough: neighbours differ in how long they compute and copy
+
+
+_READ_AHEAD = 128 * 2**20  # bytes of host memory for what is read from files before it can be copied
+
+PinGroups = Literal["first_last", "all"] | Callable[..., object]
+
+
+def _path(value: str | os.PathLike[str] | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _names(value: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    return None if value is None else parse_module_names(value)
+
+
+def _ask(wanted: Callable[..., object], module: nn.Module, group: Group, index: int) -> bool:
+    """Asks whether a group stays; tells a function as much as it takes."""
+    told = (module, group.holders[0][0], index)
+    kinds = [it.kind for it in inspect.signature(wanted).parameters.values()]
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes = 3 if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in by_position for kind in kinds)
+    return bool(wanted(*told[:takes]))
 
 
 def _budget(value: str | float | None) -> int | float | None:
@@ -75,6 +117,16 @@ class GroupOffload(Technique):
             budget or, without one, room for one, or a few where it is "auto".
         memory_budget: Bytes of the device that all weights together may take, as a number, as text such as
             "6GiB", or as a share of what is free (0.5). None for as little as the prefetch needs.
+        pin_groups: Which groups stay on the onload device: "first_last", "all", or a function that is called
+            with a group's first module, and if it takes more, that module's FQN and the group's number.
+        block_modules: FQNs of modules that hold the blocks; None for what the model's library says.
+        exclude_kwargs: Names of keyword inputs that are not moved to the onload device, such as caches that
+            calls fill; None for what the model's library says.
+        offload_to_disk_path: A folder. Weights stay in files and are read for each call, as with
+            `DiskOffload`; those that lie in no file yet are written to one there, which goes away with the
+            technique.
+        checkpoint: Safetensors files, their index or their folder, that hold these very weights, so that
+            nothing has to be written.
         low_cpu_mem_usage: Whether weights lie in ordinary host memory and are copied through a little that is
             page-locked, which costs the host the time of a second copy.
         non_blocking: Taken for diffusers' sake: a stream is never waited for, and without one always.
@@ -96,6 +148,11 @@ class GroupOffload(Technique):
     use_stream: bool | None = field(default=None, kw_only=True)
     prefetch: int | None = field(default=None, kw_only=True)
     memory_budget: int | float | None = field(default=None, converter=_budget, kw_only=True)
+    pin_groups: PinGroups | None = field(default=None, kw_only=True)
+    block_modules: tuple[str, ...] | None = field(default=None, converter=_names, kw_only=True)
+    exclude_kwargs: tuple[str, ...] | None = field(default=None, converter=_names, kw_only=True)
+    offload_to_disk_path: Path | None = field(default=None, converter=_path, kw_only=True)
+    checkpoint: Path | None = field(default=None, converter=_path, kw_only=True)
     low_cpu_mem_usage: bool = field(default=False, kw_only=True)
     non_blocking: bool = field(default=False, kw_only=True)
     record_stream: bool = field(default=False, kw_only=True)
@@ -118,6 +175,14 @@ class GroupOffload(Technique):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise ValueError(
                 f"prefetch is {value!r}, expected an int of 0 or more, or None to have it chosen"
+            )
+
+    @pin_groups.validator
+    def _check_pins(self, _attribute: Attribute[PinGroups | None], value: PinGroups | None) -> None:
+        if value not in (None, "first_last", "all") and not callable(value):
+            raise ValueError(
+                f"pin_groups is {value!r}; choose 'first_last' or 'all', or give a function of a module that "
+                "says whether it stays"
             )
 
     @use_stream.validator
@@ -153,25 +218,102 @@ class GroupOffload(Technique):
         moving, resident = moving_and_staying(component, self.exclude_modules, here)
         by_blocks = self.offload_type == "block_level" or (self.offload_type == "auto" and not self._streams)
         if by_blocks:
-            units = merge_neighbours(find_blocks(component), self.num_blocks_per_group)
+            units = merge_neighbours(find_blocks(component, self.block_modules), self.num_blocks_per_group)
         else:
             units = leaf_units(component)
+        if self.pin_groups is not None:
+            pinned = self._pinned(component, make_groups(component, units, moving))
+            moving = [slot for slot in moving if not any(slot in group.slots for group in pinned)]
+            resident += [Group(f"pinned {group.name}", group.slots, ()) for group in pinned]
+        if self.offload_to_disk_path is not None or self.checkpoint is not None:
+            yield from self._from_files(component, units, moving, resident)
+            return
         together = Together.of(component, self)
         placement = together.place(
-            component, units, moving, resident=resident, make_mover=self._mover, onload_device=here
+            component,
+            units,
+            moving,
+            resident=resident,
+            make_mover=partial(self._mover, component),
+            onload_device=here,
+            exclude_kwargs=self.exclude_kwargs,
         )
         if self.memory_budget is not None:
             placement.mover.needs()  # raises if that is more
         yield from placement.bindings()
 
-    def _mover(self) -> GroupMover:
-        if not self._streams:
-            return DeviceMover(self.onload_device, self.offload_device)
-        ahead = _LAYERS_AHEAD if self.offload_type == "auto" else 1
+    def _pinned(self, component: Component, groups: Sequence[Group]) -> list[Group]:
+        """The groups that stay, as `pin_groups` says."""
+        if callable(self.pin_groups):
+            return [
+                group
+                for index, group in enumerate(groups)
+                if _ask(self.pin_groups, component.module.get_submodule(group.holders[0][0]), group, index)
+            ]
+        # Of blocks, or of layers: what is held for the whole call is neither.
+        groups = [group for group in groups if all(fqn for fqn, _ in group.holders)] or groups
+        return list(groups) if self.pin_groups == "all" else [*groups[:1], *groups[1:][-1:]]
+
+    def _from_files(
+        self,
+        component: Component,
+        units: Sequence[tuple[str, ...]],
+        moving: Sequence[TensorSlot],
+        resident: Sequence[Group],
+    ) -> Iterator[Binding | Skipped]:
+        """Lists hooks that read weights from files."""
+        here = self.onload_device
+        parameters = [slot for slot in moving if not slot.is_buffer]
+        check_ties(component, parameters)
+        again = self.name in status(component.module).techniques
+        known = known_origins(parameters, again=again)
+        if self.checkpoint is not None and not known and not again:
+            known = origins_in(component, parameters, Checkpoint.open(self.checkpoint))
+        known |= origins_of_mapped([slot for slot in parameters if slot not in known])
+        others = [slot for slot in parameters if slot not in known]
+        resident = list(resident)
+        if others and self.offload_to_disk_path is None:
+            resident.append(Group("in memory", tuple(others), ()))
+            moving = [slot for slot in moving if slot not in others]
+            for slot in others:
+                yield Skipped(slot.name, "stays on the onload device: it is not in the checkpoint")
+            others = []
+        origins = FileOrigins(known, others, self.offload_to_disk_path)
+        yield from dtype_hooks(component, known)
+        if self._streams:
+            groups = make_groups(component, units, moving)
+            mover: GroupMover = self._stream_mover(component, FileStore(origins, _READ_AHEAD))
+        else:
+            groups = make_groups(component, units, [slot for slot in moving if not slot.is_buffer])
+            resident.append(Group("buffers", tuple(slot for slot in moving if slot.is_buffer), ()))
+            beside = DeviceMover(here, here)
+            yield from Placement(component, [], resident, beside, here).bindings()
+            resident = []
+            room = max((group.nbytes for group in groups), default=0) + _READ_AHEAD
+            mover = DiskMover(groups, origins, here, room, _READ_AHEAD)
+        placement = Placement(component, groups, resident, mover, here, exclude_kwargs=self.exclude_kwargs)
+        if self.memory_budget is not None:
+            mover.needs()  # raises if that is more
+        yield from placement.bindings()
+
+    def _mover(self, component: Component) -> GroupMover:
+        if self._streams:
+            return self._stream_mover(component)
+        return DeviceMover(self.onload_device, self.offload_device)
+
+    def _stream_mover(self, component: Component, store: Store | None = None) -> StreamMover:
+        # What runs as a whole is a group as large as a block: one ahead is enough.
+        ahead = _LAYERS_AHEAD if self.offload_type == "auto" and not component.wholes else 1
         if self.prefetch is not None:
             ahead = self.prefetch
-        lock_limit = 0 if self.low_cpu_mem_usage else None
-        return StreamMover(self.onload_device, self._budget, ahead, lock_limit, self.prefetch)
+        return StreamMover(
+            self.onload_device,
+            self._budget,
+            ahead,
+            lock_limit=0 if self.low_cpu_mem_usage else None,
+            store=store,
+            most_ahead=self.prefetch,
+        )
 
     @property
     def _budget(self) -> int | None:

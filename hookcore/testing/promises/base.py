@@ -60,6 +60,7 @@ class Promises(Twins):
 
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     gradients: ClassVar[bool] = True
+    hides_modules: ClassVar[bool] = False
 
     def make(self) -> Technique:
         """Makes the technique with the options to test; equal ones at each call."""

@@ -146,9 +146,11 @@ class CallPromises(Promises):
             before_failing = ModelSnapshot.take(model, twin=bare)
             for entry in self.entries(case, model):
                 outcomes = [
-                    _call_failing(case, model, entry, fqn, self.home),
+                    _call_failing(case, model, entry, fqn, self.home, hidden=self.hides_modules),
                     _call_failing(case, bare, entry, fqn, self.device),
                 ]
+                if outcomes[0] == _HIDDEN:
+                    continue
                 promise(
                     outcomes[0] == outcomes[1],
                     f"an error in {fqn or 'the model'!r} reaches the caller of {entry}() unchanged",
@@ -233,13 +235,29 @@ def _arguments_of_calls(case: ModelCase, model: nn.Module, fqn: str, device: str
     return calls
 
 
-def _call_failing(case: ModelCase, model: nn.Module, entry: str, fqn: str, device: str) -> str:
-    """Calls with a module that raises, as far inside as can be, and tells what came of it."""
+_HIDDEN = "hidden"
+
+
+def _call_failing(
+    case: ModelCase, model: nn.Module, entry: str, fqn: str, device: str, *, hidden: bool = False
+) -> str:
+    """Calls with a module that raises, as far inside as can be, and tells what came of it.
+
+    Args:
+        case: What the model was built from.
+        model: The model.
+        entry: What to call.
+        fqn: The module that raises.
+        device: Where the inputs lie.
+        hidden: Whether to make no call if no technique can stand at the module.
+    """
     error = DeliberateError()
     remove: Callable[[], None]
     try:
         remove = hookcore.apply(model, [Raising(fqn, error)]).remove
     except ConflictError:  # the technique hides the module's call from other hooks
+        if hidden:
+            return _HIDDEN
 
         def fail(_module: nn.Module, _args: object) -> None:
             raise error

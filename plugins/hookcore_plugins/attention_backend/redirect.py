@@ -90,9 +90,7 @@ def _multi_head_redirected() -> Callable[..., Any]:
         "has_torch_function": _never,
         "scaled_dot_product_attention": _SCOPE.attend or _ATTENTION,
     }
-    function = FunctionType(_MULTI_HEAD.__code__, names, _MULTI_HEAD.__name__, _MULTI_HEAD.__defaults__)
-    function.__kwdefaults__ = _MULTI_HEAD.__kwdefaults__
-    return function
+    return FunctionType(_MULTI_HEAD.__code__, names, _MULTI_HEAD.__name__, _MULTI_HEAD.__defaults__)
 
 
 def _never(_tensors: object) -> bool:

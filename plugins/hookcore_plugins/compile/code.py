@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import nn
+
+LIMIT = "recompile_limit"  # since torch 2.13
 
 
 @define
@@ -46,10 +49,15 @@ class SharedCode:
 
     Args:
         options: What `torch.compile` is given.
+
+    Attributes:
+        counts: What compiling came to so far.
+        users: How many modules share it.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.counts = Counts()
+        self.users = 0
         self._options = options
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
@@ -65,7 +73,11 @@ class SharedCode:
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if function not in self._compiled:
-            self._compiled[function] = torch.compile(_copy(function), **options_of(self._options))
+            options = options_of(self._options)
+            if LIMIT in inspect.signature(torch.compile).parameters:
+                # Where code depends on a block's number, each block is a recompile; leave none out.
+                options.setdefault(LIMIT, torch._dynamo.config.recompile_limit + self.users)
+            self._compiled[function] = torch.compile(_copy(function), **options)
         return self._compiled[function]
 
 

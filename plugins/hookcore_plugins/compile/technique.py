@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from hookcore import Component
 
+_MARK = "_dynamo_static_input_type"
 BROUGHT_BELOW = (Resource.PLACEMENT, Resource.STORAGE_DTYPE)
 """What is not to be brought for the whole model at once, where it was to be brought for its parts."""
 
@@ -59,6 +61,7 @@ class Compile(Technique):
 
     name: ClassVar[str] = "compile"
     phase: ClassVar[Phase] = Phase.COMPUTE
+    encloses: ClassVar[bool] = True
 
     regional: bool
     options: Mapping[str, Any] = field(eq=_as_value)
@@ -100,6 +103,7 @@ class Compile(Technique):
             key = code_key(component.modules[fqn])
             first = key not in codes
             code = codes.setdefault(key, SharedCode(self.options))
+            code.users += 1
             yield Binding(fqn, CompileHook(code, reports=first), claims=claims, encloses=True)
 
 
@@ -114,14 +118,23 @@ class CompileHook(Hook):
     def __init__(self, code: SharedCode, *, reports: bool) -> None:
         self._code = code
         self._reports = reports
+        self._marked: set[int] | None = None  # tensors that somebody else's compiling had marked
+
+    def attach(self, module: nn.Module) -> None:
+        """Notes, the first time, which tensors are marked already."""
+        if self._marked is None:
+            self._marked = {id(tensor) for tensor in _tensors(module) if _MARK in vars(tensor)}
 
     def substitute(self, module: nn.Module, entry: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled entry; compiled at its first call."""
         return self._code.of(module, entry)
 
     def after_removal(self, module: nn.Module) -> None:
-        """Drops the compiled code."""
+        """Drops the compiled code, and the marks that torch has left on the tensors of what it compiled."""
         self._code.forget()
+        for tensor in _tensors(module):
+            if id(tensor) not in (self._marked or ()):
+                vars(tensor).pop(_MARK, None)
 
     def counts(self, module: nn.Module) -> dict[str, int]:
         """Graphs, recompiles and graph breaks so far."""
@@ -137,3 +150,7 @@ class CompileHook(Hook):
     def notes(self, module: nn.Module) -> list[str]:
         """Why there were recompiles and graph breaks."""
         return list(self._code.counts.reasons) if self._reports else []
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())

@@ -131,6 +131,16 @@ class LayerwiseCasting(Technique):
             if not isinstance(item, str) and not (isinstance(item, type) and issubclass(item, nn.Module)):
                 raise TypeError(f"skip_modules_classes takes module classes or their names, not {item!r}")
 
+    def skip_unless_named(self, component: Component) -> str | None:
+        """Leaves alone all but the denoisers of a pipeline, as far as these are known.
+
+        Text encoders and autoencoders run once and are easily hurt by rounding.
+        """
+        denoisers = component.target.denoisers
+        if not denoisers or component.name in denoisers:
+            return None
+        return f"casting is for {' and '.join(map(repr, denoisers))} unless others are named"
+
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
         """Lists one hook for each unit, after one for each model in the tree that tells its dtype.
 

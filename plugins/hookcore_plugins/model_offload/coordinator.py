@@ -15,10 +15,13 @@ from hookcore_plugins.model_offload.link import Link
 from hookcore_plugins.model_offload.order import ComponentOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from hookcore.memory import Group
     from hookcore_plugins.model_offload.weights import ComponentWeights
+
+_RUN_END = "the end of the run"
+"""What follows the last component in the order of those whose run ends: no other is to come early then."""
 
 
 class Coordinator:
@@ -34,19 +37,29 @@ class Coordinator:
         sequence: The order in which they are expected to run at first.
         budget: Bytes that all their weights together may take; None for what is free.
         goes_at_once: The component that goes off after its own call; None for none.
+        at_run_end: Has a function be called when a run of all of them ends, and returns what undoes that;
+            None if nobody tells.
 
     Attributes:
         link: The way to the device.
     """
 
     def __init__(
-        self, device: torch.device, sequence: Sequence[str], budget: int | None, goes_at_once: str | None
+        self,
+        device: torch.device,
+        sequence: Sequence[str],
+        budget: int | None,
+        goes_at_once: str | None,
+        at_run_end: Callable[[Callable[[], object]], Callable[[], object]] | None = None,
     ) -> None:
         self.link = Link(device)
         self._device = device
         self._budget = budget
         self._goes_at_once = goes_at_once
-        self._order = ComponentOrder(sequence)
+        self._at_run_end = at_run_end
+        self._stop_asking: Callable[[], object] | None = None
+        ends = at_run_end is not None and sequence
+        self._order = ComponentOrder([*sequence, _RUN_END] if ends else sequence)
         # A model that nobody else keeps goes away, whatever becomes of those that it ran with.
         self._attached: weakref.WeakValueDictionary[str, ComponentWeights] = weakref.WeakValueDictionary()
         self._planned: weakref.WeakValueDictionary[str, ComponentWeights] = weakref.WeakValueDictionary()
@@ -76,12 +89,17 @@ class Coordinator:
         with self._lock:
             weights.attach(self._calls, partial(self._before_read, weights))
             self._attached[weights.name] = weights
+            if self._at_run_end is not None and self._stop_asking is None:
+                self._stop_asking = self._at_run_end(self._end_run)
 
     def detach(self, weights: ComponentWeights) -> None:
         """Lets a component go, with its weights where they came from."""
         with self._lock:
             weights.detach()
             del self._attached[weights.name]
+            if not self._attached and self._stop_asking is not None:
+                self._stop_asking()
+                self._stop_asking = None
 
     def reset(self) -> None:
         """Forgets in which order components ran."""
@@ -130,6 +148,14 @@ class Coordinator:
                 weights.turn_off()
 
     # How it is done
+
+    def _end_run(self) -> None:
+        """Has all components go off, unless this run was only a part of a call."""
+        with self._lock:
+            if not self._calls:
+                self._order.note(_RUN_END)
+                for weights in list(self._attached.values()):
+                    weights.turn_off()
 
     def _bring_alone(self, weights: ComponentWeights) -> None:
         """Has a component be there, and no others but the one that comes next, if there is room."""

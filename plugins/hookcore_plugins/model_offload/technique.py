@@ -22,7 +22,7 @@ from hookcore import (
     parse_onload_device,
     status,
 )
-from hookcore.memory import check_movable, entries_of, has_streams, moved
+from hookcore.memory import ModelDevice, check_movable, entries_of, has_streams, moved
 from hookcore_plugins.model_offload.coordinator import Coordinator
 from hookcore_plugins.model_offload.weights import ComponentWeights
 
@@ -53,12 +53,14 @@ class ModelOffload(Technique):
     one is copied while this one computes, where there is room for both. Nothing is copied back but what was
     changed.
 
-    It acts on all components of one `apply` together, as diffusers' `enable_model_cpu_offload` does.
+    It acts on all components of one `apply` together, as diffusers' `enable_model_cpu_offload` does. If the
+    target tells when a run of it ends, as diffusers' pipelines do, all go off then.
 
     Attributes:
         device: Where components run; inputs are moved there, and outputs stay there.
         sequence: Names of components in the order in which they run, to be believed until they have run in
-            another one. None to have it learned.
+            another one. None to take what the target tells of it, as diffusers' pipelines do in
+            `model_cpu_offload_seq`, or to have it learned.
         memory_budget: Bytes of the device, or text such as "6GiB", that all weights together may take. The
             next component comes early if it has room for both. None: if what a call needed when it last ran
             leaves room for it.
@@ -104,16 +106,20 @@ class ModelOffload(Technique):
             yield Skipped("", "it has no parameters or buffers")
             return
         check_movable(component, component.slots)
-        if self not in component.target.shared:
-            sequence = self.sequence or ()
+        target = component.target
+        if self not in target.shared:
+            sequence = target.sequence if self.sequence is None else self.sequence
             last = sequence[-1] if self.offload_last else None
-            component.target.shared[self] = Coordinator(self.device, sequence, self.memory_budget, last)
-        coordinator = component.target.shared[self]
+            target.shared[self] = Coordinator(
+                self.device, sequence, self.memory_budget, last, target.at_run_end
+            )
+        coordinator = target.shared[self]
         weights = ComponentWeights(component, self.device, coordinator.link)
         coordinator.plan(weights)
         claims = [Claim(Resource.PLACEMENT, slot.name) for slot in component.slots]
         first, *others = entries_of(component)
-        yield Binding("", _ComponentHook(coordinator, weights, self.device), first, claims)
+        told = ModelDevice(component, self.device)
+        yield Binding("", _ComponentHook(coordinator, weights, self.device, told), first, claims)
         for fqn, entry in [*(("", entry) for entry in others), *_parts(component)]:
             yield Binding(fqn, _EntryHook(coordinator, weights, self.device), entry)
 
@@ -166,13 +172,21 @@ class _EntryHook(Hook):
 class _ComponentHook(_EntryHook):
     """The one hook, at the component's first entry, that attaches and detaches for all of them."""
 
+    def __init__(
+        self, coordinator: Coordinator, weights: ComponentWeights, device: torch.device, told: ModelDevice
+    ) -> None:
+        super().__init__(coordinator, weights, device)
+        self._told = told
+
     def attach(self, module: nn.Module) -> None:
         """Puts the component into host memory."""
         self._coordinator.attach(self._weights)
+        self._told.attach()
 
     def detach(self, module: nn.Module) -> None:
         """Puts it back where it was."""
         self._coordinator.detach(self._weights)
+        self._told.detach()
 
     def reset(self, module: nn.Module) -> None:
         """Forgets the order of components."""

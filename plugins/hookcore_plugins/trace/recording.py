@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from hookcore_plugins.trace.values import Inputs, Structure
 
+_TracerWarning: Any = vars(torch.jit)["TracerWarning"]
 _SHOWN = 400  # characters of what torch says
 
 
@@ -100,6 +101,8 @@ def record(call: Call, entry: Callable[..., Any]) -> Recording:
     trace: Any = torch.jit.trace
     try:
         with _unchanged(call.model), _random_state(call.device), quiet():
+            # torch calls the trace, to compare, and only warns if it computes something else.
+            warnings.filterwarnings("error", "Output nr .* does not match", _TracerWarning)
             script = trace(flat, tensors, strict=False)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"cannot trace {call}: {error}") from error

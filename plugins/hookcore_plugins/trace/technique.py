@@ -80,6 +80,7 @@ class Trace(Technique):
 
     name: ClassVar[str] = "trace"
     phase: ClassVar[Phase] = Phase.COMPUTE
+    encloses: ClassVar[bool] = True
     replans: ClassVar[bool] = True
 
     example_inputs: Examples = field(converter=_examples, eq=_as_value, repr=False)

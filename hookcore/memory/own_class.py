@@ -1,0 +1,89 @@
+"""Has one model answer otherwise than the other instances of its class do.
+
+A property, and a special method, can be answered for one instance only by its class. So the instance gets a
+subclass of its class, under the same name, for as long as that is wanted.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import nn
+
+
+def models_with(name: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+    """Those modules whose class has a property of this name, by FQN."""
+    for fqn, module in modules.items():
+        if isinstance(inspect.getattr_static(type(module), name, None), property):
+            yield fqn, module
+
+
+def give_own_class(model: nn.Module, members: Mapping[str, Callable[..., Any]]) -> None:
+    """Puts a subclass of its class in the place of a model's class.
+
+    Copies and pickles of the model are of the class that it had. The two classes compare equal, since
+    diffusers' `from_pipe` asks for `type(model) in (A, B)`.
+
+    Args:
+        model: The model.
+        members: What the model answers otherwise, by the name of a property or method of its class: a
+            function that is given the model, the class's own function, and the arguments. Other instances of
+            the subclass, as `type(model)(...)` makes them, answer as if there was none.
+    """
+    own_class: Any = type(model)
+    reference = weakref.ref(model)
+
+    def reduce(self: nn.Module, protocol: int) -> Any:
+        # A copy or a pickle of the model is of its own class. From protocol 2 on, pickle insists that what
+        # it makes is of the present one.
+        reduced = own_class.__reduce_ex__(self, min(protocol, 1))
+        if not isinstance(reduced, tuple):
+            return reduced
+        make, arguments, *rest = reduced
+        return make, tuple(own_class if item is answering else item for item in arguments), *rest
+
+    names: dict[str, Any] = {
+        "__module__": own_class.__module__,
+        "__qualname__": own_class.__qualname__,
+        "__doc__": own_class.__doc__,
+        "__reduce_ex__": reduce,
+    }
+    for name, function in members.items():
+        names[name] = _answer(inspect.getattr_static(own_class, name), function, reference)
+    answering: type[nn.Module] = _equal_to(own_class)(own_class.__name__, (own_class,), names)
+    object.__setattr__(model, "__class__", answering)
+
+
+def give_class_back(model: nn.Module) -> None:
+    """Gives a model the class that it had before the last `give_own_class`."""
+    object.__setattr__(model, "__class__", type(model).__bases__[0])
+
+
+def _answer(attribute: Any, function: Callable[..., Any], reference: weakref.ref[nn.Module]) -> Any:
+    """Puts a function in the place of a property or a method, for one instance."""
+    is_property = isinstance(attribute, property)
+    own: Any = attribute.fget if is_property else attribute
+
+    def answer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(self, own, *args, **kwargs) if self is reference() else own(self, *args, **kwargs)
+
+    answer.__doc__ = own.__doc__
+    return property(answer) if is_property else answer
+
+
+def _equal_to(own_class: Any) -> Any:
+    """A metaclass whose classes are equal to the given one."""
+    metaclass: Any = type(own_class)
+
+    def equal(cls: type, other: object) -> Any:
+        return cls is other or own_class == other
+
+    def hashed(_cls: type) -> int:
+        return hash(own_class)
+
+    return type(metaclass.__name__, (metaclass,), {"__eq__": equal, "__hash__": hashed})

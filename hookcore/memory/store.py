@@ -1,0 +1,180 @@
+"""Where streamed parameters lie between calls, and how their bytes get from there to the device.
+
+`StreamMover` decides what is copied when, and what stays; it leaves all else to a store. There are two:
+`MemoryStore`, which keeps parameters in page-locked host memory, and `FileStore`, which leaves them in the
+files that they came from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from attrs import define
+
+from hookcore.memory.device import DeviceMover
+from hookcore.memory.engine import CopyEngine
+from hookcore.memory.host import HostMemory, Staging
+from hookcore.memory.packed import Packed
+from hookcore.memory.tensors import current_tensors, go_back, memory_seen_elsewhere, move_apart
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hookcore.memory.grouping import Group
+    from hookcore.target import TensorSlot
+
+_CPU = torch.device("cpu")
+_STAGED = 3  # of the largest group: one is filled while others are copied
+
+
+class Store(Protocol):
+    """Keeps groups of parameters. Each method does all of it or, if it raises, nothing."""
+
+    def nbytes(self, group: Group, *, stays: bool = False) -> int:
+        """Bytes of the device that a group takes when it comes, or if it stays, before it is taken over."""
+
+    def take(self, group: Group) -> Packed:
+        """Takes a group's parameters over from wherever they are."""
+
+    def take_again(self, packed: Packed) -> Packed:
+        """Takes over anew what was given other data, or stayed on the device; no copy reads it any more."""
+
+    def give_back(self, packed: Packed) -> None:
+        """Puts parameters back where `take` found them, with the values that they have now."""
+
+    def settle(self, group: Group) -> None:
+        """Is told that the group was given back for good."""
+        return
+
+    def keep_on(self, packed: Packed, device: torch.device) -> None:
+        """Has parameters stay on the device from now on, in memory of their own."""
+
+    def bring(self, packed: Packed, device: torch.device) -> None:
+        """Has parameters show a copy on the device that is there already, in memory of its own."""
+
+    def drop(self, packed: Packed) -> None:
+        """Ends that; what was changed in it is kept."""
+
+    def make_engine(
+        self, device: torch.device, nbytes: int, sources: Sequence[Packed], *, in_pieces: bool
+    ) -> CopyEngine:
+        """Makes what copies from here.
+
+        Args:
+            device: Where to.
+            nbytes: Bytes of memory there.
+            sources: What will be copied.
+            in_pieces: Whether memory is allocated for each copy, and not now and once.
+        """
+
+    def report(self, packed: Packed, on_device: str | None) -> Mapping[str, int]:
+        """Where bytes lie between calls.
+
+        Args:
+            packed: The parameters.
+            on_device: Of those that stay on the device, its label.
+        """
+
+    @property
+    def locked(self) -> int:
+        """Bytes of host memory that are page-locked, without what the engine copies through."""
+        return 0
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether what was taken over has other sizes by now."""
+        return False
+
+    def verify(self) -> None:
+        """Is asked before and after each call whether all is as it was; raises if not."""
+        return
+
+
+@define(eq=False)
+class _Taken:
+    """What was known of a group before it was taken over.
+
+    Attributes:
+        group: The group.
+        homes: The device that each parameter came from.
+        left: Memory that parameters came from and that others see, too.
+    """
+
+    group: Group
+    homes: dict[TensorSlot, torch.device]
+    left: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class MemoryStore(Store):
+    """Keeps parameters in host memory, page-locked as far as that is wise, each group side by side.
+
+    Args:
+        device: The device that copies from it.
+        lock_limit: Bytes of host memory that may be locked; None for a share of what is free.
+    """
+
+    def __init__(self, device: torch.device, lock_limit: int | None = None) -> None:
+        self._host = HostMemory(device, lock_limit)
+        self._plain = DeviceMover(device, _CPU)
+        self._taken: dict[Packed, _Taken] = {}
+
+    @property
+    def locked(self) -> int:
+        """Bytes that are page-locked."""
+        return self._host.locked
+
+    def nbytes(self, group: Group, *, stays: bool = False) -> int:
+        """As they are now; what stays is side by side no more."""
+        return group.nbytes if stays else Packed(group.slots).nbytes
+
+    def take(self, group: Group) -> Packed:
+        """Moves parameters to locked host memory."""
+        homes = {slot: found[0].device for slot in group.slots if (found := current_tensors(slot))}
+        taken = _Taken(group, homes, memory_seen_elsewhere(group.slots))
+        packed = self._host.pack(group.slots, group.name)
+        self._taken[packed] = taken
+        return packed
+
+    def take_again(self, packed: Packed) -> Packed:
+        """Takes the data that tensors were given into host memory of the group's own."""
+        self._host.release(packed.let_go())
+        group = self._taken[packed].group
+        again = self._host.pack(group.slots, group.name)
+        self._taken[again] = self._taken.pop(packed)
+        return again
+
+    def give_back(self, packed: Packed) -> None:
+        """Moves parameters back to the device that they came from, into memory of their own."""
+        taken = self._taken[packed]
+        move_apart(taken.homes)
+        go_back(taken.left)
+        self._host.release(packed.let_go())
+        del self._taken[packed]
+
+    def keep_on(self, packed: Packed, device: torch.device) -> None:
+        """Moves parameters to the device: a view of shared memory is copied whole."""
+        move_apart(dict.fromkeys(self._taken[packed].homes, device))
+        self._host.release(packed.let_go())
+
+    def bring(self, packed: Packed, device: torch.device) -> None:
+        """Copies each parameter, and waits."""
+        self._plain.onload(self._taken[packed].group)
+
+    def drop(self, packed: Packed) -> None:
+        """Ends that; what was changed is copied back."""
+        self._plain.offload(self._taken[packed].group)
+
+    def make_engine(
+        self, device: torch.device, nbytes: int, sources: Sequence[Packed], *, in_pieces: bool
+    ) -> CopyEngine:
+        """Makes what copies from locked memory, and through a little of it what is not locked."""
+        engine = CopyEngine(device, nbytes, in_pieces=in_pieces)
+        unlocked = [packed.nbytes for packed in sources if not packed.is_locked]
+        if unlocked:
+            engine.staging = Staging(device, _STAGED * max(unlocked))
+        return engine
+
+    def report(self, packed: Packed, on_device: str | None) -> dict[str, int]:
+        """All bytes, without the gaps between weights."""
+        return {on_device or f"offloaded on {_CPU}": self._taken[packed].group.nbytes}

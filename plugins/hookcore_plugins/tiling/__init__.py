@@ -1,0 +1,19 @@
+"""Tiling: an autoencoder encodes or decodes one tile of the image after the other.
+
+`technique` has the options, `parts` finds what there is to hook, `passes` has the hooks that take a pass
+apart in its middle, `cuts` chooses where, `tiler` runs the passes in order, `calls` makes them with parts of
+an image, `grid` says where tiles lie and blends them, `statistics` has group norms use the whole image's.
+"""
+
+from __future__ import annotations
+
+from hookcore import hookimpl
+from hookcore_plugins.tiling.technique import Tiling
+
+__all__ = ["Tiling", "hookcore_register_techniques"]
+
+
+@hookimpl
+def hookcore_register_techniques() -> list[type[Tiling]]:
+    """Brings `Tiling`."""
+    return [Tiling]

@@ -1,0 +1,148 @@
+"""Group norms with the statistics of a whole image, where they are given only a part of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812 -- the name that all of torch's users know
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+Moments = tuple["Tensor", "Tensor"]
+"""Means and variances of the groups of one norm, `(B, groups)` each, in float32 or more."""
+
+
+class Recorded(TorchFunctionMode):
+    """Notes the statistics of every group norm that is computed while this is active.
+
+    It sees the function, whichever module calls it: norms inside of other norms need no names.
+
+    Attributes:
+        moments: The statistics, in the order of the calls.
+        mask: Numbers in the largest mask that any attention was given.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments: list[Moments] = []
+        self.mask = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.group_norm:
+            x, groups, *_ = _arguments(*args, **(kwargs or {}))
+            self.moments.append(_moments(x, groups))
+        elif func is F.scaled_dot_product_attention:
+            mask = (kwargs or {}).get("attn_mask", args[3] if len(args) > 3 else None)
+            self.mask = max(self.mask, 0 if mask is None else mask.shape[-2:].numel())
+        return func(*args, **(kwargs or {}))
+
+
+class Replayed(TorchFunctionMode):
+    """Has group norms use given statistics, in the order of the calls, instead of their own.
+
+    Args:
+        moments: As `Recorded` has them, of a pass that computes the same norms.
+    """
+
+    def __init__(self, moments: Sequence[Moments]) -> None:
+        super().__init__()
+        self._coming = iter(moments)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.group_norm:
+            return _normalised(next(self._coming), *_arguments(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+class Measured(Exception):  # noqa: N818 -- no error: it ends a pass
+    """Leaves a pass after the norm that was to be measured.
+
+    Attributes:
+        moments: What was measured.
+        pixels: On how many pixels.
+    """
+
+    def __init__(self, moments: Moments, pixels: int) -> None:
+        super().__init__()
+        self.moments = moments
+        self.pixels = pixels
+
+
+class Measuring(Replayed):
+    """Gives the first norms of a pass statistics, and ends it at the next one with that one's own.
+
+    Args:
+        moments: Those of the first norms.
+        core: Takes the part out of what is normalized that is to be measured.
+    """
+
+    def __init__(self, moments: Sequence[Moments], core: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(moments)
+        self._left = len(moments)
+        self._core = core
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.group_norm:
+            if not self._left:
+                x, groups, *_ = _arguments(*args, **(kwargs or {}))
+                core = self._core(x)
+                raise Measured(_moments(core, groups), core.shape[2:].numel())
+            self._left -= 1
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def averaged(samples: Sequence[Moments], weights: Sequence[float] | None = None) -> Moments:
+    """The statistics of one norm over several samples together.
+
+    Args:
+        samples: The statistics on each.
+        weights: How large each is; None: alike.
+    """
+    means, variances = (torch.stack(it) for it in zip(*samples, strict=True))
+    shares = means.new_tensor([1.0] * len(samples) if weights is None else weights)
+    shares = (shares / shares.sum())[:, None, None]
+    mean = (means * shares).sum(0)
+    return mean, ((variances + (means - mean).square()) * shares).sum(0)
+
+
+def _moments(x: Tensor, groups: int) -> Moments:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grouped = x.detach().to(wide).reshape(x.shape[0], groups, -1)
+    variance, mean = torch.var_mean(grouped, dim=2, correction=0)
+    return mean, variance
+
+
+def _arguments(
+    input: Tensor,  # noqa: A002 -- torch's name
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, int, Tensor | None, Tensor | None, float]:
+    return input, num_groups, weight, bias, eps
+
+
+def _normalised(  # noqa: PLR0917 -- those of the function that it stands in for
+    moments: Moments, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Group norm with given statistics: torch's batch norm, whose channels are those of all rows."""
+    rows, channels = x.shape[:2]
+    mean, variance = (it.repeat_interleave(channels // groups, dim=1).flatten() for it in moments)
+    if weight is not None:
+        weight = weight.to(mean.dtype).repeat(rows)
+    if bias is not None:
+        bias = bias.to(mean.dtype).repeat(rows)
+    flat = x.reshape(1, rows * channels, *x.shape[2:])
+    normal = F.batch_norm(flat, mean, variance, weight, bias, training=False, eps=eps)
+    return normal.reshape(x.shape)

@@ -1,0 +1,229 @@
+"""Slicing: what is computed a few rows at a time is what is computed at once, in whatever it comes."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import hookcore
+from hookcore import HookcoreError, PlanError
+from hookcore.testing import simulator
+from hookcore.testing.cases import tensors_in
+from hookcore.testing.models import autoencoder
+from hookcore.testing.snapshot import ModelSnapshot
+from hookcore_plugins import Slicing
+
+Pair = collections.namedtuple("Pair", "first second")  # noqa: PYI024 -- as people write it
+
+
+@dataclasses.dataclass
+class Output:
+    sample: torch.Tensor
+    note: str = "all"
+    cache: list = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    sample: torch.Tensor
+
+
+class Distribution:
+    """As an autoencoder's `encode` returns: an object with tensors, some of them views of others."""
+
+    def __init__(self, moments):
+        self.parameters = moments
+        self.mean, self.logvar = moments.chunk(2, dim=1)
+        self.deterministic = False
+
+
+class Wrapping(nn.Module):
+    """Puts what it computes into something."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+        self.wrap = wrap
+        self.seen = []
+
+    def forward(self, x, *others, **named):
+        self.seen.append(len(x))
+        return self.wrap(self.linear(x))
+
+
+WRAPS = {
+    "tensor": lambda y: y,
+    "tuple": lambda y: (y, 2 * y),
+    "list": lambda y: [y, None, "text", 3],
+    "namedtuple": lambda y: Pair(y, (y, y + 1)),
+    "dict": lambda y: {"sample": y, "more": {"deep": [y * 3]}},
+    "ordered": lambda y: collections.OrderedDict(a=y),
+    "dataclass": lambda y: Output(y, cache=[y]),
+    "frozen": Frozen,
+    "object": lambda y: (Distribution(y),),
+    "same twice": lambda y: (y, y),
+    "constant beside": lambda y: (y, torch.ones(13)),
+    "scalar beside": lambda y: (y, torch.tensor(2.0)),
+    "none": lambda y: None,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+@settings(deadline=None, max_examples=15)
+@given(rows=st.integers(1, 9), size=st.integers(1, 10), seed=st.integers(0, 99))
+def test_any_split_of_any_output_is_the_whole(wrap, rows, size, seed):
+    torch.manual_seed(seed)
+    model = Wrapping(wrap).eval()
+    x = torch.randn(rows, 4)
+    with torch.no_grad():
+        expected = model(x)
+        model.seen.clear()
+        with hookcore.apply(model, [Slicing(size)]):
+            got = model(x)
+    assert model.seen == [size] * (rows // size) + [rows % size] * (rows % size > 0)
+    assert type(got) is type(expected)
+    expected_tensors = list(tensors_in(expected))
+    for one, other in zip(tensors_in(got), expected_tensors, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_containers_come_out_as_they_were():
+    model = Wrapping(lambda y: (y, {"again": y, "text": "a"}, Output(y))).eval()
+    with torch.no_grad(), hookcore.apply(model, [Slicing(2)]):
+        first, named, wrapped = model(torch.randn(5, 4))
+    assert first is named["again"] is wrapped.sample
+    assert named["text"] == "a"
+    assert (wrapped.note, wrapped.cache) == ("all", [])
+
+
+def test_split_is_what_is_as_long_as_the_first_input():
+    seen = []
+
+    class Conditioned(nn.Module):
+        def forward(self, x, scale, *, extra, table):
+            seen.append((len(scale), len(extra["ids"][0]), len(table)))
+            return x * scale + extra["ids"][0][:, None]
+
+    model = Conditioned()
+    x, scale, ids, table = torch.randn(4, 2), torch.randn(1, 2), torch.randn(4), torch.randn(7)
+    expected = model(x, scale, extra={"ids": [ids]}, table=table)
+    with hookcore.apply(model, [Slicing(3)]):
+        seen.clear()
+        got = model(x, scale, extra={"ids": [ids]}, table=table)
+    assert torch.equal(got, expected)
+    assert seen == [(1, 3, 7), (1, 1, 7)]
+
+
+def test_encode_and_decode_of_an_autoencoder_are_split():
+    case = autoencoder()
+    model, bare = case.build(), case.build()
+    before = ModelSnapshot.take(model, twin=bare)
+    sizes = []
+    model.encoder.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+    applied = hookcore.apply(model, [Slicing()])
+    assert "1 x encode(), 1 x decode()" in str(applied)
+    with torch.no_grad():
+        for entry in ("encode", "decode", "forward"):
+            for one, other in zip(case.call(model, entry), case.call(bare, entry), strict=True):
+                torch.testing.assert_close(one, other)
+        latents = torch.randn(3, 4, 8, 8)
+        assert type(model.decode(latents)) is type(bare.decode(latents))
+        posterior, expected = (it.encode(torch.randn(3, 3, 16, 16)).latent_dist for it in (model, bare))
+        assert type(posterior) is type(expected)
+        assert posterior.sample().shape == expected.sample().shape
+    assert set(sizes) == {1}
+    applied.remove()
+    model.encoder._forward_pre_hooks.clear()
+    before.assert_restored(model)
+
+
+def test_gradients_are_those_of_the_whole():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    x = torch.randn(5, 4, requires_grad=True)
+    model(x).square().sum().backward()
+    expected = [x.grad.clone(), *(it.grad.clone() for it in model.parameters())]
+    x.grad = None
+    model.zero_grad()
+    with hookcore.apply(model, [Slicing(2)]):
+        model(x).square().sum().backward()
+    for got, other in zip([x.grad, *(it.grad for it in model.parameters())], expected, strict=True):
+        torch.testing.assert_close(got, other)
+
+
+def test_activations_of_one_slice_are_in_memory(sim):
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 256)).eval().to("sim")
+    x = torch.randn(64, 8, device="sim")
+    device = torch.get_device_module("sim")
+
+    def peak():
+        with torch.no_grad():
+            before = device.memory_allocated()
+            device.reset_peak_memory_stats()
+            wide(x)
+            return device.max_memory_allocated() - before
+
+    whole = peak()
+    with hookcore.apply(wide, [Slicing(4)]):
+        sliced = peak()
+    output, row = 64 * 256 * 4, 512 * 4
+    assert whole >= 64 * row + output
+    assert sliced <= output + 2 * 4 * row + 2048  # rounded up by the allocator
+    simulator.check()
+
+
+def test_rows_that_depend_on_each_other_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    with pytest.raises(
+        PlanError, match=r"'1' computes: it takes its statistics over the batch. Call `model.eval\(\)`"
+    ):
+        hookcore.apply(model, [Slicing()])
+    hookcore.apply(model.eval(), [Slicing()]).remove()
+
+
+def test_what_cannot_be_joined_is_told():
+    for wrap in (lambda y: y.sum(), lambda y: y.t(), lambda y: (y, float(y[0, 0])), lambda y: (y,) * len(y)):
+        model = Wrapping(wrap).eval()
+        with torch.no_grad(), hookcore.apply(model, [Slicing(2)]):
+            with pytest.raises(HookcoreError, match="slicing cannot join what Wrapping returns"):
+                model(torch.randn(5, 4))
+            model(torch.randn(2, 4))
+
+
+def test_the_peers_slicing_is_refused():
+    model = autoencoder().build()
+    model.enable_slicing()
+    with pytest.raises(
+        PlanError, match=r"already splits its batches itself. Call `model.disable_slicing\(\)`"
+    ):
+        hookcore.apply(model, [Slicing()])
+
+
+def test_entries_can_be_named():
+    model = autoencoder().build()
+    applied = hookcore.apply(model, [Slicing(2, entries="decode")])
+    assert "1 x decode()" in str(applied)
+    assert "encode()" not in str(applied)
+    applied.remove()
+    with pytest.raises(PlanError, match="has no method 'dekode' whose batches could be split"):
+        hookcore.apply(model, [Slicing(entries=("dekode",))])
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, "2"])
+def test_bad_sizes_are_refused_at_once(size):
+    with pytest.raises(ValueError, match="batch_size is .* expected an int of 1 or more rows"):
+        Slicing(size)
+
+
+def test_only_autoencoders_are_taken_unasked():
+    (vae,) = hookcore.status(autoencoder().build()).components
+    (other,) = hookcore.status(nn.Linear(2, 2)).components
+    assert Slicing().skip_unless_named(vae) is None
+    assert "no autoencoder" in Slicing().skip_unless_named(other)

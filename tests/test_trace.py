@@ -1,0 +1,300 @@
+"""Tracing: what a call gives is the same, in class and value, and never that of another call."""
+
+import copy
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import hookcore
+from hookcore import Binding, ConflictError, Hook, Phase, PlanError, Technique, UnsupportedModelError
+from hookcore.testing.cases import tensors_in
+from hookcore.testing.models import autoencoder, bert, flux, unet
+from hookcore.testing.snapshot import ModelSnapshot
+from hookcore_plugins import ChannelsLast, Compile, GroupOffload, LayerwiseCasting, ModelOffload, Trace
+
+
+def count(model):
+    (found,) = (it for it in hookcore.status(model).attachments if it.technique.name == "trace")
+    return found.counts()
+
+
+def arguments(case, entry="forward", seed=0):
+    """Arguments by name, for an output of the library's own class."""
+    _, kwargs = case.inputs(entry, seed)
+    return kwargs | {"return_dict": True}
+
+
+def called(model, entry, kwargs):
+    with torch.no_grad():
+        return model(**kwargs) if entry == "forward" else getattr(model, entry)(**kwargs)
+
+
+def same(got, expected):
+    return type(got) is type(expected) and all(
+        torch.allclose(one, other, atol=1e-5)
+        for one, other in zip(tensors_in(got), tensors_in(expected), strict=True)
+    )
+
+
+class Model(nn.Module):
+    """Whose calls look at everything that a trace would freeze."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, x, factor=1, *, as_dict=False):
+        y = self.layer(x) * factor + x.shape[0] + self.shift
+        if self.training:
+            y = -y
+        return {"y": y, "factor": factor} if as_dict else y
+
+
+# Real models
+
+
+@pytest.mark.parametrize(
+    ("make", "entry"),
+    [(unet, "forward"), (autoencoder, "encode"), (autoencoder, "decode"), (bert, "forward")],
+)
+def test_outputs_keep_their_class_and_files_give_the_same(make, entry, tmp_path):
+    case = make()
+    model, bare = case.build(), case.build()
+    path = tmp_path / "trace.pt"
+    for _ in range(2):
+        handle = hookcore.apply(model, [Trace(arguments(case, entry, 5), entry=entry, path=path)])
+        for seed in (1, 2):
+            kwargs = arguments(case, entry, seed)
+            assert same(called(model, entry, kwargs), called(bare, entry, kwargs))
+        assert count(model) == {"traces": 1, "calls traced": 2, "calls not traced": 0}
+        written = path.stat().st_mtime_ns
+        assert (model.config, model.dtype, model.device) == (bare.config, bare.dtype, bare.device)
+        handle.remove()
+    assert path.stat().st_mtime_ns == written  # the second time it was read
+
+
+def test_a_file_holds_no_weights_and_serves_other_ones(tmp_path):
+    path = tmp_path / "trace.pt"
+    model = nn.Sequential(nn.Linear(500, 500), nn.Linear(500, 500))
+    x = torch.randn(2, 500)
+    with hookcore.apply(model, [Trace(x, path=path)]):
+        assert torch.equal(model(x), model[1](model[0](x)))
+    assert path.stat().st_size < 50_000
+    other = nn.Sequential(nn.Linear(500, 500), nn.Linear(500, 500))
+    with hookcore.apply(other, [Trace(x, path=path)]), torch.no_grad():
+        assert torch.allclose(other(x), other[1](other[0](x)))
+        other[0].weight.mul_(3)
+        other[1].bias.data = torch.ones(500)
+        assert torch.allclose(other(x), other[1](other[0](x)))
+
+
+def test_with_model_offloading_and_channels_last():
+    case = flux()
+    model, bare = case.build(), case.build()
+    hookcore.apply(model, [Trace(arguments(case)), ModelOffload("cpu"), ChannelsLast()])
+    kwargs = arguments(case, seed=1)
+    assert same(called(model, "forward", kwargs), called(bare, "forward", kwargs))
+    assert count(model)["calls traced"] == 1
+
+
+def test_a_model_that_goes_to_a_device_is_traced_there(sim):
+    """A small one: kernels of the simulator that call others are constants to torch.jit."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    bare = copy.deepcopy(model)
+    hookcore.apply(model, [ModelOffload("sim")])
+    hookcore.apply(model, [Trace(torch.randn(2, 4))])
+    assert count(model)["traces"] == 0  # its weights are elsewhere by now
+    with torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(2, 4)
+            assert torch.equal(model(x).cpu(), bare(x))
+    assert count(model) == {"traces": 1, "calls traced": 2, "calls not traced": 0}
+
+
+# Never another call's
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    factor=st.sampled_from([1, 2, 1.0, None]),
+    modes=st.tuples(*[st.booleans()] * 4),
+)
+def test_a_call_that_is_not_like_the_example_runs_untraced(rows, dtype, factor, modes):
+    as_dict, training, by_name, gradients = modes
+    torch.manual_seed(0)
+    model = Model().eval()
+    bare = copy.deepcopy(model)
+    hookcore.apply(model, [Trace(torch.randn(2, 4))])
+    for it in (model, bare):
+        it.train(training).to(dtype)
+    x = torch.randn(rows, 4, dtype=dtype)
+    args, kwargs = ((), {"x": x}) if by_name else ((x,), {})
+    kwargs |= {"as_dict": as_dict} | ({} if factor is None else {"factor": factor})
+    with torch.set_grad_enabled(gradients):
+        got, expected = model(*args, **kwargs), bare(*args, **kwargs)
+    assert type(got) is type(expected)
+    if as_dict:
+        assert got.pop("factor") is expected.pop("factor")
+    assert all(map(torch.equal, tensors_in(got), tensors_in(expected)))
+    assert [it.requires_grad for it in tensors_in(got)] == [gradients]
+    is_like = rows == 2 and not as_dict and type(factor) in (int, type(None)) and factor in (1, None)
+    assert count(model)["calls traced"] == (is_like and dtype is torch.float32)
+    assert count(model)["calls traced"] + count(model)["calls not traced"] == 1
+
+
+def test_why_a_call_was_not_traced_is_said():
+    model = Model()
+    handle = hookcore.apply(model, [Trace(torch.randn(2, 4))])
+    for x, factor in ((torch.randn(3, 4), 1), (torch.randn(2, 4), 7)):
+        model(x, factor)
+    text = " ".join(str(handle).split())
+    assert "0 calls traced, 2 calls not traced" in text
+    assert "it has a tensor of float32 (3, 4) where the example has a tensor of float32 (2, 4)" in text
+    assert "its arguments are nested differently" in text
+    handle.reset()
+    assert count(model)["calls not traced"] == 0
+
+
+def test_weights_may_change_between_calls():
+    model = Model()
+    hookcore.apply(model, [Trace(torch.randn(2, 4))])
+    bare = Model()
+    x = torch.randn(2, 4)
+    changes = (
+        lambda it: it.layer.weight.mul_(2),
+        lambda it: setattr(it.layer.bias, "data", torch.ones(4)),
+        lambda it: it.load_state_dict({name: value * 2 for name, value in it.state_dict().items()}),
+        lambda it: setattr(it.layer, "weight", nn.Parameter(torch.ones(4, 4))),
+        lambda it: it.load_state_dict(copy.deepcopy(it.state_dict()), assign=True),
+        lambda it: setattr(it, "layer", nn.Linear(4, 4, bias=False).apply(ones)),
+    )
+    bare.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for change in changes:
+            change(model), change(bare)
+            assert torch.equal(model(x), bare(x))
+    assert count(model)["calls not traced"] == 0
+
+
+def ones(module):
+    nn.init.ones_(module.weight)
+
+
+def test_gradients_flow_through_a_trace():
+    model = Model()
+    bare = copy.deepcopy(model)
+    hookcore.apply(model, [Trace(torch.randn(2, 4))])
+    x = torch.randn(2, 4)
+    for it in (model, bare):
+        it(x).square().sum().backward()
+    assert torch.equal(model.layer.weight.grad, bare.layer.weight.grad)
+    assert count(model)["calls traced"] == 1
+
+
+def test_tracing_leaves_buffers_and_random_numbers_alone():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)).eval()
+    before = ModelSnapshot.take(model)
+    state = torch.random.get_rng_state()
+    handle = hookcore.apply(model, [Trace(torch.randn(3, 4, generator=torch.Generator()))])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    handle.remove()
+    before.assert_restored(model, same_storage=True)
+
+
+# Refused
+
+
+class Watching(Technique):
+    name = "watching"
+    phase = Phase.COMPUTE
+
+    def bind(self, component):
+        hook = type("Watcher", (Hook,), {"pre_forward": lambda *_: None})()
+        yield Binding("layer", hook)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        GroupOffload("cpu", offload_type="leaf_level"),
+        LayerwiseCasting("bfloat16"),
+        Watching(),
+        Compile(backend="eager", regional=False),
+    ],
+)
+def test_hooks_that_a_trace_would_freeze_are_refused(other):
+    model = Model()
+    for first, second in ((Trace(torch.randn(2, 4)), other), (other, Trace(torch.randn(2, 4)))):
+        handle = hookcore.apply(model, [first])
+        before = ModelSnapshot.take(model)
+        with pytest.raises(ConflictError):
+            hookcore.apply(model, [second])
+        before.assert_restored(model, same_storage=True)
+        handle.remove(allow_lossy=True)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda self, x: object(), "its output holds a object, which a trace cannot give back"),
+        (lambda self, x: self.layer(x) + torch.rand(()), r"cannot trace Model\.forward\(\): Output nr 1"),
+        (lambda self, x: setattr(self, "shift", self.shift + 1) or x, "puts another tensor in the place of"),
+    ],
+)
+def test_what_a_trace_would_not_do_is_refused_and_leaves_no_trace(forward, message):
+    model = Model()
+    model.forward = types.MethodType(forward, model)
+    before = ModelSnapshot.take(model)
+    with pytest.raises(UnsupportedModelError, match=message):
+        hookcore.apply(model, [Trace(torch.randn(2, 4))])
+    before.assert_restored(model, same_storage=True)
+
+
+def test_examples_are_checked_before_anything_is_touched():
+    with pytest.raises(TypeError, match="example_inputs is a list"):
+        Trace([torch.zeros(1)])
+    with pytest.raises(ValueError, match="entry is '2x'"):
+        Trace(torch.zeros(1), entry="2x")
+    for options, message in (
+        ({"example_inputs": {"z": torch.zeros(1)}}, r"do not fit Model\.forward\(\): missing a required"),
+        ({"example_inputs": (), "entry": "decode"}, "has no method 'decode'"),
+        ({"example_inputs": (1,)}, "has no tensor"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            hookcore.plan(Model(), [Trace(**options)])
+    assert Trace(torch.ones(2)) == Trace(torch.ones(2)) != Trace(torch.zeros(2))
+    assert hash(Trace({"x": torch.ones(2)})) == hash(Trace({"x": torch.ones(2)}))
+
+
+def test_a_plan_says_what_torch_recommends():
+    with pytest.warns(DeprecationWarning, match=r"switch to `torch\.compile` or `torch\.export`"):
+        torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    assert "torch.jit.trace is deprecated" in str(hookcore.plan(Model(), [Trace(torch.zeros(2, 4))]))
+
+
+def test_a_file_of_another_call_is_refused(tmp_path):
+    path = tmp_path / "trace.pt"
+    with hookcore.apply(Model(), [Trace(torch.randn(2, 4), path=path)]):
+        pass
+    other = Model()
+    other.layer = nn.Linear(4, 4, bias=False)
+    cases = [
+        (Model(), torch.randn(3, 4), "its inputs is"),
+        (other, torch.randn(2, 4), "its tensors is"),
+        (nn.Linear(4, 4), torch.randn(2, 4), "its model is"),
+        (Model().eval(), torch.randn(2, 4), "its training is True, expected False"),
+    ]
+    for model, x, message in cases:
+        with pytest.raises(PlanError, match=f"does not fit: {message}"):
+            hookcore.apply(model, [Trace(x, path=path)])
+        assert not hookcore.status(model).attachments
+    path.write_bytes(b"nothing")
+    with pytest.raises(PlanError, match="is no trace that was saved here"):
+        hookcore.apply(Model(), [Trace(torch.randn(2, 4), path=path)])

@@ -36,6 +36,7 @@ class Load:
         ready: Recorded after the copy.
         asked: Recorded when it was needed, where times are measured or a timeline is recorded.
         used: Recorded after the wait for it, likewise.
+        is_new: Whether nothing has used it yet.
     """
 
     packed: Packed
@@ -43,6 +44,7 @@ class Load:
     ready: Any
     asked: Any = None
     used: Any = None
+    is_new: bool = True
 
 
 class CopyEngine:
@@ -98,13 +100,22 @@ class CopyEngine:
         # What makes the events must not refer to the engine: in a cycle its memory would outlive it.
         self.times = PassTimes(partial(self._module.Event, enable_timing=True))
 
-    def begin(self) -> None:
-        """Has the caller's stream compute from now on."""
-        stream = self._module.current_stream(self._device)
+    def begin(self, stream: Any) -> None:
+        """Has a stream compute from now on."""
         if stream != self._computing:
             stream.wait_stream(self._computing)
             self._computing = stream
         self._left.record(stream)
+
+    @property
+    def stream(self) -> Any:
+        """The stream that computes."""
+        return self._computing
+
+    @property
+    def stream_of_caller(self) -> Any:
+        """The stream that will compute if a call begins now."""
+        return self._module.current_stream(self._device)
 
     def take(self, packed: Packed) -> Load | None:
         """Finds room for a group, whose copy is not begun yet; None if there is none."""
@@ -120,7 +131,7 @@ class CopyEngine:
         """Gives back the room of a load that was not used. Its copy may still be under way."""
         if self.slab.is_shared:  # copies run one after another, but others may have the memory next
             self._computing.wait_event(load.ready)
-        self.slab.give_back(load.place)
+        self.slab.give_back(load.packed, load.place)
 
     def copy(self, loads: Iterable[Load]) -> None:
         """Begins copies, after all use so far of the memory that they fill."""
@@ -163,7 +174,7 @@ class CopyEngine:
         if self.timeline is not None:
             self.timeline.add("stall", load.packed.name, load.asked, load.used)
             self.used(load.packed, load.used)
-        self.slab.give_back(load.place)
+        self.slab.give_back(load.packed, load.place)
 
     def mark(self) -> Any:
         """An event on the computing stream, where times are measured or a timeline is recorded."""

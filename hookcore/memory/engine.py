@@ -152,7 +152,7 @@ class CopyEngine:
                     staging.sent(source, load.ready)
                 packed.note_versions()
                 if times is not None:
-                    times.copy(packed, begun, load.ready)
+                    times.copy(packed, begun, times.mark(copying))
                 if timeline is not None:
                     timeline.add("copy", packed.name, begun, load.ready)
 

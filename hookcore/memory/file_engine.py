@@ -178,7 +178,7 @@ class FileEngine(CopyEngine):
             load.place.memory.copy_(room, non_blocking=True)
             load.ready.record(copying)
         if times is not None:
-            times.copy(load.packed, begun, load.ready)
+            times.copy(load.packed, begun, times.mark(copying))
         if timeline is not None:
             timeline.add("copy", load.packed.name, begun, load.ready)
         if not self._is_beside(room.nbytes):

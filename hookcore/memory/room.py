@@ -4,8 +4,8 @@ Components of a pipeline mostly run one after another. So there is one engine fo
 runs has the memory: what others had copied ahead goes, and what they keep there goes as far as it is in the
 way. Nothing is copied back, as all weights have their home in a store.
 
-Where calls repeat in rounds (a denoiser in its loop; a ControlNet and a denoiser in turn), what stays is chosen
-for the whole round, as if it were one pass.
+Where calls repeat in rounds (a denoiser in its loop; a ControlNet and a denoiser in turn), what stays is
+chosen for the whole round, as if it were one pass.
 
 A single component has its memory for itself. What stays of it then has its home on the device.
 """
@@ -206,10 +206,15 @@ class Room:
         if self.engine is not None and self.engine.timeline is recorder:
             self.engine.timeline = None
 
+    @property
+    def is_sure(self) -> bool:
+        """Whether `following` may be relied on."""
+        return not self.is_shared or self._rounds.is_sure
+
     def following(self, mover: StreamMover) -> StreamMover | None:
-        """Whose weights are needed when a mover's call has ended: perhaps its own; None if there is no room."""
+        """Whose weights are needed after a mover's call: perhaps its own; None if they have no room."""
         expected = self._rounds.expected
-        if not self.is_shared or expected is None or expected == mover.number or len(self._running) > 1:
+        if not self.is_shared or expected in (None, mover.number) or len(self._running) > 1:
             return mover
         found = self._movers.get(expected)
         if found is None or not self._suits(found, _COMFORT if self._chosen is None else 1):
@@ -333,14 +338,13 @@ class Room:
     def _choose(self) -> _Kept | None:
         """What stays while the last round repeats; None if that isn't known."""
         numbers = self._rounds.round
-        if not numbers or self.budget is None:
+        if not numbers or self.budget is None or any(number not in self._movers for number in numbers):
             return None
         key = min(numbers[at:] + numbers[:at] for at in range(len(numbers)))
-        members = [self._movers.get(number) for number in key]
-        movers = [mover for mover in members if mover is not None and mover.is_measured]
-        if len(movers) < len(members):
-            return None
         if key not in self._kept:
+            movers = [self._movers[number] for number in key]
+            if not all(mover.is_measured for mover in movers):
+                return None
             self._kept[key] = self._choose_for(movers)
         return self._kept[key]
 

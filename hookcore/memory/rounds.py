@@ -14,8 +14,8 @@ _LONGEST = 8  # calls in a round; a loop that calls more components in each step
 class Rounds(Generic[T]):
     """Calls of components, which repeat in rounds: a model called in a loop, or several in turn.
 
-    A round is what the last calls have done twice, or three times if it is a single call. It is believed until
-    another call comes than it says.
+    A round is what the last calls have done twice, or three times if it is a single call. It is believed
+    until another call comes than it says.
     """
 
     def __init__(self) -> None:
@@ -44,6 +44,11 @@ class Rounds(Generic[T]):
         if self._position is not None:
             return self._round[self._position]
         return self._after.get(self._calls[-1], self._calls[-1]) if self._calls else None
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether that is so because calls repeat in rounds."""
+        return self._position is not None
 
     @property
     def round(self) -> tuple[T, ...]:

@@ -313,7 +313,8 @@ class StreamMover(GroupMover):
     @property
     def held(self) -> list[Packed]:
         """Those that calls hold while others come and go."""
-        return [self._own.groups[group].packed for group in self._own.spanning if group in self._own.groups]
+        found = (self._own.groups.get(group) for group in self._own.spanning)
+        return [member.packed for member in found if member is not None and not member.stays]
 
     @property
     def largest(self) -> int:
@@ -376,7 +377,7 @@ class StreamMover(GroupMover):
 
     def learn_layout(self) -> None:
         """Divides memory that it has for itself by what the first pass has shown."""
-        if not self.is_measured or self._is_divided:
+        if self._is_divided or not self.is_measured:
             return
         self._is_divided = True
         self.drop_ahead()
@@ -503,21 +504,22 @@ class StreamMover(GroupMover):
         """Begins to copy what is used next, as far as there is room."""
         if torch.is_grad_enabled():
             return
-        following = self._room.following(self)
-        if self._copy_ahead(wraps=following is self) and following not in (self, None):
-            following._copy_ahead(wraps=False)
+        following, is_sure = self._room.following(self), self._room.is_sure
+        at_end = self._copy_ahead(wraps=is_sure and following is self)
+        if at_end and following is not None and not (is_sure and following is self):
+            following._copy_ahead(wraps=following is self, most=None if is_sure else _AHEAD_OF_A_GUESS)
 
-    def _copy_ahead(self, *, wraps: bool) -> bool:
+    def _copy_ahead(self, *, wraps: bool, most: int | None = None) -> bool:
         """Begins to copy what is used next in its calls; says whether the end of the order was reached.
 
         Args:
             wraps: Whether another pass like this one follows.
+            most: How many groups may be copied ahead of use; None for as many as there is room for.
         """
         loads = []
         engine, order, ahead, kept = self._engine, self._order, self._ahead, self._kept
-        most = _AHEAD_OF_A_GUESS if order.is_guess else len(self._own.groups)
-        if self._most_ahead is not None:
-            most = min(most, self._most_ahead)
+        limits = (most, self._most_ahead, _AHEAD_OF_A_GUESS if order.is_guess else None)
+        most = min((it for it in limits if it is not None), default=len(self._own.groups))
         known = set() if self._reach else set(ahead)
         while (group := order.ahead(self._reach, wraps=wraps)) is not None:
             if group in known:

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import pickle
+import warnings
 
 import diffusers
 import pytest
@@ -430,12 +431,28 @@ def test_another_model_in_the_place_of_a_component(sim, technique):
     case.run(pipe)
     pipe.unet = other
     assert pipe.device.type == "sim"
+    with pytest.warns(UserWarning, match=r"StableDiffusionPipeline\.unet is another module now"):
+        pipe.encode_prompt("a red cat", "sim", 1, do_classifier_free_guidance=False)
+    with warnings.catch_warnings(action="error"):  # once is enough
+        pipe.encode_prompt("a red cat", "sim", 1, do_classifier_free_guidance=False)
     with pytest.raises(ConflictError, match="it has already been applied there"):
         hookcore.apply(pipe, [TECHNIQUES[technique]("sim")])
     applied.remove()
     before.assert_restored(old)
     hookcore.apply(pipe, [TECHNIQUES[technique]("sim")])
-    assert same_bits(case.run(pipe).cpu(), wanted)
+    with warnings.catch_warnings(action="error"):
+        assert same_bits(case.run(pipe).cpu(), wanted)
+
+
+def test_a_replaced_component_without_techniques_is_nobodys_business():
+    pipe = pipelines.stable_diffusion().build()
+    applied = hookcore.apply(pipe, {"text_encoder": [GroupOffload("cpu")], "vae": [GroupOffload("cpu")]})
+    pipe.unet = copy.deepcopy(pipe.unet)
+    hookcore.remove(pipe.vae)
+    pipe.vae = copy.deepcopy(pipe.vae)
+    with warnings.catch_warnings(action="error"):
+        pipe.encode_prompt("a red cat", "cpu", 1, do_classifier_free_guidance=False)
+    applied.remove()
 
 
 @STREAMED

@@ -143,13 +143,13 @@ class StreamMover(GroupMover):
         self._own.store.settle(group.divided()[0])
 
     def reset(self) -> None:
-        """Forgets the order of use, what was copied ahead, and what was counted."""
+        """Forgets the order of use and what was counted; all that others don't use is copied anew."""
         self._counts = StreamReport()
         self._order.forget()
         self._room.forget()
         if self._room.is_shared:
             self._times = None
-        self.drop_ahead()
+        self.drop_loads()
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
         """Where the bytes of the group lie."""

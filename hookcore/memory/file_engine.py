@@ -180,7 +180,7 @@ class FileEngine(CopyEngine):
         if times is not None:
             times.copy(load.packed, begun, times.mark(copying))
         if timeline is not None:
-            timeline.add("copy", load.packed.name, begun, load.ready)
+            timeline.add("copy", load.packed.name, begun, timeline.mark(copying))
         if not self._is_beside(room.nbytes):
             self._ring.sent(room, load.ready)
         request.room = None

@@ -153,7 +153,7 @@ class Room:
             if not self._running:
                 for mover in self._movers.values():
                     mover.drop_loads()
-                self.engine = None
+                self.engine = self._chosen = None
                 self._kept.clear()
         finally:
             self._lock.release()

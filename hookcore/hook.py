@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
@@ -119,18 +119,12 @@ class Hook:
         return {}
 
     def run_report(self, module: nn.Module) -> Any:
-        """What this hook counted since it was attached or last reset: an attrs object; None for nothing.
+        """What was counted since the hook was attached or last reset: an attrs object; None for nothing.
 
-        It is printed field by field; numbers in fields whose names end in `_bytes` or `_seconds` as such.
+        It is printed field by field; numbers in fields whose names end in `_bytes` or `_seconds` as such, and
+        a mapping from phrases to how often they were true (reasons) below all others. Where the hooks of a
+        technique count together, one of them answers.
         """
-
-    def counts(self, module: nn.Module) -> Mapping[str, int]:
-        """What happened so far: a label for people to how often. Those of all hooks are added up."""
-        return {}
-
-    def notes(self, module: nn.Module) -> Iterable[str]:
-        """What else there is to say of calls so far, as sentences for people."""
-        return ()
 
 
 def overrides(kind: type[Hook], method: str) -> bool:

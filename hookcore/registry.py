@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Self
@@ -127,18 +126,6 @@ class Attachment:
         asked = self.overriding("loss_on_detach")
         found = ((binding.fqn, binding.hook.loss_on_detach(module)) for module, binding in asked)
         return [(self.component.label(fqn), loss) for fqn, loss in found if loss is not None]
-
-    def counts(self) -> dict[str, int]:
-        """What the hooks counted so far, added up: label to number."""
-        total: Counter[str] = Counter()
-        for module, binding in self.overriding("counts"):
-            total.update(binding.hook.counts(module))
-        return dict(total)
-
-    def notes(self) -> list[str]:
-        """What else the hooks have to say of calls so far, each thing once."""
-        asked = self.overriding("notes")
-        return list(dict.fromkeys(note for at, binding in asked for note in binding.hook.notes(at)))
 
 
 _LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()

@@ -1,9 +1,7 @@
-"""The hook of one module that computes attention: checks each call of the backend, falls back, counts."""
+"""The hook of one module that computes attention: checks each call of the backend, and falls back."""
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hookcore import AttentionFunction
-
-OWN_WAY = "calls without torch's attention function"
+    from hookcore_plugins.attention_backend.tally import AttentionReport, Tally
 
 
 class AttentionHook(Hook):
@@ -33,6 +30,8 @@ class AttentionHook(Hook):
         unavailable: Why the backend cannot be used here at all, or None.
         computes: Whether the module itself is expected to compute attention.
         stand_in: What has to stand in during its calls.
+        tally: Counts for all hooks of the technique.
+        reports: Whether this hook tells what was counted.
     """
 
     def __init__(
@@ -44,6 +43,8 @@ class AttentionHook(Hook):
         *,
         computes: bool,
         stand_in: StandIn | None,
+        tally: Tally,
+        reports: bool,
     ) -> None:
         self._label = label
         self._chosen = chosen
@@ -51,8 +52,8 @@ class AttentionHook(Hook):
         self._unavailable = unavailable
         self._computes = computes
         self._standing_in = None if stand_in is None else StandingIn(stand_in)
-        self._lock = threading.Lock()  # this technique forbids nobody to call a model from two threads
-        self._counts: Counter[str] = Counter()
+        self._tally = tally
+        self._reports = reports
 
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
@@ -67,7 +68,7 @@ class AttentionHook(Hook):
             if self._standing_in is not None:
                 self._standing_in.end(module)
         if self._computes and not attends.count:
-            self.count(OWN_WAY)
+            self._tally.count("otherwise", f"{self._label} did not call torch's attention function")
         return output
 
     def attend(  # noqa: PLR0917 -- torch's own signature
@@ -113,32 +114,27 @@ class AttentionHook(Hook):
                     said = str(error).strip().partition("\n")[0]
                     objection = Objection(said or "it cannot do this call")
                 else:
-                    self.count(self._name_of(function, objections))
+                    self._count(function, objections)
                     return output
             objections.append((function, objection))
         raise AttentionError(refusal(self._label, objections))
 
-    @staticmethod
-    def _name_of(function: AttentionFunction, objections: list[tuple[AttentionFunction, Objection]]) -> str:
-        if not objections:
-            return f"computed by {function.name}"
-        (chosen, objection), *_ = objections
-        return f"by {function.name} instead of {chosen.name} ({objection.found})"
+    def _count(
+        self, function: AttentionFunction, objections: list[tuple[AttentionFunction, Objection]]
+    ) -> None:
+        if objections:
+            (chosen, objection), *_ = objections
+            self._tally.count("fell_back", f"by {function.name} instead of {chosen.name} ({objection.found})")
+        else:
+            self._tally.count("computed")
 
-    def count(self, label: str) -> None:
-        """Counts one."""
-        with self._lock:
-            self._counts[label] += 1
-
-    def counts(self, module: nn.Module) -> dict[str, int]:
-        """How many attentions each backend computed."""
-        with self._lock:
-            return dict(self._counts)
+    def run_report(self, module: nn.Module) -> AttentionReport | None:
+        """What computed the model's attention."""
+        return self._tally.report() if self._reports else None
 
     def reset(self, module: nn.Module) -> None:
         """Begins to count anew."""
-        with self._lock:
-            self._counts.clear()
+        self._tally.clear()
 
 
 class _Attends:

@@ -14,6 +14,7 @@ from hookcore import Binding, Claim, Objection, Phase, PlanError, Resource, Skip
 from hookcore.memory import wanted_dtype
 from hookcore_plugins.attention_backend.finding import Found, find_attention
 from hookcore_plugins.attention_backend.hook import AttentionHook, refusal
+from hookcore_plugins.attention_backend.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -102,6 +103,7 @@ class AttentionBackend(Technique):
         yield from skipped
         if unavailable is not None and self.fallback is not None:
             yield Skipped("", f"{unavailable.found}: {self.fallback!r} computes instead of {self.backend!r}")
+        tally = Tally(self.backend)
         for item in places:
             hook = AttentionHook(
                 component.label(item.fqn),
@@ -110,6 +112,8 @@ class AttentionBackend(Technique):
                 unavailable,
                 computes=item.computes,
                 stand_in=item.stand_in,
+                tally=tally,
+                reports=item is places[0],
             )
             claims = [Claim(Resource.ATTENTION)] if item.computes else []
             yield Binding(item.fqn, hook, item.entry, claims=claims)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from tqdm import tqdm
 
-from hookcore.enclosed import enclosing_calls, moved_outside, wholes_of
+from hookcore.enclosed import enclosing_calls, enclosing_entries, moved_outside, wholes_of
 from hookcore.errors import ConcurrentCallError
 from hookcore.guard import CallLock, WeightGuard
 from hookcore.hook import overrides
@@ -352,8 +352,9 @@ def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> Non
     hooks_at: dict[Key, tuple[Hook, ...]] = {}
     needed_at: dict[Key, tuple[Attachment, ...]] = {}
     enclosing = enclosing_calls(attachments)
+    entries = enclosing_entries(attachments)
     for item in attachments:
-        added = moved_outside(item.hooks_at, enclosing) if enclosing else item.hooks_at
+        added = moved_outside(item.hooks_at, enclosing, entries) if entries else item.hooks_at
         needed = dict.fromkeys(added, (item,))
         shared = hooks_at.keys() & added.keys()
         # What is outside of it comes first at a shared entry.

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import torch
 from attrs import field, frozen
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ class AttentionReport:
         computed: How many attentions it computed.
         fell_back: How many the fallback computed.
         otherwise: How many calls of attention modules computed it without torch's attention function.
+        compiled: How many calls of attention modules were in compiled code. Who computes there was decided
+            as it was compiled.
         reasons: Why the fallback did, or whose call went another way, and how often.
     """
 
@@ -28,6 +31,7 @@ class AttentionReport:
     computed: int = 0
     fell_back: int = 0
     otherwise: int = 0
+    compiled: int = 0
     reasons: Mapping[str, int] = field(factory=dict)
 
 
@@ -61,7 +65,37 @@ class Tally:
             if reason:
                 self._reasons[reason] += 1
 
+    def note(self, reason: str) -> None:
+        """Notes a reason once."""
+        with self._lock:
+            self._reasons[reason] = 1
+
     def report(self) -> AttentionReport:
         """What was counted so far."""
         with self._lock:
             return AttentionReport(self._backend, **self._numbers, reasons=dict(self._reasons))
+
+
+class CompiledTally(Tally):
+    """Counts for attentions in code that is compiled once and called often.
+
+    While it is compiled, it can only be noted why the fallback is in it. What of it could not be compiled is
+    counted as ever.
+
+    Args:
+        tally: What counts.
+    """
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def count(self, what: str, reason: str = "") -> None:
+        """Counts one, or notes the reason."""
+        if not torch.compiler.is_compiling():
+            self._tally.count(what, reason)
+        elif reason:
+            self._note(f"compiled: {reason}")
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _note(self, reason: str) -> None:  # called as the code is traced, and not in it
+        self._tally.note(reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 import sys
 import threading
@@ -141,8 +142,13 @@ def counted(target):
 # Real models
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
-@pytest.mark.parametrize("backend", ["sdpa", "math", "flash", "flex", "chunked"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *itertools.product(ATTENTIONS, ["sdpa", "chunked"]),
+        *itertools.product(["flux", "bert"], ["math", "flash", "flex"]),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_real_models_take_it(name, backend):
     case = CASES[name]

@@ -1,6 +1,7 @@
 """Attention backends in compiled blocks: computed by the backend, without graph breaks, and compiled once."""
 
 import contextlib
+import shutil
 
 import pytest
 import torch
@@ -108,13 +109,30 @@ def eager_bert():
 
 
 @pytest.mark.parametrize(
-    ("make", "backend"), [(flux, "chunked"), (unet, "flex"), (bert, "flash"), (gpt2, "math")]
+    ("make", "backend", "compiler"),
+    [
+        (unet, "flex", "eager"),
+        (bert, "flash", "aot_eager"),
+        (gpt2, "chunked", "aot_eager"),
+        *(
+            pytest.param(
+                flux,
+                backend,
+                "inductor",
+                marks=[
+                    pytest.mark.slow,
+                    pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler"),
+                ],
+            )
+            for backend in ("chunked", "flex", "flash", "math")
+        ),
+    ],
 )
-def test_real_models_compute_the_same_and_nothing_is_compiled_again(make, backend):
+def test_real_models_compute_the_same_and_nothing_is_compiled_again(make, backend, compiler):
     case = make()
     model, bare = case.build(), case.build()
     before = ModelSnapshot.take(model)
-    applied = hookcore.apply(model, [Compile(backend="aot_eager", fullgraph=True), AttentionBackend(backend)])
+    applied = hookcore.apply(model, [Compile(backend=compiler, fullgraph=True), AttentionBackend(backend)])
     entry = case.entries[-1]
     with torch.no_grad():
         case.call(model, entry, 0)
@@ -155,7 +173,7 @@ def test_what_the_library_was_told_does_not_matter(told, brought):
 # With others, coming and going
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_it_goes_with_all_others_in_any_order(data):
     with pytest.MonkeyPatch.context() as patch:
@@ -336,7 +354,7 @@ def test_the_operators_are_what_torch_wants_of_operators(drawn):
     )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(shapes(), st.booleans())
 def test_chunked_attention_is_the_same_compiled_with_gradients(drawn, dynamic):
     torch._dynamo.reset()

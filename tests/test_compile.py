@@ -16,6 +16,7 @@ from hookcore.testing import simulator
 from hookcore.testing.models import autoencoder, flux, gpt2, unet
 from hookcore.testing.snapshot import ModelSnapshot
 from hookcore_plugins import ChannelsLast, Compile, GroupOffload, LayerwiseCasting, ModelOffload
+from hookcore_plugins.compile import CompileReport
 from hookcore_plugins.compile.code import LIMIT
 
 
@@ -96,8 +97,10 @@ def _fresh():
 
 
 def counts(model):
-    (found,) = (it for it in hookcore.status(model).attachments if it.technique.name == "compile")
-    return found.counts()
+    """What was counted, without the number of blocks and reasons."""
+    (found,) = (it.counted for it in hookcore.status(model).run_report().entries if it.technique == "compile")
+    assert bool(found.reasons) == bool(found.recompiles + found.graph_breaks)
+    return {"graphs": found.graphs, "recompiles": found.recompiles, "graph breaks": found.graph_breaks}
 
 
 def compiled(**options):
@@ -274,7 +277,7 @@ def test_graph_breaks_are_counted_with_their_reason():
     with torch.no_grad():
         model(torch.randn(2, 4))
     assert counts(model)["graph breaks"] == 1
-    assert "compile: graph break: " in str(hookcore.status(model))
+    assert "Sequential: 1 x graph break: " in str(hookcore.status(model).run_report())
     hookcore.remove(model)
     hookcore.apply(model, [compiled(fullgraph=True)])
     with pytest.raises(Exception, match="graph_break"):
@@ -287,8 +290,14 @@ def test_recompiles_are_counted_with_their_reason():
     for width in (2, 3):
         model(torch.randn(width, 4))
     assert counts(model) == {"graphs": 4, "recompiles": 2, "graph breaks": 0}
-    assert "compile: 4 graphs, 2 recompiles, 0 graph breaks" in str(handle)
-    assert "size mismatch at index 0. expected 2, actual 3" in str(handle)
+    (entry,) = handle.run_report().entries
+    assert entry.counted.blocks == 5
+    assert sum(entry.counted.reasons.values()) == 2
+    assert all("size mismatch at index 0. expected 2, actual 3" in it for it in entry.counted.reasons)
+    handle.reset()
+    model(torch.randn(3, 4))
+    (entry,) = handle.run_report().entries
+    assert entry.counted == CompileReport(blocks=5)
 
 
 def test_dynamic_shapes_need_no_recompile():

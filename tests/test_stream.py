@@ -215,6 +215,14 @@ def test_outputs_are_those_of_the_bare_model(sim, steps, technique):
     twins.remove()
 
 
+def test_what_was_copied_ahead_is_used_on_another_stream(sim):
+    twins = Twins(GroupOffload("sim", prefetch=1))
+    for step in (twins.call, twins.call, twins.other_stream, twins.call):
+        step({})
+    twins.finish()
+    twins.remove()
+
+
 @pytest.mark.parametrize("order", [["casting", "offload"], ["offload", "casting"]])
 @pytest.mark.parametrize("budget", [None, 12_000])
 def test_bytes_of_the_storage_dtype_travel(sim, order, budget):

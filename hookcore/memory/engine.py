@@ -34,6 +34,7 @@ class Load:
         packed: What is copied.
         place: Where it goes.
         ready: Recorded after the copy.
+        lent_to: The stream that computed when the place was taken, to which its memory goes back.
         asked: Recorded when it was needed, where times are measured or a timeline is recorded.
         used: Recorded after the wait for it, likewise.
         is_new: Whether nothing has used it yet.
@@ -42,6 +43,7 @@ class Load:
     packed: Packed
     place: Place
     ready: Any
+    lent_to: Any
     asked: Any = None
     used: Any = None
     is_new: bool = True
@@ -125,12 +127,12 @@ class CopyEngine:
         is_timed = self.times is not None or self.timeline is not None
         if packed.copied is None or is_timed:
             packed.copied = self._module.Event(enable_timing=is_timed)
-        return Load(packed, place, packed.copied)
+        return Load(packed, place, packed.copied, self._computing)
 
     def give_back(self, load: Load) -> None:
         """Gives back the room of a load that was not used. Its copy may still be under way."""
         if self.slab.is_shared:  # copies run one after another, but others may have the memory next
-            self._computing.wait_event(load.ready)
+            load.lent_to.wait_event(load.ready)
         self.slab.give_back(load.packed, load.place)
 
     def copy(self, loads: Iterable[Load]) -> None:
@@ -174,6 +176,8 @@ class CopyEngine:
         if self.timeline is not None:
             self.timeline.add("stall", load.packed.name, load.asked, load.used)
             self.used(load.packed, load.used)
+        if self.slab.is_shared and load.lent_to != self._computing:
+            load.lent_to.wait_stream(self._computing)
         self.slab.give_back(load.packed, load.place)
 
     def mark(self) -> Any:

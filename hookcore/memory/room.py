@@ -195,7 +195,7 @@ class Room:
         engine = self.engine
         if engine is not None and self._running:
             outer, stream = self._running[-1]
-            self._compute_on(stream)
+            engine.begin(stream)
             engine.timeline = outer.recorder
         elif engine is not None:
             mover.end_measuring(engine)
@@ -250,7 +250,7 @@ class Room:
             self.register(mover)
             self.engine = self._make_engine()
         assert self.engine is not None  # noqa: S101 -- a running call has made it
-        self._compute_on(self.engine.stream_of_caller)
+        self.engine.begin(self.engine.stream_of_caller)
         self.slab.collect()
         self.last = mover.number
         if outermost:
@@ -265,14 +265,6 @@ class Room:
             if self.is_shared:
                 self._divide(mover)
         return self.engine
-
-    def _compute_on(self, stream: Any) -> None:
-        """Has a stream use what is copied."""
-        assert self.engine is not None  # noqa: S101 -- a running call has made it
-        if self.slab.is_shared and stream != self.engine.stream:  # memory goes back to the one it came from
-            for mover in self._movers.values():
-                mover.drop_loads()
-        self.engine.begin(stream)
 
     def _make_engine(self) -> CopyEngine:
         """Allocates the memory, and decides what stays from the start."""

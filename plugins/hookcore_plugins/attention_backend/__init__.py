@@ -8,12 +8,13 @@ from hookcore import hookimpl
 from hookcore_plugins.attention_backend.chunked import chunked_attention
 from hookcore_plugins.attention_backend.errors import AttentionError
 from hookcore_plugins.attention_backend.functions import FUNCTIONS
+from hookcore_plugins.attention_backend.tally import AttentionReport
 from hookcore_plugins.attention_backend.technique import AttentionBackend
 
 if TYPE_CHECKING:
     from hookcore import AttentionFunction, Technique
 
-__all__ = ["AttentionBackend", "AttentionError", "chunked_attention"]
+__all__ = ["AttentionBackend", "AttentionError", "AttentionReport", "chunked_attention"]
 
 
 @hookimpl

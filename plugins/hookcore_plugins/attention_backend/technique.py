@@ -87,7 +87,7 @@ class AttentionBackend(Technique):
                 raise ValueError(f"modules has {pattern!r}, no regular expression: {error}") from error
 
     def skip_unless_named(self, component: Component) -> str | None:
-        """Why a component of a pipeline is left alone unless it is named: no attention in it would take it."""
+        """Why a component of a pipeline is left alone unless it is named: nothing in it would take it."""
         found = list(find_attention(component, self.modules))
         if any(isinstance(item, Found) and item.computes for item in found):
             return None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=Hashable)
 
-_FOR_PIECES = 2  # sizes of the largest group; in so little room, gaps would cost more than allocating does
+_FOR_PIECES = 3  # sizes of the largest group; in so little room, gaps would cost more than allocating does
 
 
 @frozen
@@ -28,7 +28,7 @@ class Allotment(Generic[T]):
     Attributes:
         staying: The groups that stay, in memory of their own.
         ring: Bytes in which all others come and go.
-        in_pieces: Whether memory for these is allocated for each by itself, as there is room for hardly two.
+        in_pieces: Whether memory for these is allocated for each by itself, as there is room for few.
         one_by_one: Whether there is room only for one that is large; what is copied early would lie beside
             the activations of others, and gain little.
     """
@@ -82,5 +82,6 @@ def allot(
     if sum(sizes.values()) <= room:
         return Allotment(tuple(sizes), 0)
     ring = (room - always) // ALIGNMENT * ALIGNMENT
-    in_pieces, one_by_one = ring < _FOR_PIECES * max(coming), ring < max(coming) + min(coming)
-    return Allotment(tuple(held), ring, in_pieces, one_by_one)
+    one_by_one = ring < max(coming) + min(coming)
+    has_gaps = ring < _FOR_PIECES * max(coming) and min(coming) < max(coming)
+    return Allotment(tuple(held), ring, one_by_one or has_gaps, one_by_one)

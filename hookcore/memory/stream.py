@@ -85,8 +85,7 @@ class StreamMover(GroupMover):
         lock_limit: Bytes of host memory that may be locked; None for a share of what is free.
         store: Where parameters lie between calls; None for host memory that is locked within that limit.
         most_ahead: How many groups may be copied ahead of use; None for as many as there is room for.
-        in_pieces: Whether memory is there only while a group is; it is anyway where there is room for hardly
-            two.
+        in_pieces: Whether memory is there only while a group is; it is anyway where there is room for few.
     """
 
     def __init__(
@@ -463,22 +462,24 @@ class StreamMover(GroupMover):
         """Begins to copy what is used next, as far as there is room."""
         if torch.is_grad_enabled():
             return
-        loads = []
+        loads: list[Load] = []
+        nbytes = 0
         engine, order, ahead = self._engine, self._order, self._ahead
         most = _AHEAD_OF_A_GUESS if order.is_guess else len(self._members)
         if self._most_ahead is not None:
             most = min(most, self._most_ahead)
-        while (group := order.ahead(len(ahead))) is not None and group not in ahead and len(ahead) < most:
+        while len(ahead) < most and (group := order.ahead(len(ahead))) is not None and group not in ahead:
             member = self._members[group]
             load = None if member.in_use else engine.take(member.packed)
             if load is None:
                 break
             ahead[group] = load
             loads.append(load)
+            nbytes += member.packed.nbytes
         if loads:
             engine.copy(loads)
             self._counts.copies += len(loads)
-            self._counts.moved_bytes += sum(load.packed.nbytes for load in loads)
+            self._counts.moved_bytes += nbytes
 
     def _drop_ahead(self) -> None:
         for load in self._ahead.values():

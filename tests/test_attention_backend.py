@@ -458,6 +458,21 @@ def test_a_model_without_attention_is_refused(model):
         hookcore.apply(model, [AttentionBackend("math")])
 
 
+def test_components_of_a_pipeline_without_attention_are_left_alone_unless_named():
+    models = {"first": plain(), "second": nn.Linear(8, 8), "third": CASES["unet"].build()}
+    models["third"].set_attn_processor(AttnProcessor())
+    applied = hookcore.apply(models, [AttentionBackend("math")])
+    assert "second: nothing in it calls torch's attention function" in str(applied)
+    assert "third: its processor, AttnProcessor, computes attention in its own way" in str(applied)
+    assert {step.component.name for step in applied.plan.steps} == {"first"}
+    applied.remove()
+    with pytest.raises(PlanError, match="finds nothing in 'second'"):
+        hookcore.plan(models, [AttentionBackend("math")], components=["first", "second"])
+    del models["first"]
+    with pytest.raises(PlanError, match=r"'math' is taken by no component .* 'second': nothing in it calls"):
+        hookcore.plan(models, [AttentionBackend("math")])
+
+
 def test_hidden_attention_can_be_named():
     model = nn.Sequential(Hidden(), Hidden())
     with hookcore.apply(model, [AttentionBackend("chunked", modules="^1$")]):

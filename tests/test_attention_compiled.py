@@ -18,6 +18,7 @@ from hookcore.testing.models import bert, flux, gpt2, unet
 from hookcore_plugins import AttentionBackend, Compile, GroupOffload, LayerwiseCasting, Trace
 from hookcore_plugins.attention_backend import AttentionError, AttentionReport, functions
 from hookcore_plugins.attention_backend.chunked import _backward_operator, _operator, chunked_attention
+from hookcore_plugins.attention_backend.redirect import redirected, suspended
 from hookcore_plugins.compile import CompileReport
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
@@ -166,7 +167,8 @@ def test_what_the_library_was_told_does_not_matter(told, brought):
         for seed in range(3):
             torch.testing.assert_close(case.call(model, seed=seed)[0], case.call(reference, seed=seed)[0])
     assert counted(model)[0].graph_breaks == 0
-    assert counted(model)[0].recompiles <= 1  # the first of flux's single blocks is called with other strides
+    # The first of flux's single blocks is called with other strides.
+    assert counted(model)[0].recompiles == (told == "flux")
     assert processors == {name: getattr(it, "processor", None) for name, it in model.named_modules()}
 
 
@@ -246,6 +248,24 @@ def test_torchs_encoders_are_compiled_too(brought):
     compiling, attention = counted(model)
     assert (compiling.graphs, compiling.recompiles, compiling.graph_breaks) == (1, 0, 0)
     assert attention == AttentionReport("twice", compiled=4)
+
+
+def test_what_is_suspended_around_compiled_code_is_on_again_after_it():
+    """And a model that is called from there has its own."""
+
+    def asked(name):
+        return lambda *_: torch.full((), {"outer": 1.0, "inner": 2.0}[name])
+
+    def call():
+        before = scaled_dot_product_attention(X, X, X)
+        with suspended():
+            bare = scaled_dot_product_attention(X, X, X)
+            inner = redirected(asked("inner"), scaled_dot_product_attention, X, X, X)
+        return before, bare, inner, scaled_dot_product_attention(X, X, X)
+
+    before, bare, inner, after = redirected(asked("outer"), call)
+    assert (before, inner, after) == (1, 2, 1)
+    assert torch.equal(bare, scaled_dot_product_attention(X, X, X))
 
 
 def test_nobody_else_sees_what_stands_in_and_an_error_leaves_nothing(brought):

@@ -416,6 +416,16 @@ def test_a_model_without_blocks_is_refused():
         hookcore.plan(nn.Linear(2, 2), [compiled()])
 
 
+def test_a_component_of_a_pipeline_without_blocks_is_left_alone_unless_it_is_named():
+    models = {"blocks": Model(), "none": nn.Linear(4, 4)}
+    applied = hookcore.apply(models, [compiled()])
+    assert "none: it has no repeated blocks" in str(applied)
+    applied.remove()
+    with pytest.raises(PlanError, match="'none' has no repeated blocks"):
+        hookcore.plan(models, {"none": [compiled()]})
+    assert len(hookcore.plan(models, [compiled(regional=False)]).steps) == 2
+
+
 def test_a_block_with_a_module_that_also_stands_outside_is_left_alone():
     model = Model()
     model.blocks[0].layers[0] = model.stem

@@ -18,7 +18,7 @@ import hookcore
 from hookcore import ConflictError, PlanError
 from hookcore.testing import pipelines
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
-from hookcore_plugins import GroupOffload, LayerwiseCasting, ModelOffload, SequentialOffload
+from hookcore_plugins import GroupOffload, LayerwiseCasting, ModelOffload, SequentialOffload, Slicing
 from hookcore_plugins.diffusers_pipelines import hookcore_open_target
 from hookcore_plugins.model_offload import offload
 
@@ -603,6 +603,17 @@ def test_denoisers_are_told_the_noise_level(name, denoises):
     nn.Module.__init__(model)
     opened = hookcore_open_target(type("Engine", (), {"components": {"it": model}})())
     assert opened.denoisers == (("it",) if denoises else ())
+
+
+def test_a_component_that_is_a_trace_of_torch_is_in_nobodys_way():
+    """Its class has no forward to look at."""
+    pipe = pipelines.stable_diffusion().build()
+    trace = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    pipe.register_modules(safety_checker=trace)
+    applied = hookcore.apply(pipe, [Slicing()])
+    assert hookcore_open_target(pipe).components["safety_checker"] is trace
+    assert "safety_checker" in str(applied).rpartition("skipped by slicing")[2]
+    applied.remove()
 
 
 # Casting is for denoisers

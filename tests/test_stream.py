@@ -568,7 +568,7 @@ def without_wait_for_copy(self, load):
 
 
 def without_event_after_use(self, load):
-    self.give_back(load)
+    self.slab.give_back(load.place)
 
 
 FAULTS = {
@@ -577,13 +577,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("budget", [None, 15_000])
+@pytest.mark.parametrize("options", [{"prefetch": 5}, {"memory_budget": 15_000}])
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_each_wait_is_missed(sim, fault, budget):
+def test_each_wait_is_missed(sim, fault, options):
     name, mutant = fault
     model = build()
     with patch.object(engine.CopyEngine, name, mutant), simulator.limited(strict=True):
-        hookcore.apply(model, [GroupOffload("sim", memory_budget=budget)])
+        hookcore.apply(model, [GroupOffload("sim", **options)])
         with pytest.raises(simulator.RaceError):
             for _ in range(3):
                 call(model)

@@ -83,8 +83,13 @@ def redirected(attend: Attend, call: Callable[..., Any], /, *args: Any, **kwargs
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
     """A `with` block in which no mode of this module is on in this thread, for code that is compiled."""
-    if _get_current_function_mode() is _MODE:  # type: ignore[no-untyped-call]
+    outer = _SCOPE.attend
+    if outer is None or _get_current_function_mode() is not _MODE:  # type: ignore[no-untyped-call]
+        yield
+        return
+    _SCOPE.attend = None
+    try:
         with _pop_mode_temporarily():
             yield
-    else:
-        yield
+    finally:
+        _SCOPE.attend = outer

@@ -86,6 +86,14 @@ class AttentionBackend(Technique):
             except (re.error, TypeError) as error:
                 raise ValueError(f"modules has {pattern!r}, no regular expression: {error}") from error
 
+    def skip_unless_named(self, component: Component) -> str | None:
+        """Why a component of a pipeline is left alone unless it is named: nothing in it would take it."""
+        found = list(find_attention(component, self.modules))
+        if any(isinstance(item, Found) and item.computes for item in found):
+            return None
+        reasons = [item.reason for item in found if isinstance(item, Skipped)]
+        return reasons[0] if reasons else "nothing in it calls torch's attention function"
+
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
         """Lists a hook for each module that computes attention.
 

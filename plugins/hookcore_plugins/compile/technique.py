@@ -74,6 +74,12 @@ class Compile(Technique):
             )
         self.__attrs_init__(regional, options)
 
+    def skip_unless_named(self, component: Component) -> str | None:
+        """Why a component of a pipeline is left alone unless it is named: it has no blocks."""
+        if not self.regional or repeated_blocks(component)[0]:
+            return None
+        return "it has no repeated blocks that could be compiled by themselves"
+
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
         """Lists one hook for each block, or for each entry of the model.
 

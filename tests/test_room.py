@@ -330,6 +330,21 @@ def test_a_call_of_a_small_component_leaves_what_others_keep(sim):
     assert moved(applied) - before < nbytes - kept + 0.2 * nbytes
 
 
+def test_what_a_call_holds_throughout_has_room_of_its_own(sim):
+    """It would lie in the way of what comes and goes."""
+    models, _, applied = two(0.3)
+    scale, seen = models["control"].scale, []
+
+    def note(*_):
+        kept = room_of(applied).slab.kept
+        seen.append(sum(it is scale for packed in kept for it in packed.tensors))
+
+    models["control"].up[1].register_forward_pre_hook(note)
+    for name in ("control", "unet", "control"):
+        call(models[name])
+    assert seen == [1, 1]
+
+
 def test_what_a_component_kept_makes_way_and_comes_again(sim):
     models = build([[8], [1], [2] * 8])
     nbytes = sum(map(weights, models.values()))

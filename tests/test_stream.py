@@ -568,7 +568,7 @@ def without_wait_for_copy(self, load):
 
 
 def without_event_after_use(self, load):
-    self.slab.give_back(load.place)
+    self.slab.give_back(load.packed, load.place)
 
 
 FAULTS = {

@@ -453,8 +453,10 @@ def test_a_component_that_was_let_go_is_free_and_was_not_replaced(sim, technique
     embeds, _ = pipe.encode_prompt("a red cat", pipe.device, 1, do_classifier_free_guidance=False)
     encoder = weakref.ref(pipe.text_encoder)
     pipe.text_encoder = None
+    kept, pipe.safety_checker = pipe.safety_checker, None
     gc.collect()
     assert encoder() is None
+    assert hookcore.status(kept).techniques
     options = {"height": 16, "width": 16, "num_inference_steps": 1, "output_type": "latent"}
     with warnings.catch_warnings(action="error"):
         pipe(prompt_embeds=embeds, guidance_scale=1.0, **options)

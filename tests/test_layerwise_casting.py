@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations
+from trained import minilm
 
 import hookcore
 from hookcore import ConflictError, Hook, HookcoreWarning, LossyRemovalError, Phase, PlanError, Technique
@@ -29,7 +30,6 @@ from hookcore.testing.modules import WeightReader, module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.layerwise_casting import LayerwiseCasting
 from hookcore_plugins.layerwise_casting.weight import CastWeight
-from tests.trained import minilm
 
 FP8 = torch.float8_e4m3fn
 DTYPES = (FP8, torch.float8_e5m2, torch.bfloat16, torch.float16)

@@ -40,10 +40,11 @@ class _Part:
     span: int
     offset: int
 
-    def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """What the tensor was when it was packed, in this memory (uint8)."""
-        flat = memory[self.start : self.start + self.span].view(self.dtype)
-        return flat.as_strided(self.shape, self.stride, self.offset + int(flat.storage_offset()))
+    def view(self, flat: torch.Tensor, begin: int) -> torch.Tensor:
+        """What the tensor was when it was packed, in flat memory of its dtype that begins at this element."""
+        return flat.as_strided(
+            self.shape, self.stride, begin + self.start // self.dtype.itemsize + self.offset
+        )
 
 
 def _lay_out(slots: Iterable[TensorSlot]) -> tuple[list[_Part], int]:
@@ -85,6 +86,7 @@ class Packed:
     """
 
     __slots__ = (
+        "_dtypes",
         "_homes",
         "_parts",
         "_versions",
@@ -100,6 +102,7 @@ class Packed:
     def __init__(self, slots: Iterable[TensorSlot], name: str = "") -> None:
         self.name = name
         self._parts, self.nbytes = _lay_out(slots)
+        self._dtypes = {part.dtype for part in self._parts}
         self.tensors = [part.tensor for part in self._parts]
         self.host = torch.empty(0, dtype=torch.uint8)
         self.is_locked = False
@@ -138,7 +141,9 @@ class Packed:
     @torch.inference_mode(False)
     def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """What each tensor is in such memory."""
-        return [part.view(memory) for part in self._parts]
+        flat = {dtype: memory.view(dtype) for dtype in self._dtypes}
+        begins = {dtype: int(it.storage_offset()) for dtype, it in flat.items()}
+        return [part.view(flat[part.dtype], begins[part.dtype]) for part in self._parts]
 
     def show(self, views: Sequence[torch.Tensor]) -> None:
         """Has the tensors hold what `views` gave."""

@@ -30,6 +30,7 @@ from hookcore.memory import (
     Group,
     GroupMover,
     Placement,
+    Room,
     StreamMover,
     Together,
     check_ties,
@@ -113,8 +114,8 @@ class GroupOffload(Technique):
         num_blocks_per_group: How many neighbouring blocks make a group, at block level.
         exclude_modules: FQNs of modules that stay on the onload device with all that is in them.
         use_stream: Whether groups are copied ahead of use on a stream of their own; None: where that can be.
-        prefetch: How many groups are copied ahead where there is no budget to fill; None for one, or a few
-            where it is "auto".
+        prefetch: How many groups may be copied ahead of use. None for as many as there is room for: in the
+            budget or, without one, room for one, or a few where it is "auto".
         memory_budget: Bytes of the device that all weights together may take, as a number, as text such as
             "6GiB", or as a share of what is free (0.5). None for as little as the prefetch needs.
         pin_groups: Which groups stay on the onload device: "first_last", "all", or a function that is called
@@ -238,8 +239,6 @@ class GroupOffload(Technique):
             onload_device=here,
             exclude_kwargs=self.exclude_kwargs,
         )
-        if self.memory_budget is not None:
-            placement.mover.needs()  # raises if that is more
         yield from placement.bindings()
 
     def _pinned(self, component: Component, groups: Sequence[Group]) -> list[Group]:
@@ -292,8 +291,6 @@ class GroupOffload(Technique):
             room = max((group.nbytes for group in groups), default=0) + _READ_AHEAD
             mover = DiskMover(groups, origins, here, room, _READ_AHEAD)
         placement = Placement(component, groups, resident, mover, here, exclude_kwargs=self.exclude_kwargs)
-        if self.memory_budget is not None:
-            mover.needs()  # raises if that is more
         yield from placement.bindings()
 
     def _mover(self, component: Component) -> GroupMover:
@@ -306,8 +303,14 @@ class GroupOffload(Technique):
         ahead = _LAYERS_AHEAD if self.offload_type == "auto" and not component.wholes else 1
         if self.prefetch is not None:
             ahead = self.prefetch
-        limit = 0 if self.low_cpu_mem_usage else None
-        return StreamMover(self.onload_device, self._budget, ahead, limit, store)
+        return StreamMover(
+            self.onload_device,
+            prefetch=ahead,
+            lock_limit=0 if self.low_cpu_mem_usage else None,
+            store=store,
+            most_ahead=self.prefetch,
+            room=Room.of(component, self, self.onload_device, self._budget),
+        )
 
     @property
     def _budget(self) -> int | None:

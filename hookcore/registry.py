@@ -311,6 +311,8 @@ def _rebind(items: Sequence[Attachment], after: Sequence[Attachment], undo: _Und
         component = item.component.afresh()
         steps.append(make_step(item.technique, component.afresh(wholes_of(component, after))))
     check_conflicts(steps, [item for item in after if item not in items])
+    for step in steps:
+        _ = step.needs  # raises if a budget is too small for it
     for item, step in zip(items, steps, strict=True):
         undo.then(partial(item.take, item.component, item.bindings, item.skipped))
         item.take(step.component, step.bindings, step.skipped)

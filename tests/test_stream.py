@@ -465,6 +465,22 @@ def test_in_no_more_memory_than_accelerates_it_takes_less_time(sim):
     assert found["ours"][1] < 0.8 * found["theirs"][1]
 
 
+@pytest.mark.parametrize("prefetch", [1, 5])
+def test_calls_may_come_on_one_stream_and_then_on_another(sim, prefetch):
+    model = build()
+    module = torch.get_device_module("sim")
+    streams = [module.current_stream(), module.Stream()]
+    with simulator.limited(strict=True):
+        applied = hookcore.apply(model, [GroupOffload("sim", prefetch=prefetch)])
+        for number in (0, 0, 1, 1, 0):
+            module.synchronize()
+            with module.stream(streams[number]):
+                call(model)
+        assert mover_of(applied).lingers == (prefetch == 5)  # else memory is allocated group by group
+        simulator.check()
+    applied.remove()
+
+
 @given(blocks=st.integers(1, 4))
 @FOR_EACH_EXAMPLE
 def test_the_smallest_budget_is_named_and_works(sim, blocks):

@@ -98,6 +98,11 @@ class CopyEngine:
         # What makes the events must not refer to the engine: in a cycle its memory would outlive it.
         self.times = PassTimes(partial(self._module.Event, enable_timing=True))
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the caller computes on another stream than until now."""
+        return bool(self._module.current_stream(self._device) != self._computing)
+
     def begin(self) -> None:
         """Has the caller's stream compute from now on."""
         stream = self._module.current_stream(self._device)

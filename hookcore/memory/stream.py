@@ -259,6 +259,8 @@ class StreamMover(GroupMover):
         try:
             if self._set_up is None:
                 self._set_up = self._make_engine()
+            if self._engine.slab.is_shared and self._engine.is_elsewhere:
+                self._drop_ahead()  # that memory belongs to the stream of the call before
             self._engine.begin()
             times = self._engine.times
             if times is not None and times.is_known:

@@ -120,6 +120,7 @@ def _plan(target: Any, techniques: Techniques, components: Iterable[str] | None)
     made = Plan(
         tuple(item for item in ordered(present) if isinstance(item, PlanStep)), left_alone=tuple(alone)
     )
+    _ = made.needs  # raises if a budget is too small for it
     return evolve(made, notes=tuple(plugins().review(made))), registry
 
 

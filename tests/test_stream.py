@@ -215,6 +215,14 @@ def test_outputs_are_those_of_the_bare_model(sim, steps, technique):
     twins.remove()
 
 
+def test_what_was_copied_ahead_is_used_on_another_stream(sim):
+    twins = Twins(GroupOffload("sim", prefetch=1))
+    for step in (twins.call, twins.call, twins.other_stream, twins.call):
+        step({})
+    twins.finish()
+    twins.remove()
+
+
 @pytest.mark.parametrize("order", [["casting", "offload"], ["offload", "casting"]])
 @pytest.mark.parametrize("budget", [None, 12_000])
 def test_bytes_of_the_storage_dtype_travel(sim, order, budget):
@@ -289,7 +297,7 @@ def test_in_the_long_run_each_group_is_copied_once_a_pass_and_nothing_is_waited_
         assert module.memory_allocated() == held
     copies = [it for it in trace.spans if it.engine == "copy in"]
     assert not [it for it in trace.spans if it.engine == "copy out"]
-    streamed = [it for it in mover._members.values() if not it.stays]
+    streamed = [it for it in mover.own.groups.values() if not it.stays]
     uses = len(mover._order._order)
     assert len(streamed) <= uses <= len(streamed) + 1  # the tied weight is used twice
     # What is in memory at the end for the pass to come was so at the beginning.
@@ -399,7 +407,7 @@ def test_the_budget_is_used_and_kept_to_the_byte(sim):
                 peaks.append(module.memory_allocated() - before)
         mover = mover_of(applied)
         assert max(peaks) <= budget
-        aligned = sum(it.packed.nbytes for it in mover._members.values())
+        aligned = sum(it.packed.nbytes for it in mover.own.groups.values())
         assert max(peaks) > min(budget, aligned) * 0.97
         applied.remove()
         assert module.memory_allocated() == before
@@ -535,7 +543,7 @@ def test_little_memory_is_locked_if_so_wished(sim, prefetch, budget, repeats):
     torch.get_device_module("sim").synchronize()
     for it in found:
         assert same_bits(it.cpu(), call(bare, "cpu"))
-    largest = max(it.packed.nbytes for it in mover_of(applied)._members.values())
+    largest = max(it.packed.nbytes for it in mover_of(applied).own.groups.values())
     assert sim.pinned_bytes() - before <= 3 * largest
     applied.remove()
     assert sim.pinned_bytes() == before
@@ -577,7 +585,7 @@ def without_wait_for_copy(self, load):
 
 
 def without_event_after_use(self, load):
-    self.slab.give_back(load.place)
+    self.slab.give_back(load.packed, load.place)
 
 
 FAULTS = {

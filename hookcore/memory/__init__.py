@@ -40,6 +40,7 @@ from hookcore.memory.packed import Packed
 from hookcore.memory.placement import Placement, moved
 from hookcore.memory.ranges import Quota, Ranges
 from hookcore.memory.reads import WatchedTensors, stop_watching, watch
+from hookcore.memory.room import Room
 from hookcore.memory.schedule import Use, pass_seconds
 from hookcore.memory.store import MemoryStore, Store
 from hookcore.memory.stream import StreamMover, has_streams
@@ -68,6 +69,7 @@ __all__ = [
     "Quota",
     "Ranges",
     "Recorder",
+    "Room",
     "Span",
     "Store",
     "StreamMover",

@@ -306,6 +306,21 @@ def test_components_in_turn_are_one_round_and_wait_for_nothing(sim, calls):
     assert all(after[name].resident_bytes > 0.1 * nbytes for name in models)
 
 
+def test_without_a_budget_what_another_component_needs_is_copied_ahead(sim):
+    models = build([[2] * 6] * 3)
+    applied = hookcore.apply(models, [GroupOffload("sim")])
+    for _ in range(4):
+        for model in models.values():
+            call(model)
+    before = counted(applied)
+    with no_waiting():
+        for _ in range(3):
+            for model in models.values():
+                call(model)
+    after = counted(applied)
+    assert all(after[name].on_demand == before[name].on_demand for name in NAMES)
+
+
 def test_where_all_fit_together_all_stay(sim):
     models, nbytes, applied = two(1.05)
     for _ in range(3):

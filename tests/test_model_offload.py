@@ -709,6 +709,15 @@ def test_shared_weights_come_once_and_stay_for_the_next_component(sim):
     assert all(model[0] is first for model in there.values())
 
 
+def test_shared_weights_stay_when_another_component_takes_over(sim):
+    there, first = tied((2, 3))
+    applied = hookcore.apply(there, [ModelOffload("sim")])
+    for model in there.values():
+        call_tied(model)
+    own = weights_of(there["denoiser"]) - weights_of(first)
+    assert counts_of(applied)["denoiser"].moved_bytes == own
+
+
 def test_a_budget_counts_shared_weights_once(sim):
     there, first = tied((3, 3))
     rounded = sum(-(-it.nbytes // 64) * 64 for model in there.values() for it in model.parameters())

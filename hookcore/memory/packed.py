@@ -8,6 +8,7 @@ import torch
 from attrs import frozen
 
 from hookcore.memory.tensors import by_memory, current_tensors, extent
+from hookcore.storage import planned_itemsize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -61,6 +62,17 @@ def _lay_out(slots: Iterable[TensorSlot]) -> tuple[list[_Part], int]:
             ]
             position += rounded(max(span, 1))  # also what is empty has a place
     return parts, position
+
+
+def packed_nbytes(slots: Iterable[TensorSlot]) -> int:
+    """Bytes that they will take side by side, in the dtypes that a plan will store them in."""
+    total = 0
+    for slot in slots:
+        for tied in by_memory(current_tensors(slot)):
+            first = min(int(it.storage_offset()) for it in tied)
+            length = max(int(it.storage_offset()) + extent(it) - first for it in tied)
+            total += rounded(max(length * planned_itemsize(tied[0]), 1))
+    return total
 
 
 def rounded(nbytes: int) -> int:

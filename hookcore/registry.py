@@ -15,7 +15,7 @@ from hookcore.enclosed import enclosing_calls, enclosing_entries, moved_outside,
 from hookcore.errors import ConcurrentCallError
 from hookcore.guard import CallLock, WeightGuard
 from hookcore.hook import overrides
-from hookcore.plan import check_conflicts, make_step, ordered, share_modules
+from hookcore.plan import check_conflicts, make_step, ordered, share_modules, with_storage
 from hookcore.replaced import ReplacedHook
 from hookcore.stack import HookStack
 from hookcore.structure import ReplanHook, Structure
@@ -311,7 +311,7 @@ def _rebind(items: Sequence[Attachment], after: Sequence[Attachment], undo: _Und
         component = item.component.afresh()
         steps.append(make_step(item.technique, component.afresh(wholes_of(component, after))))
     check_conflicts(steps, [item for item in after if item not in items])
-    for step in steps:
+    for step in with_storage(steps):
         _ = step.needs  # raises if a budget is too small for it
     for item, step in zip(items, steps, strict=True):
         undo.then(partial(item.take, item.component, item.bindings, item.skipped))

@@ -7,6 +7,7 @@ import functools
 import gc
 import pickle
 import warnings
+import weakref
 
 import diffusers
 import pytest
@@ -449,6 +450,24 @@ def test_another_model_in_the_place_of_a_component(sim, technique):
     hookcore.apply(pipe, [TECHNIQUES[technique]("sim")])
     with warnings.catch_warnings(action="error"):
         assert same_bits(case.run(pipe).cpu(), wanted)
+
+
+@OFFLOADS
+def test_a_component_that_was_let_go_is_free_and_was_not_replaced(sim, technique):
+    """As large text encoders are once they have run."""
+    pipe = pipelines.stable_diffusion().build()
+    hookcore.apply(pipe, [TECHNIQUES[technique]("sim")])
+    embeds, _ = pipe.encode_prompt("a red cat", pipe.device, 1, do_classifier_free_guidance=False)
+    encoder = weakref.ref(pipe.text_encoder)
+    pipe.text_encoder = None
+    kept, pipe.safety_checker = pipe.safety_checker, None
+    gc.collect()
+    assert encoder() is None
+    assert hookcore.status(kept).techniques
+    options = {"height": 16, "width": 16, "num_inference_steps": 1, "output_type": "latent"}
+    with warnings.catch_warnings(action="error"):
+        pipe(prompt_embeds=embeds, guidance_scale=1.0, **options)
+    hookcore.remove(pipe)
 
 
 def test_a_replaced_component_without_techniques_is_nobodys_business():

@@ -135,3 +135,12 @@ def test_a_group_comes_to_a_place_that_it_knows():
     slab.give_back(group, first)
     slab.forget(group)
     assert slab.take(group) is not first
+
+
+def test_what_lies_beyond_a_gap_is_moved():
+    slab, groups = Slab(CPU, SIZE), [Group(2 * UNIT), Group(3 * UNIT), Group(UNIT)]
+    slab.keep(groups)
+    slab.forget(groups[0])
+    assert slab.unkept(groups[1:]) == groups[1:]
+    slab.keep(groups[1:])
+    assert list(slab.kept.values()) == [SIZE - 3 * UNIT, SIZE - 4 * UNIT]

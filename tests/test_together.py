@@ -259,9 +259,9 @@ def test_what_is_shared_is_copied_for_each_use_and_known_in_advance(sim):
 def test_only_one_of_them_says_what_they_need_together(sim):
     models = build(tied_weight)
     before = torch.get_device_module("sim").memory_allocated()
-    plan = hookcore.plan(models, [GroupOffload("sim", prefetch=1)])
+    plan = hookcore.plan(models, [GroupOffload("sim", prefetch=2)])
     assert [bool(step.needs) for step in plan.steps] == [True, False, False]
-    hookcore.apply(models, [GroupOffload("sim", prefetch=1)])
+    hookcore.apply(models, [GroupOffload("sim", prefetch=2)])
     for model in models.values():
         with torch.no_grad():
             model(torch.ones(2, WIDTH))

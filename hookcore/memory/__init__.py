@@ -36,7 +36,7 @@ from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
 from hookcore.memory.mover import GroupMover, Needed
 from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
-from hookcore.memory.packed import Packed
+from hookcore.memory.packed import Packed, packed_nbytes
 from hookcore.memory.placement import Placement, moved
 from hookcore.memory.ranges import Quota, Ranges
 from hookcore.memory.reads import WatchedTensors, stop_watching, watch
@@ -47,6 +47,7 @@ from hookcore.memory.stream import StreamMover, has_streams
 from hookcore.memory.tensors import check_movable, current_tensors, is_on, move_apart
 from hookcore.memory.timeline import Recorder, Span, Timeline, record_timeline
 from hookcore.memory.together import Together
+from hookcore.storage import planned_nbytes
 
 __all__ = [
     "Checkpoint",
@@ -105,7 +106,9 @@ __all__ = [
     "origin_of",
     "origins_in",
     "origins_of_mapped",
+    "packed_nbytes",
     "pass_seconds",
+    "planned_nbytes",
     "record_timeline",
     "set_origin",
     "slots_below",

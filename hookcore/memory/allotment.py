@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=Hashable)
 
-_FOR_PIECES = 2  # sizes of the largest group; in so little room, gaps would cost more than allocating does
+_FOR_PIECES = 3  # sizes of the largest group; in so little room, gaps would cost more than allocating does
 
 
 @frozen
@@ -68,6 +68,13 @@ class Share(Generic[T]):
         coming = self.coming
         return not coming or ring - self.always >= max(coming) + min(coming)
 
+    def comes_in_pieces(self, ring: int) -> bool:
+        """Whether memory is best allocated for each group by itself, as gaps between few would cost more."""
+        if not self.has_room_for_two(ring):
+            return True
+        coming = self.coming
+        return bool(coming) and ring - self.always < _FOR_PIECES * max(coming) and min(coming) < max(coming)
+
 
 @frozen
 class Allotment(Generic[T]):
@@ -76,7 +83,7 @@ class Allotment(Generic[T]):
     Attributes:
         staying: The groups that stay, in memory of their own.
         ring: Bytes in which all others come and go.
-        in_pieces: Whether memory for these is allocated for each by itself, as there is room for hardly two.
+        in_pieces: Whether memory for these is allocated for each by itself, as there is room for few.
     """
 
     staying: tuple[T, ...]
@@ -120,9 +127,5 @@ def allot(shares: Sequence[Share[T]], *, budget: int | None, device: torch.devic
         staying = tuple(largest.held)
         room -= largest.always
     ring = room // ALIGNMENT * ALIGNMENT
-    in_pieces = any(
-        ring - (0 if staying else share.always) < _FOR_PIECES * max(share.coming)
-        for share in shares
-        if share.coming
-    )
+    in_pieces = any(share.comes_in_pieces(ring + (share.always if staying else 0)) for share in shares)
     return Allotment(staying, ring, in_pieces)

@@ -11,6 +11,7 @@ from hookcore.memory.allotment import Share
 from hookcore.memory.budget import largest_held
 from hookcore.memory.device import DeviceMover
 from hookcore.memory.grouping import Group, spanning_groups
+from hookcore.storage import planned_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Container, Iterable, Mapping
@@ -151,8 +152,9 @@ class Members:
     def expected_share(self) -> Share[Group]:
         """What they will need, before anything is attached."""
         parts = {group: group.divided() for group in self._expected_groups() if not group.is_inference}
-        fixed = sum(buffers.nbytes for _, buffers in parts.values())
-        fixed += sum(group.nbytes for needed in self._expected.values() for group in needed.resident)
+        fixed = sum(planned_nbytes(buffers.slots) for _, buffers in parts.values())
+        resident = [group for needed in self._expected.values() for group in needed.resident]
+        fixed += sum(planned_nbytes(group.slots) for group in resident)
         sizes = {group: self.store.nbytes(mine) for group, (mine, _) in parts.items() if mine.slots}
         return Share(self.what, sizes, self._spanning(sizes), fixed, self._prefetch)
 
@@ -164,8 +166,8 @@ class Members:
     @property
     def uncounted_bytes(self) -> int:
         """Bytes that a call needs besides: of tensors made in inference mode."""
-        uncounted = {group: group.nbytes for group in self._expected_groups() if group.is_inference}
-        return largest_held(uncounted)[0]
+        uncounted = [group for group in self._expected_groups() if group.is_inference]
+        return largest_held({group: planned_nbytes(group.slots) for group in uncounted})[0]
 
     def _expected_groups(self) -> list[Group]:
         return [group for needed in self._expected.values() for group in needed.groups]

@@ -78,7 +78,9 @@ class Slab:
             start = self.ranges.take(packed.nbytes)
         if start is None:
             return None
-        known = self._places.setdefault(packed, {})
+        known = self._places.get(packed)
+        if known is None:
+            known = self._places[packed] = {}
         found = known.get(start)
         if found is None:
             if len(known) == _PLACES_KEPT:
@@ -220,7 +222,6 @@ def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
-@torch.inference_mode(False)
 def _make_place(packed: Packed, start: int, memory: torch.Tensor) -> Place:
     views = packed.views(memory)
     return Place(start, memory, views, [view.data_ptr() for view in views])

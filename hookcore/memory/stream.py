@@ -66,8 +66,7 @@ class StreamMover(GroupMover):
         lock_limit: Bytes of host memory that may be locked; None for a share of what is free.
         store: Where parameters lie between calls; None for host memory that is locked within that limit.
         most_ahead: How many groups may be copied ahead of use; None for as many as there is room for.
-        in_pieces: Whether memory is there only while a group is; it is anyway where there is room for hardly
-            two.
+        in_pieces: Whether memory is there only while a group is; it is anyway where there is room for few.
         room: The memory, with a budget of its own, that it has in turn with others; None for one of its own.
 
     Attributes:
@@ -516,7 +515,8 @@ class StreamMover(GroupMover):
             wraps: Whether another pass like this one follows.
             most: How many groups may be copied ahead of use; None for as many as there is room for.
         """
-        loads = []
+        loads: list[Load] = []
+        nbytes = 0
         engine, order, ahead, kept = self._engine, self._order, self._ahead, self._kept
         limits = (most, self._most_ahead, _AHEAD_OF_A_GUESS if order.is_guess else None)
         most = min((it for it in limits if it is not None), default=len(self._own.groups))
@@ -533,11 +533,12 @@ class StreamMover(GroupMover):
                     break
                 (kept if member.packed in engine.slab.kept else ahead)[group] = load
                 loads.append(load)
+                nbytes += member.packed.nbytes
             self._reach += 1
         if loads:
             engine.copy(loads)
             self._counts.copies += len(loads)
-            self._counts.moved_bytes += sum(load.packed.nbytes for load in loads)
+            self._counts.moved_bytes += nbytes
         return group is None and not order.is_lost
 
     def _give_back(self, group: Group, load: Load) -> None:

@@ -138,7 +138,8 @@ class DiskOffload(Technique):
         streamed = [group for group in groups if group not in set(resident)]
         if budget is None:
             budget = largest_held(costs)[0] + self.read_ahead
-        mover = DiskMover(streamed, origins, self.execution_device, budget, self.read_ahead)
+        whole = sum(costs.values())
+        mover = DiskMover(streamed, origins, self.execution_device, budget, self.read_ahead, whole=whole)
         return Placement(component, streamed, resident, mover, self.execution_device).bindings()
 
     def _origins(self, component: Component) -> dict[TensorSlot, Origin]:

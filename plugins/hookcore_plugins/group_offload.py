@@ -289,7 +289,8 @@ class GroupOffload(Technique):
             yield from Placement(component, [], resident, beside, here).bindings()
             resident = []
             room = max((group.nbytes for group in groups), default=0) + _READ_AHEAD
-            mover = DiskMover(groups, origins, here, room, _READ_AHEAD)
+            whole = sum(group.nbytes for group in groups)
+            mover = DiskMover(groups, origins, here, room, _READ_AHEAD, whole=whole)
         placement = Placement(component, groups, resident, mover, here, exclude_kwargs=self.exclude_kwargs)
         yield from placement.bindings()
 

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookcore.memory import DeviceMover, Group, Packed, current_tensors, move_apart
+from hookcore.memory import (
+    DeviceMover,
+    Group,
+    Packed,
+    current_tensors,
+    move_apart,
+    packed_nbytes,
+    planned_nbytes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,15 +68,15 @@ class Part:
 
     @property
     def size(self) -> int:
-        """What `nbytes` is when it is attached."""
+        """What `nbytes` will be when it is attached."""
         uncounted = [slot for slot in self._slots if any(it.is_inference() for it in current_tensors(slot))]
-        packed = Packed([slot for slot in self._slots if slot not in uncounted])
-        return packed.nbytes + sum(slot.nbytes for slot in uncounted)
+        packed = [slot for slot in self._slots if slot not in uncounted]
+        return packed_nbytes(packed) + planned_nbytes(uncounted)
 
     @property
     def staying(self) -> int:
         """Bytes of what stays on the device."""
-        return self._buffers.nbytes
+        return planned_nbytes(self._buffers.slots)
 
     @property
     def locked(self) -> int:

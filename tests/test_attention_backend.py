@@ -1022,7 +1022,7 @@ def test_flash_attn_and_sage_are_called_as_they_want(drawn):
                 same_as_torch(name, drawn)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(calls(), st.sampled_from(["math", "flash", "flex", "chunked"]))
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_torchs_kernels_compute_the_same(drawn, name):

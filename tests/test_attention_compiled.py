@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import _get_current_function_mode_stack
 
 import hookcore
 from hookcore import AttentionFunction, ConflictError
@@ -112,9 +113,9 @@ def eager_bert():
 @pytest.mark.parametrize(
     ("make", "backend", "compiler"),
     [
-        (unet, "flex", "eager"),
-        (bert, "flash", "aot_eager"),
-        (gpt2, "chunked", "aot_eager"),
+        (unet, "flash", "eager"),
+        (bert, "chunked", "aot_eager"),
+        (gpt2, "flex", "aot_eager"),
         *(
             pytest.param(
                 flux,
@@ -175,7 +176,7 @@ def test_what_the_library_was_told_does_not_matter(told, brought):
 # With others, coming and going
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.data())
 def test_it_goes_with_all_others_in_any_order(data):
     with pytest.MonkeyPatch.context() as patch:
@@ -259,6 +260,7 @@ def test_what_is_suspended_around_compiled_code_is_on_again_after_it():
     def call():
         before = scaled_dot_product_attention(X, X, X)
         with suspended():
+            assert not _get_current_function_mode_stack()  # nor does it slow anything down
             bare = scaled_dot_product_attention(X, X, X)
             inner = redirected(asked("inner"), scaled_dot_product_attention, X, X, X)
         return before, bare, inner, scaled_dot_product_attention(X, X, X)
@@ -374,11 +376,11 @@ def test_the_operators_are_what_torch_wants_of_operators(drawn):
     )
 
 
-@settings(max_examples=5, deadline=None)
-@given(shapes(), st.booleans())
-def test_chunked_attention_is_the_same_compiled_with_gradients(drawn, dynamic):
-    torch._dynamo.reset()
-    q, k, v, mask, causal, scale, _ = inputs_of(drawn)
+@pytest.mark.parametrize(
+    ("mask", "causal", "dynamic"), [(None, True, False), ("bool", False, True), ("learned", True, True)]
+)
+def test_chunked_attention_is_the_same_compiled_with_gradients(mask, causal, dynamic):
+    q, k, v, mask, causal, scale, _ = inputs_of(((2, 3, 2, 6, 5), mask, causal, 0))
     inputs = [q.flatten(1, 2), k.repeat_interleave(q.shape[2], 1), v.repeat_interleave(q.shape[2], 1)]
     inputs = [it.detach().requires_grad_() for it in inputs]
     if mask is not None:

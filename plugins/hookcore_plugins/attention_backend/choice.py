@@ -112,7 +112,12 @@ class Choice:
 
 
 def _casts_automatically(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device: str) -> bool:  # which torch.compile cannot ask before torch 2.13
+    return torch.amp.is_autocast_available(device)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

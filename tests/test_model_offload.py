@@ -719,6 +719,16 @@ def test_shared_weights_stay_when_another_component_takes_over(sim):
     assert counts_of(applied)["denoiser"].moved_bytes == own
 
 
+def test_a_component_that_is_given_back_has_shared_weights_on_the_host(sim):
+    there = stacks((2, 2))
+    there["denoiser"][0].weight = there["text"][0].weight
+    hookcore.apply(there, [ModelOffload("sim")])
+    expected = call(there["text"]).cpu()
+    call(there["denoiser"])
+    hookcore.remove(there["text"])
+    assert same_bits(call(there["text"]), expected)
+
+
 def test_a_budget_counts_shared_weights_once(sim):
     there, first = tied((3, 3))
     rounded = sum(-(-it.nbytes // 64) * 64 for model in there.values() for it in model.parameters())

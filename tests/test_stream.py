@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import subprocess
+import sys
 from unittest.mock import patch
 
 import pytest
@@ -561,6 +563,23 @@ def test_a_model_may_go_away_with_its_hooks_on(sim, budget):
     gc.collect()
     sim.check()
     assert (module.memory_allocated(), sim.pinned_bytes()) == before
+
+
+def test_a_program_may_end_with_hooks_on():
+    program = """if True:
+        import torch
+        import hookcore
+        import hookcore.testing.simulator as sim
+        from hookcore_plugins import GroupOffload
+
+        sim.install(devices=1)
+        model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(20)))
+        hookcore.apply(model, [GroupOffload("sim", memory_budget=2000)])
+        with torch.no_grad():
+            for _ in range(5):
+                model(torch.zeros(1, 8))
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_options_that_cannot_be_are_refused():

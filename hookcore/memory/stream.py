@@ -109,8 +109,9 @@ class StreamMover(GroupMover):
 
     def __del__(self) -> None:
         # A model that goes away with its hooks on: copies to memory that goes with it may still be under way.
+        # As the interpreter ends, torch aborts where it is asked to wait, and the process takes all with it.
         engine = self._room.engine
-        if engine is not None and not sys.is_finalizing():  # else all memory goes, and the device with it
+        if engine is not None and not sys.is_finalizing():
             engine.synchronize()
             for group, member in self._own.groups.items():
                 load = self._ahead.get(group) or self._kept.get(group) or member.in_use

@@ -709,6 +709,26 @@ def test_shared_weights_come_once_and_stay_for_the_next_component(sim):
     assert all(model[0] is first for model in there.values())
 
 
+def test_shared_weights_stay_when_another_component_takes_over(sim):
+    there = stacks((2, 2))
+    there["denoiser"][0].weight = there["text"][0].weight
+    applied = hookcore.apply(there, [ModelOffload("sim")])
+    for model in there.values():
+        call(model)
+    own = weights_of(there["denoiser"]) - there["text"][0].weight.nbytes
+    assert counts_of(applied)["denoiser"].moved_bytes == own
+
+
+def test_a_component_that_is_given_back_has_shared_weights_on_the_host(sim):
+    there = stacks((2, 2))
+    there["denoiser"][0].weight = there["text"][0].weight
+    hookcore.apply(there, [ModelOffload("sim")])
+    expected = call(there["text"]).cpu()
+    call(there["denoiser"])
+    hookcore.remove(there["text"])
+    assert same_bits(call(there["text"]), expected)
+
+
 def test_a_budget_counts_shared_weights_once(sim):
     there, first = tied((3, 3))
     rounded = sum(-(-it.nbytes // 64) * 64 for model in there.values() for it in model.parameters())

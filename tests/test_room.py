@@ -75,6 +75,10 @@ def room_of(applied):
     return hook_of(applied)._placement.mover._room
 
 
+def movers_of(applied):
+    return [hook_of(applied, at)._placement.mover for at in range(3)]
+
+
 def counted(applied):
     return {entry.component: entry.counted for entry in applied.run_report().entries}
 
@@ -319,6 +323,16 @@ def test_without_a_budget_what_another_component_needs_is_copied_ahead(sim):
                 call(model)
     after = counted(applied)
     assert all(after[name].on_demand == before[name].on_demand for name in NAMES)
+    # Nothing is copied in vain, and the next component's first layers are on their way.
+    streamed = sum(packed.nbytes for mover in movers_of(applied) for packed in mover.coming)
+    assert moved(applied) - sum(it.moved_bytes for it in before.values()) <= 3 * streamed
+    assert [bool(mover._ahead) for mover in movers_of(applied)] == [True, False, False]
+    seen = []
+    models["unet"].up[1].register_forward_pre_hook(
+        lambda *_: seen.append(movers_of(applied)[0]._ahead.copy())
+    )
+    call(models["unet"])  # another one than expected
+    assert seen == [{}]
 
 
 def test_where_all_fit_together_all_stay(sim):
@@ -474,9 +488,8 @@ def test_a_component_whose_weights_change_within_a_call_of_another(sim):
     for ours, theirs in zip(models["control"].parameters(), bare["control"].parameters(), strict=True):
         with torch.no_grad():
             theirs.copy_(ours.cpu())
-    for _ in range(3):
-        for name, model in models.items():
-            assert same_bits(call(model).cpu(), call(bare[name], "cpu"))
+    for name in ("unet", "control") * 3:
+        assert same_bits(call(models[name]).cpu(), call(bare[name], "cpu"))
     applied.remove()
 
 

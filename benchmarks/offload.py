@@ -416,7 +416,7 @@ def _rival_row(setting: Setting, rival: Rival) -> tuple[str, ...]:
 def _show_cost(cost: dict[str, dict[str, Cost]]) -> None:
     for where, found in cost.items():
         own = "free" if where == "free" else "simulated, at tens of us an operation"
-        print(f"\nPython: real us of a call of a leaf above a plain call, the device's own work {own}\n")
+        print(f"\nPython: us of CPU a call of a leaf, above a plain call's; the device's own work {own}\n")
         rows = [(name, f"{it.median:.1f}", f"{it.minimum:.1f}") for name, it in found.items()]
         print("\n".join(columns([("", "median", "minimum"), *rows])))
 

@@ -306,6 +306,21 @@ def test_components_in_turn_are_one_round_and_wait_for_nothing(sim, calls):
     assert all(after[name].resident_bytes > 0.1 * nbytes for name in models)
 
 
+def test_without_a_budget_what_another_component_needs_is_copied_ahead(sim):
+    models = build([[2] * 6] * 3)
+    applied = hookcore.apply(models, [GroupOffload("sim")])
+    for _ in range(4):
+        for model in models.values():
+            call(model)
+    before = counted(applied)
+    with no_waiting():
+        for _ in range(3):
+            for model in models.values():
+                call(model)
+    after = counted(applied)
+    assert all(after[name].on_demand == before[name].on_demand for name in NAMES)
+
+
 def test_where_all_fit_together_all_stay(sim):
     models, nbytes, applied = two(1.05)
     for _ in range(3):
@@ -328,6 +343,21 @@ def test_a_call_of_a_small_component_leaves_what_others_keep(sim):
     before = moved(applied)
     call(models["unet"])
     assert moved(applied) - before < nbytes - kept + 0.2 * nbytes
+
+
+def test_what_a_call_holds_throughout_has_room_of_its_own(sim):
+    """It would lie in the way of what comes and goes."""
+    models, _, applied = two(0.3)
+    scale, seen = models["control"].scale, []
+
+    def note(*_):
+        kept = room_of(applied).slab.kept
+        seen.append(sum(it is scale for packed in kept for it in packed.tensors))
+
+    models["control"].up[1].register_forward_pre_hook(note)
+    for name in ("control", "unet", "control"):
+        call(models[name])
+    assert seen == [1, 1]
 
 
 def test_what_a_component_kept_makes_way_and_comes_again(sim):

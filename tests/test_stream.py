@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import subprocess
+import sys
 from unittest.mock import patch
 
 import pytest
@@ -561,6 +563,24 @@ def test_a_model_may_go_away_with_its_hooks_on(sim, budget):
     gc.collect()
     sim.check()
     assert (module.memory_allocated(), sim.pinned_bytes()) == before
+
+
+def test_a_process_ends_with_techniques_on():
+    program = """
+import torch, hookcore, hookcore_plugins
+import hookcore.testing.simulator as sim
+torch.set_num_threads(1)
+sim.install()
+models = {}
+for name in ("GroupOffload", "SequentialOffload", "ModelOffload"):
+    models[name] = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(20)))
+    hookcore.apply(models[name], [getattr(hookcore_plugins, name)("sim")])
+    with torch.no_grad():
+        for _ in range(2):
+            models[name](torch.zeros(1, 64))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_options_that_cannot_be_are_refused():

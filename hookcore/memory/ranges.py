@@ -47,13 +47,11 @@ class Ranges:
                 return start
         return None
 
-    def take_at(self, start: int, size: int) -> None:
-        """Lends a range that is free."""
-        free = self._free
-        index = bisect.bisect(free, (start, self.size)) - 1
-        first, last = free[index]
-        stop = start + size
-        free[index : index + 1] = [it for it in ((first, start), (stop, last)) if it[0] < it[1]]
+    def take_from(self, start: int) -> None:
+        """Lends what is free from somewhere on, up to where something else is lent."""
+        index = bisect.bisect(self._free, (start, self.size)) - 1
+        first, _ = self._free[index]
+        self._free[index : index + 1] = [(first, start)] if first < start else []
 
     def give_back(self, start: int, size: int) -> None:
         """Takes a range back that was lent."""

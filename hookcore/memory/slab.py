@@ -115,7 +115,7 @@ class Slab:
         for packed in wanted:
             if packed not in self.kept:
                 end -= packed.nbytes
-                self.ranges.take_at(end, packed.nbytes)
+                self.ranges.take_from(end)
                 self.kept[packed] = end
         self.ranges.large = self.size + 1 if large is None else large
 

@@ -14,6 +14,7 @@ FSDP's and DeepSpeed ZeRO-Infinity's (Rajbhandari et al., 2021).
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,10 +109,10 @@ class StreamMover(GroupMover):
 
     def __del__(self) -> None:
         # A model that goes away with its hooks on: copies to memory that goes with it may still be under way.
+        # As the interpreter ends, torch aborts where it is asked to wait, and the process takes all with it.
         engine = self._room.engine
-        if engine is not None:
-            with contextlib.suppress(Exception):  # as the interpreter ends, there may be no device any more
-                engine.synchronize()
+        if engine is not None and not sys.is_finalizing():
+            engine.synchronize()
             for group, member in self._own.groups.items():
                 load = self._ahead.get(group) or self._kept.get(group) or member.in_use
                 engine.slab.leave(member.packed, None if load is None else load.place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -40,7 +41,7 @@ class Load:
 
     def __del__(self) -> None:
         """Has memory be used again only after its copy and its use."""
-        if self.made_on is None:
+        if self.made_on is None or sys.is_finalizing():
             return
         self.made_on.wait_event(self.ready)
         if self.used_on is not None and self.used_on != self.made_on:

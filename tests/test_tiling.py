@@ -338,7 +338,7 @@ def test_cores_cover_every_pixel_once():
         grid = Grid(cut(*axis), cut(*axis))
         count = torch.zeros(1, 1, 2 * axis[0], 2 * axis[0])
         for tile in grid.tiles:
-            grid.core_of(tile, tile.of(count, Fraction(2))).add_(1)
+            grid.in_core(tile, tile.of(count, Fraction(2))).add_(1)
         assert (count == 1).all()
 
 

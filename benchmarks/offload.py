@@ -30,7 +30,7 @@ from tqdm import tqdm
 import hookcore.memory.stream
 import hookcore.testing.simulator as sim
 from hookcore import BudgetError
-from hookcore.memory import Use, choose_layout
+from hookcore.memory import Layout, Use, choose_layout
 from hookcore_plugins.demo.draw import columns
 from hookcore_plugins.demo.run import about_machine
 
@@ -219,11 +219,14 @@ def _run_rival(setting: Setting, ratio: float, name: str, others: list[Rival]) -
 
 def _run_ours(setting: Setting, ratio: float, share: float, budget: int, tries: int = 0) -> Ours:
     """Runs hookcore, and looks for a better choice of residents than it made."""
-    asked: list[tuple[list[Use[Any]], int]] = []
+    chosen: list[tuple[Layout[Any] | None, list[Use[Any]], int]] = []
+    asked: dict[str, Any] = {}
 
-    def noting(uses: list[Use[Any]], room: int, least_ring: int = 0) -> Any:
-        asked.append((uses, room))
-        return choose_layout(uses, room, least_ring)
+    def noting(uses: list[Use[Any]], room: int, least_ring: int, **options: Any) -> Layout[Any] | None:
+        layout = choose_layout(uses, room, least_ring, **options)
+        chosen.append((layout, uses, room))
+        asked.update(options)
+        return layout
 
     with patch.object(hookcore.memory.stream, "choose_layout", noting):
         try:
@@ -234,9 +237,9 @@ def _run_ours(setting: Setting, ratio: float, share: float, budget: int, tries: 
                 raise
             budget = int(least[1])
             run = run_way(setting, ratio, ways.with_hookcore(budget))
-    if not asked or not tries:
+    if not chosen or not tries:
         return Ours(share, budget, run)
-    expected, optimum = climb(*asked[-1], tries)
+    expected, optimum = climb(*chosen[-1], tries, **asked)
     return Ours(share, budget, run, optimum=optimum, expected=expected)
 
 

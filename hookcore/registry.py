@@ -17,6 +17,7 @@ from hookcore.errors import ConcurrentCallError
 from hookcore.guard import CallLock, WeightGuard
 from hookcore.hook import overrides
 from hookcore.plan import check_conflicts, make_step, ordered, share_modules
+from hookcore.replaced import ReplacedHook
 from hookcore.stack import HookStack
 from hookcore.structure import ReplanHook, Structure
 
@@ -337,7 +338,11 @@ def _entries(item: Attachment) -> list[Key]:
 
 
 def _hooked_entries(item: Attachment) -> list[Key]:
-    return [*item.hooks_at, *(_entries(item) if item.technique.replans else ())]
+    return [*item.hooks_at, *_entries(item)]
+
+
+def _techniques_on(module: nn.Module) -> list[str]:
+    return [item.technique.name for item in _LIVE if item.attached and item.component.module is module]
 
 
 def _share_locks(attachments: Iterable[Attachment]) -> None:
@@ -378,11 +383,9 @@ def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> Non
             if hook.swaps_weights:
                 hooks_at[key] = (guards[needed_at[key][0].lock], *hooks)
                 break
-    for key, replanning in _replanning(attachments, enclosing).items():
-        structures = tuple(item.structure for item in replanning if item.structure is not None)
-        hook = ReplanHook(key[1], structures, partial(_replan, replanning[0].component))
-        hooks_at[key] = (hook, *hooks_at.get(key, ()))
-        needed_at[key] = (*needed_at.get(key, ()), *replanning)
+    for key, outermost, items in _for_whole_components(attachments, enclosing):
+        hooks_at[key] = (outermost, *hooks_at.get(key, ()))
+        needed_at[key] = (*needed_at.get(key, ()), *items)
     for key, hooks in hooks_at.items():
         HookStack.set(*key, hooks, keeps_alive=needed_at[key])
     for key in hooked:
@@ -390,16 +393,28 @@ def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> Non
             HookStack.set(*key, ())
 
 
-def _replanning(
+def _for_whole_components(
+    attachments: Sequence[Attachment], enclosing: Mapping[nn.Module, list[Key]]
+) -> Iterator[tuple[Key, Hook, list[Attachment]]]:
+    """Hooks that look what has become of components, at the calls by users, and for what attachments."""
+    replanning = [item for item in attachments if item.technique.replans]
+    for key, items in _called_by_users(replanning, enclosing).items():
+        structures = tuple(item.structure for item in items if item.structure is not None)
+        yield key, ReplanHook(key[1], structures, partial(_replan, items[0].component)), items
+    for key, items in _called_by_users(attachments, enclosing).items():
+        if names := dict.fromkeys(it for item in items if (it := item.component.target.attributes)):
+            yield key, ReplacedHook(names, _techniques_on), items
+
+
+def _called_by_users(
     attachments: Iterable[Attachment], enclosing: Mapping[nn.Module, list[Key]]
 ) -> dict[Key, list[Attachment]]:
-    """By entry of their components, what is bound anew when these have changed."""
+    """The attachments by the entries of their components, or the calls that enclose these."""
     found: dict[Key, list[Attachment]] = {}
     for item in attachments:
-        if item.technique.replans:
-            for key in _entries(item):
-                for place in enclosing.get(key[0], [key]):
-                    found.setdefault(place, []).append(item)
+        for key in _entries(item):
+            for place in enclosing.get(key[0], [key]):
+                found.setdefault(place, []).append(item)
     return found
 
 

@@ -12,6 +12,7 @@ from attrs import field, frozen
 from torch import nn
 
 from hookcore.errors import PlanError, UnsupportedModelError
+from hookcore.replaced import Names
 from hookcore.run_end import call_after
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Target:
         absent: What a user may take for a component, by name, and why it is none.
         at_run_end: Has a function be called at the end of each run, until the function that it returns is
             called. None if the target does not tell when a run ends.
+        attributes: What the components were when they were opened, if they are attributes of an object.
         shared: Where a technique keeps what its bindings to several components share, such as who of them
             is in memory; under a key of its own, best the technique itself.
     """
@@ -72,6 +74,7 @@ class Target:
     at_run_end: Callable[[Callable[[], object]], Callable[[], object]] | None = field(
         default=None, kw_only=True, repr=False
     )
+    attributes: Names | None = field(default=None, kw_only=True, repr=False)
     shared: dict[Any, Any] = field(factory=dict, repr=False)
 
 
@@ -314,12 +317,14 @@ def open_components(
         together = Target(tuple(chosen))
     else:
         ends = opened.run_end
+        can_be_watched = type(target).__weakrefoffset__ != 0  # without being kept alive
         together = Target(
             tuple(chosen),
             sequence=tuple(name for name in opened.sequence if name in chosen),
             denoisers=opened.denoisers,
             absent=opened.absent,
             at_run_end=None if ends is None else partial(call_after, weakref.ref(target), ends),
+            attributes=Names(target, {name: modules[name] for name in chosen}) if can_be_watched else None,
         )
     return {name: Component(name, modules[name], describe, together) for name in chosen}
 

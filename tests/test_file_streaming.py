@@ -298,7 +298,7 @@ class Twins:
         mover = mover_of(self.model)
         here = {id(it): it.nbytes for it in self.model.parameters() if it.device.type == "sim"}
         if self.technique.memory_budget is not None:
-            assert sum(here.values()) + mover._engine.slab.memory.nbytes <= self.technique.memory_budget
+            assert sum(here.values()) + mover._engine.slab.size <= self.technique.memory_budget
         mover._store._reader._workers.finish()
         gc.collect()  # reads that failed are in cycles with their tracebacks
         assert simulator.pinned_bytes() <= pinned_room(self.model, self.technique.read_ahead)

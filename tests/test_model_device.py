@@ -139,7 +139,10 @@ def test_a_memory_format_is_taken():
     assert model.inner.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+WAYS_TO_COPY = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+
+
+@pytest.mark.parametrize("way", WAYS_TO_COPY)
 @OFFLOADS
 def test_copies_tell_their_own(sim, offload, way):
     model = build()
@@ -159,6 +162,9 @@ def test_with_casting_that_answers_for_the_dtype(sim, order, removed):
     assert model.device.type == model.inner.device.type == "sim"
     assert model.dtype == model.inner.dtype == torch.float32
     call(model)
+    for way in WAYS_TO_COPY:
+        copied = way(model)
+        assert type(copied) is type(copied.inner) is Told
     for at in removed:
         handles[at].remove()
     before.assert_restored(model)

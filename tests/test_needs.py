@@ -45,6 +45,10 @@ def run(case, model, times):
     del arguments, args, kwargs
 
 
+def mover_of(model):
+    return hookcore.status(model).attachments[0].bindings[0].hook._placement.mover
+
+
 def lost(model):
     """What packing may add to weights: each begins at a multiple of 64 bytes."""
     return 64 * (1 + len(list(model.parameters())))
@@ -82,7 +86,9 @@ def test_streaming_takes_what_the_plan_says(sim, case, options, passes):
     hookcore.apply(model, [technique])
     run(case, model, passes)
     found = taken(before)
-    if technique.memory_budget is None:
+    if mover_of(model).lingers is False:  # memory is there only while it is used
+        assert found <= nbytes
+    elif technique.memory_budget is None:
         assert found == nbytes
     else:  # as more of it stays, less of it is rounded up
         assert nbytes - lost(model) <= found <= nbytes <= technique.memory_budget + lost(model)
@@ -135,7 +141,9 @@ def test_not_even_for_a_moment_do_they_take_more(sim, widths, blocks, technique)
     nbytes = needed(model, technique)
     applied = hookcore.apply(model, [technique])
     peak = module().memory_allocated() - before + peak_of(model, x)
-    assert nbytes - lost(model) <= peak <= nbytes + activations
+    assert peak <= nbytes + activations
+    if mover_of(model).lingers:
+        assert peak >= nbytes - lost(model)
     applied.remove()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from unittest.mock import patch
 
 import pytest
@@ -15,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import hookcore
 from hookcore import BudgetError
-from hookcore.memory import engine, host
+from hookcore.memory import choose_layout, engine, host, stream
 from hookcore.testing import simulator
 from hookcore.testing.modules import Counter
 from hookcore.testing.snapshot import same_bits
@@ -191,7 +192,7 @@ class Twins:
     def bytes_on_device(self):
         tensors = (*self.model.parameters(), *self.model.buffers())
         here = {id(it): it.nbytes for it in tensors if it.device.type == "sim"}
-        return sum(here.values()) + mover_of(self.applied)._engine.slab.memory.nbytes
+        return sum(here.values()) + mover_of(self.applied)._engine.slab.size
 
     def remove(self):
         self.applied.remove()
@@ -211,6 +212,14 @@ def test_outputs_are_those_of_the_bare_model(sim, steps, technique):
     twins.finish()
     if technique.memory_budget is not None:
         assert twins.bytes_on_device() <= technique.memory_budget
+    twins.remove()
+
+
+def test_what_was_copied_ahead_is_used_on_another_stream(sim):
+    twins = Twins(GroupOffload("sim", prefetch=1))
+    for step in (twins.call, twins.call, twins.other_stream, twins.call):
+        step({})
+    twins.finish()
     twins.remove()
 
 
@@ -314,6 +323,55 @@ def test_the_next_group_is_copied_while_one_computes(sim):
     assert durations[1] < 0.8 * durations[0]
 
 
+link = st.sampled_from([0.5, 1.0, 2.0])
+widths = st.lists(st.integers(1, 12).map(lambda it: 16 * it), min_size=3, max_size=14)
+
+
+def chain(widths):
+    """Linear layers of these widths, without biases."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pairs = itertools.pairwise([*widths, widths[0]])
+        return nn.Sequential(*(nn.Linear(*pair, bias=False) for pair in pairs))
+
+
+@settings(FOR_EACH_EXAMPLE, max_examples=15)
+@given(widths, link, st.floats(0.05, 0.9), st.none() | st.integers(1, 3))
+def test_a_pass_takes_as_long_as_the_layout_says(sim, widths, link, share, prefetch):
+    model = chain(widths)
+    total, rows, flops = weights(model), 64, 1e9
+    computing = 2 * rows * sum(it.numel() for it in model.parameters()) / flops
+    profile = simulator.DeviceProfile(
+        name="without waits of the host",
+        launch_latency=1e-9,
+        flops_32=flops,
+        host_to_device=total / (link * computing),
+    )
+    layouts = []
+
+    def noting(*args, **options):
+        layouts.append(choose_layout(*args, **options))
+        return layouts[-1]
+
+    least = max(it.nbytes for it in model.parameters())
+    budget = max(least, int(share * total))
+    x = torch.ones(rows, widths[0], device="sim")
+    with sim.limited(profile=profile), patch.object(stream, "choose_layout", noting), torch.no_grad():
+        applied = hookcore.apply(model, [GroupOffload("sim", memory_budget=budget, prefetch=prefetch)])
+        for _ in range(20):  # as many as it may take until passes repeat
+            model(x)
+        module = torch.get_device_module("sim")
+        module.synchronize()
+        begun = sim.now()
+        for _ in range(16):
+            model(x)
+        module.synchronize()
+        taken = (sim.now() - begun) / 16
+    applied.remove()
+    if layouts:
+        assert taken == pytest.approx(layouts[0].seconds, rel=0.02)
+
+
 def test_ways_to_call_are_known_again(sim):
     model = build()
     applied = hookcore.apply(model, [GroupOffload("sim")])
@@ -355,6 +413,65 @@ def test_the_budget_is_used_and_kept_to_the_byte(sim):
         del x
 
 
+@FOR_EACH_EXAMPLE
+@given(widths, st.integers(0, 3))
+def test_no_more_groups_are_there_than_may_be_copied_ahead_and_the_one_in_use(sim, widths, prefetch):
+    model = chain(widths)
+    sizes = [it.nbytes for it in model.parameters()]
+    module = torch.get_device_module("sim")
+    x = torch.ones(1, widths[0], device="sim")
+    before = module.memory_allocated()
+    applied = hookcore.apply(model, [GroupOffload("sim", prefetch=prefetch)])
+    found = []
+    linear = nn.functional.linear
+
+    def counting(*args):
+        found.append(module.memory_allocated() - before)
+        return linear(*args)
+
+    with torch.no_grad(), patch.object(nn.functional, "linear", counting):
+        for _ in range(4):
+            model(x)
+    in_pieces = not mover_of(applied).lingers
+    for number, nbytes in enumerate(found[-len(sizes) :]):
+        window = [sizes[(number + ahead) % len(sizes)] for ahead in range(min(prefetch + 1, len(sizes)))]
+        if in_pieces:
+            assert nbytes <= sum(window) + 4 * 2 * max(widths)  # an input, and that of the one before
+        assert nbytes >= sizes[number]
+        if len(window) == 2 and sum(window) <= mover_of(applied)._engine.slab.size:
+            assert nbytes >= sum(window)
+    applied.remove()
+
+
+def test_in_no_more_memory_than_accelerates_it_takes_less_time(sim):
+    """Layers of unequal size, with activations that are largest where weights are small."""
+    accelerate = pytest.importorskip("accelerate")
+    device = torch.get_device_module("sim")
+    x = torch.ones(512, 64, device="sim")
+    found = {}
+    for name in ("ours", "theirs"):
+        layers = [nn.Linear(*pair) for pair in itertools.pairwise([64, 512, 512, 64, 1024, 64])]
+        model = nn.Sequential(*itertools.chain.from_iterable((it, nn.ReLU()) for it in layers))
+        if name == "ours":
+            largest = max(weights(it) for it in layers)
+            technique = GroupOffload("sim", offload_type="leaf_level", memory_budget=largest)
+            hookcore.apply(model, [technique])
+        else:
+            accelerate.cpu_offload(model, torch.device("sim"))
+        with torch.no_grad():
+            for _ in range(2):
+                model(x)
+            device.synchronize()
+            device.reset_peak_memory_stats()
+            begun, before = sim.now(), device.memory_allocated()
+            model(x)
+            device.synchronize()
+        found[name] = device.max_memory_allocated() - before, sim.now() - begun
+        del model
+    assert found["ours"][0] <= found["theirs"][0]
+    assert found["ours"][1] < 0.8 * found["theirs"][1]
+
+
 @given(blocks=st.integers(1, 4))
 @FOR_EACH_EXAMPLE
 def test_the_smallest_budget_is_named_and_works(sim, blocks):
@@ -374,7 +491,7 @@ def test_a_share_of_what_is_free_is_a_budget(sim):
         model = build()
         applied = hookcore.apply(model, [GroupOffload("sim", memory_budget=0.02)])
         call(model)
-        slab = mover_of(applied)._engine.slab.memory.nbytes
+        slab = mover_of(applied)._engine.slab.size
     assert 10_000 < slab <= 20_000
 
 

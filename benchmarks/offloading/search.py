@@ -5,42 +5,61 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, TypeVar
 
-from hookcore.memory import Layout, Use, choose_layout, pass_seconds
+from hookcore.memory import Quota, Ranges, Use, pass_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Collection, Hashable, Sequence
+
+    from hookcore.memory import Layout
 
     T = TypeVar("T", bound=Hashable)
 
 _FLIPS = 4
 
 
-def climb(uses: Sequence[Use[T]], room: int, tries: int, seed: int = 0) -> tuple[float, float]:
-    """Improves what `choose_layout` chose, by changing some residents at a time.
+def climb(
+    chosen: Layout[T] | None,
+    uses: Sequence[Use[T]],
+    room: int,
+    tries: int,
+    *,
+    ahead: int | None,
+    anywhere: bool,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Improves a layout by changing some residents at a time.
 
     Args:
+        chosen: The layout; None for one group after the other.
         uses: The uses of one pass, as they were measured.
         room: Bytes for all groups.
         tries: How many changes are tried.
+        ahead: How many groups may be copied ahead of use.
+        anywhere: Whether what comes can lie anywhere.
         seed: Of the changes.
 
     Returns:
-        Seconds a pass that `choose_layout` expects, and the fewest that were found.
+        Seconds a pass that are expected of the layout, and the fewest that were found.
     """
-    chosen: Layout[T] | None = choose_layout(uses, room)
-    if chosen is None:  # nothing but one group after the other
-        seconds = pass_seconds(uses, (), room)
-        if seconds is None:
-            raise ValueError(f"{room} B have no room for the largest group")
-        chosen = Layout((), room, seconds)
     numbers = random.Random(seed)  # noqa: S311 - no secrets here
     sizes = {use.group: use.nbytes for use in uses}
     groups = list(sizes)
-    resident, best = set(chosen.resident), chosen.seconds
+    large = None if chosen is None else chosen.large
+
+    def judge(staying: Collection[T]) -> float | None:
+        ring = room - sum(sizes[group] for group in staying)
+        if ring < 0:
+            return None
+        return pass_seconds(uses, staying, Quota(ring) if anywhere else Ranges(ring, large), ahead)
+
+    resident = set() if chosen is None else set(chosen.resident)
+    first = judge(resident)
+    if first is None:
+        raise ValueError(f"{room} B have no room for the largest group")
+    best = first
     for _ in range(tries):
         changed = resident.symmetric_difference(numbers.sample(groups, numbers.randint(1, _FLIPS)))
-        ring = room - sum(sizes[group] for group in changed)
-        seconds = pass_seconds(uses, changed, ring) if ring >= 0 else None
+        seconds = judge(changed)
         if seconds is not None and seconds <= best:  # an equal one is a step to elsewhere
             resident, best = changed, seconds
-    return chosen.seconds, best
+    return first, best

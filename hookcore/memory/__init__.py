@@ -30,6 +30,7 @@ from hookcore.memory.grouping import (
 )
 from hookcore.memory.host import HostMemory
 from hookcore.memory.keys import find_entries
+from hookcore.memory.layout import Layout, choose_layout
 from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
 from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
@@ -37,8 +38,9 @@ from hookcore.memory.mover import GroupMover, Needed
 from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
 from hookcore.memory.packed import Packed
 from hookcore.memory.placement import Placement, moved
+from hookcore.memory.ranges import Quota, Ranges
 from hookcore.memory.reads import WatchedTensors, stop_watching, watch
-from hookcore.memory.schedule import Layout, Use, choose_layout, pass_seconds
+from hookcore.memory.schedule import Use, pass_seconds
 from hookcore.memory.store import MemoryStore, Store
 from hookcore.memory.stream import StreamMover, has_streams
 from hookcore.memory.tensors import check_movable, current_tensors, is_on, move_apart
@@ -63,6 +65,8 @@ __all__ = [
     "Origin",
     "Packed",
     "Placement",
+    "Quota",
+    "Ranges",
     "Recorder",
     "Span",
     "Store",

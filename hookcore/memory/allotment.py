@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=Hashable)
 
+_FOR_PIECES = 2  # sizes of the largest group; in so little room, gaps would cost more than allocating does
+
 
 @frozen
 class Allotment(Generic[T]):
@@ -26,10 +28,15 @@ class Allotment(Generic[T]):
     Attributes:
         staying: The groups that stay, in memory of their own.
         ring: Bytes in which all others come and go.
+        in_pieces: Whether memory for these is allocated for each by itself, as there is room for hardly two.
+        one_by_one: Whether there is room only for one that is large; what is copied early would lie beside
+            the activations of others, and gain little.
     """
 
     staying: tuple[T, ...]
     ring: int
+    in_pieces: bool = False
+    one_by_one: bool = False
 
 
 def allot(
@@ -74,4 +81,6 @@ def allot(
         room = budget - fixed
     if sum(sizes.values()) <= room:
         return Allotment(tuple(sizes), 0)
-    return Allotment(tuple(held), (room - always) // ALIGNMENT * ALIGNMENT)
+    ring = (room - always) // ALIGNMENT * ALIGNMENT
+    in_pieces, one_by_one = ring < _FOR_PIECES * max(coming), ring < max(coming) + min(coming)
+    return Allotment(tuple(held), ring, in_pieces, one_by_one)

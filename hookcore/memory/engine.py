@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import define
 
-from hookcore.memory.packed import ALIGNMENT
-from hookcore.memory.slab import Slab
+from hookcore.memory.slab import Pieces, Slab
 from hookcore.memory.timing import PassTimes
 
 if TYPE_CHECKING:
@@ -35,13 +34,15 @@ class Load:
         packed: What is copied.
         place: Where it goes.
         ready: Recorded after the copy.
-        asked: Recorded before its use, and before the wait for it, where a timeline is recorded.
-        used: Recorded at the beginning of its use, where times are measured.
+        lent_to: The stream that computed when the place was taken, to which its memory goes back.
+        asked: Recorded when it was needed, where times are measured or a timeline is recorded.
+        used: Recorded after the wait for it, likewise.
     """
 
     packed: Packed
     place: Place
     ready: Any
+    lent_to: Any
     asked: Any = None
     used: Any = None
 
@@ -51,7 +52,8 @@ class CopyEngine:
 
     Args:
         device: The device.
-        nbytes: Bytes of memory to allocate, now and once.
+        nbytes: Bytes of memory that copies may take.
+        in_pieces: Whether it is allocated for each of them, and not now and once.
 
     Attributes:
         slab: The memory.
@@ -63,28 +65,35 @@ class CopyEngine:
         torch.OutOfMemoryError: The device has less memory.
     """
 
-    def __init__(self, device: torch.device, nbytes: int) -> None:
+    def __init__(self, device: torch.device, nbytes: int, *, in_pieces: bool = False) -> None:
         self._device = device
         self._module: Any = torch.get_device_module(device)
         self._computing = self._module.current_stream(device)
         self._copying = self._module.Stream(device)
         self._left = self._module.Event()
+        self._in_pieces = in_pieces
         self.slab = self._make_slab(nbytes)
         self.times: PassTimes | None = None
         self.timeline: Recorder | None = None
         self.staging: Staging | None = None
 
-    def replace_slab(self, nbytes: int) -> None:
-        """Allocates other memory; the old one, in which nothing may be lent any more, is freed before."""
+    def replace_slab(self, nbytes: int, large: int | None = None) -> None:
+        """Allocates other memory; the old one, in which nothing may be lent any more, is freed before.
+
+        Args:
+            nbytes: Bytes.
+            large: Bytes from which groups lie at its end; None for all at its beginning.
+        """
         self.synchronize()  # freed memory goes back to the stream that it was allocated for
         del self.slab
-        self.slab = self._make_slab(nbytes)
+        self.slab = self._make_slab(nbytes, large)
 
-    def _make_slab(self, nbytes: int) -> Slab:
-        with torch.inference_mode(False):
-            memory = torch.empty(nbytes // ALIGNMENT * ALIGNMENT, dtype=torch.uint8, device=self._device)
+    def _make_slab(self, nbytes: int, large: int | None = None) -> Slab | Pieces:
+        if self._in_pieces:
+            return Pieces(self._device, nbytes)
+        slab = Slab(self._device, nbytes, large)
         self._left.record(self._computing)  # for which it was allocated
-        return Slab(memory)
+        return slab
 
     def measure(self) -> None:
         """Times uses and copies from now on."""
@@ -101,22 +110,26 @@ class CopyEngine:
 
     def take(self, packed: Packed) -> Load | None:
         """Finds room for a group, whose copy is not begun yet; None if there is none."""
-        start = self.slab.ranges.take(packed.nbytes)
-        if start is None:
+        place = self.slab.take(packed)
+        if place is None:
             return None
         is_timed = self.times is not None or self.timeline is not None
         if packed.copied is None or is_timed:
             packed.copied = self._module.Event(enable_timing=is_timed)
-        return Load(packed, self.slab.place(packed, start), packed.copied)
+        return Load(packed, place, packed.copied, self._computing)
 
     def give_back(self, load: Load) -> None:
-        """Gives back a load's room. What was begun may go on: copies run one after another."""
-        self.slab.ranges.give_back(load.place.start, load.packed.nbytes)
+        """Gives back the room of a load that was not used. Its copy may still be under way."""
+        if self.slab.is_shared:  # copies run one after another, but others may have the memory next
+            load.lent_to.wait_event(load.ready)
+        self.slab.give_back(load.place)
 
     def copy(self, loads: Iterable[Load]) -> None:
         """Begins copies, after all use so far of the memory that they fill."""
         copying, times, timeline = self._copying, self.times, self.timeline
         marker = times or timeline
+        if self.slab.is_shared:  # with what was computed until this moment
+            self._left.record(self._computing)
         copying.wait_event(self._left)
         with self._module.stream(copying):
             for load in loads:
@@ -141,25 +154,25 @@ class CopyEngine:
 
     def wait_for(self, load: Load) -> None:
         """Has what is computed from now on come after a copy."""
-        if self.timeline is not None:
-            load.asked = self.timeline.mark(self._computing)
         self._computing.wait_event(load.ready)
-        if (marker := self.times or self.timeline) is not None:
-            load.used = marker.mark(self._computing)
+        load.used = self.mark()
 
     def leave(self, load: Load) -> None:
         """Has all later copies come after what was computed so far, with this load among others."""
         self._left.record(self._computing)
         if self.times is not None:
-            self.times.use(load.packed, load.packed.nbytes, load.used, self.times.mark(self._computing))
+            self.times.use(load.packed, load.asked, load.used, self.times.mark(self._computing))
         if self.timeline is not None:
             self.timeline.add("stall", load.packed.name, load.asked, load.used)
             self.used(load.packed, load.used)
-        self.give_back(load)
+        if self.slab.is_shared and load.lent_to != self._computing:
+            load.lent_to.wait_stream(self._computing)
+        self.slab.give_back(load.place)
 
     def mark(self) -> Any:
-        """An event on the computing stream, if a timeline is recorded."""
-        return None if self.timeline is None else self.timeline.mark(self._computing)
+        """An event on the computing stream, where times are measured or a timeline is recorded."""
+        marker = self.times or self.timeline
+        return None if marker is None else marker.mark(self._computing)
 
     def used(self, packed: Packed, begun: Any) -> None:
         """Takes down, if a timeline is recorded, that a group was used from an event until now."""

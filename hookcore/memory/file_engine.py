@@ -55,13 +55,16 @@ class FileEngine(CopyEngine):
 
     Args:
         device: The device.
-        nbytes: Bytes of memory to allocate, now and once.
+        nbytes: Bytes of memory that copies may take.
         reader: Reads the weights.
         ring: Page-locked memory to read into, enough for the largest group.
+        in_pieces: Whether memory is allocated for each copy, and not now and once.
     """
 
-    def __init__(self, device: torch.device, nbytes: int, reader: FileReader, ring: Staging) -> None:
-        super().__init__(device, nbytes)
+    def __init__(
+        self, device: torch.device, nbytes: int, reader: FileReader, ring: Staging, *, in_pieces: bool
+    ) -> None:
+        super().__init__(device, nbytes, in_pieces=in_pieces)
         self._reader = reader
         self.staging = self._ring = ring
         self._calls = 0
@@ -78,6 +81,9 @@ class FileEngine(CopyEngine):
 
     def copy(self, loads: Iterable[Load]) -> None:
         """Has these read and then copied, after all use so far of the memory that they fill."""
+        if self.slab.is_shared:  # with what was computed until this moment
+            self._left = self._module.Event()
+            self._left.record(self._computing)
         for load in loads:
             load.packed.note_versions()
             request = _Request(load, cast("FilePacked", load.packed), self._left, self._calls)
@@ -92,7 +98,6 @@ class FileEngine(CopyEngine):
             CheckpointError: A file has changed, or cannot be read.
         """
         request = self._requests[load]
-        asked = self.mark()  # to wait for the disk is to stall, too
         request.packed.verify()
         if request.during != self._calls and self._is_outdated(request):
             self._forget_read(request)
@@ -100,13 +105,13 @@ class FileEngine(CopyEngine):
         if not request.is_copied:
             self._copy_now(request)
         super().wait_for(load)
-        load.asked = asked
         self._go_on()
 
     def leave(self, load: Load) -> None:
         """Has all later copies come after what was computed so far, with this load among others."""
         self._left = self._module.Event()  # what was asked for earlier goes on waiting for the last one
         super().leave(load)
+        del self._requests[load]
         self._go_on()
 
     def give_back(self, load: Load) -> None:

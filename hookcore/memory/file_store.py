@@ -141,11 +141,13 @@ class FileStore(Store):
             for tensor, data in replaced:
                 tensor.data = data.to("cpu")
 
-    def make_engine(self, device: torch.device, nbytes: int, sources: Sequence[Packed]) -> CopyEngine:
+    def make_engine(
+        self, device: torch.device, nbytes: int, sources: Sequence[Packed], *, in_pieces: bool
+    ) -> CopyEngine:
         """Makes what copies from files, through a little page-locked memory."""
         sizes = [packed.nbytes for packed in sources]
         room = min(sum(sizes), max(sizes, default=0) + self._read_ahead)
-        return FileEngine(device, nbytes, self._reader, Staging(device, room))
+        return FileEngine(device, nbytes, self._reader, Staging(device, room), in_pieces=in_pieces)
 
     def report(self, packed: Packed, on_device: str | None) -> dict[str, int]:
         """Bytes on disk, those that stay on the device, and edited ones in memory."""

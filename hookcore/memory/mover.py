@@ -33,7 +33,14 @@ class Needed:
 
 
 class GroupMover(Protocol):
-    """Brings and drops groups. Each method does all of it or, if it raises, nothing."""
+    """Brings and drops groups. Each method does all of it or, if it raises, nothing.
+
+    Attributes:
+        lingers: Whether a group is dropped only when another one is needed, or the outermost call ends, and
+            not at once at the end of the last call that holds it.
+    """
+
+    lingers: bool = True
 
     def expect(self, needed: Needed) -> None:
         """Is told, before anything is attached, what a component needs; what was told last of it counts."""

@@ -45,7 +45,7 @@ def give_own_class(model: nn.Module, members: Mapping[str, Callable[..., Any]]) 
         if not isinstance(reduced, tuple):
             return reduced
         make, arguments, *rest = reduced
-        return make, tuple(own_class if item is answering else item for item in arguments), *rest
+        return make, tuple(own_class if item is type(self) else item for item in arguments), *rest
 
     names: dict[str, Any] = {
         "__module__": own_class.__module__,

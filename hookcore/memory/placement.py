@@ -1,8 +1,8 @@
 """Which group is in memory when: counts who needs which group, and tells a `GroupMover` to bring or drop it.
 
 A group is brought when the first call that holds it begins. After the last of these calls it lingers until
-another group is needed or the outermost call ends. Blocks that share a group thus bring it once, and at
-most one group is there that no running call holds.
+another group is needed or the outermost call ends, unless its mover wants the memory at once. Blocks that
+share a group thus bring it once, and at most one group is there that no running call holds.
 
 A tensor that is read outside of the calls that hold its group (by a parent's forward, say) has its group
 brought at that moment, until the innermost running call ends.
@@ -248,6 +248,8 @@ class Placement:
             if not self._uses[group]:
                 self._drop_lingering()
                 self._lingering.append(group)
+                if not self.mover.lingers:
+                    self._drop_lingering()
         if not self._calls:
             self._drop_lingering()
             self.mover.end()

@@ -6,16 +6,20 @@ import bisect
 
 
 class Ranges:
-    """Lends ranges of `[0, size)`, the first that fits.
+    """Lends ranges of `[0, size)`: small ones the first that fits, large ones the end of the last that fits.
+
+    Apart from each other they leave fewer gaps that are too short for a large one.
 
     Args:
         size: How long the stretch is.
+        large: From which size on a range is lent at the end; None for never.
     """
 
-    __slots__ = ("_free", "size")
+    __slots__ = ("_free", "_large", "size")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, large: int | None = None) -> None:
         self.size = size
+        self._large = size + 1 if large is None else large
         self._free = [(0, size)] if size else []  # start and stop, sorted, no two touching
 
     @property
@@ -25,9 +29,17 @@ class Ranges:
 
     def take(self, size: int) -> int | None:
         """Lends a range, and returns where it starts; None where no free one is long enough."""
-        for index, (start, stop) in enumerate(self._free):
+        free = self._free
+        if size >= self._large:
+            for index in range(len(free) - 1, -1, -1):
+                start, stop = free[index]
+                if stop - start >= size:
+                    free[index : index + 1] = [(start, stop - size)] if start + size < stop else []
+                    return stop - size
+            return None
+        for index, (start, stop) in enumerate(free):
             if stop - start >= size:
-                self._free[index : index + 1] = [(start + size, stop)] if start + size < stop else []
+                free[index : index + 1] = [(start + size, stop)] if start + size < stop else []
                 return start
         return None
 
@@ -41,3 +53,28 @@ class Ranges:
             start = self._free.pop(index - 1)[0]
             index -= 1
         self._free.insert(index, (start, stop))
+
+
+class Quota:
+    """Lends so much of something in all, wherever it is: `Ranges` that have no gaps.
+
+    Args:
+        size: How much there is.
+    """
+
+    __slots__ = ("lent", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.lent = 0
+
+    def take(self, size: int) -> int | None:
+        """Lends so much, and returns 0; None where less is left."""
+        if self.lent + size > self.size:
+            return None
+        self.lent += size
+        return 0
+
+    def give_back(self, _start: int, size: int) -> None:
+        """Takes back what was lent."""
+        self.lent -= size

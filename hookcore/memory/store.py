@@ -56,13 +56,16 @@ class Store(Protocol):
     def drop(self, packed: Packed) -> None:
         """Ends that; what was changed in it is kept."""
 
-    def make_engine(self, device: torch.device, nbytes: int, sources: Sequence[Packed]) -> CopyEngine:
+    def make_engine(
+        self, device: torch.device, nbytes: int, sources: Sequence[Packed], *, in_pieces: bool
+    ) -> CopyEngine:
         """Makes what copies from here.
 
         Args:
             device: Where to.
             nbytes: Bytes of memory there.
             sources: What will be copied.
+            in_pieces: Whether memory is allocated for each copy, and not now and once.
         """
 
     def report(self, packed: Packed, on_device: str | None) -> Mapping[str, int]:
@@ -162,9 +165,11 @@ class MemoryStore(Store):
         """Ends that; what was changed is copied back."""
         self._plain.offload(self._taken[packed].group)
 
-    def make_engine(self, device: torch.device, nbytes: int, sources: Sequence[Packed]) -> CopyEngine:
+    def make_engine(
+        self, device: torch.device, nbytes: int, sources: Sequence[Packed], *, in_pieces: bool
+    ) -> CopyEngine:
         """Makes what copies from locked memory, and through a little of it what is not locked."""
-        engine = CopyEngine(device, nbytes)
+        engine = CopyEngine(device, nbytes, in_pieces=in_pieces)
         unlocked = [packed.nbytes for packed in sources if not packed.is_locked]
         if unlocked:
             engine.staging = Staging(device, _STAGED * max(unlocked))

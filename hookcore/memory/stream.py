@@ -23,11 +23,10 @@ from hookcore.memory.budget import largest_held
 from hookcore.memory.counts import StreamReport
 from hookcore.memory.device import DeviceMover
 from hookcore.memory.grouping import Group, spanning_groups
+from hookcore.memory.layout import choose_layout
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
-from hookcore.memory.schedule import choose_layout
 from hookcore.memory.store import MemoryStore, Store
-from hookcore.memory.tensors import current_tensors
 from hookcore.memory.timeline import Recorder
 
 if TYPE_CHECKING:
@@ -82,9 +81,12 @@ class StreamMover(GroupMover):
     Args:
         onload_device: Where groups are used.
         budget: Bytes of the device that all weights may take; None for as little as the prefetch needs.
-        prefetch: How many groups may be copied ahead of use where there is no budget to fill.
+        prefetch: For how many groups ahead of use there is room, where there is no budget to fill.
         lock_limit: Bytes of host memory that may be locked; None for a share of what is free.
         store: Where parameters lie between calls; None for host memory that is locked within that limit.
+        most_ahead: How many groups may be copied ahead of use; None for as many as there is room for.
+        in_pieces: Whether memory is there only while a group is; it is anyway where there is room for hardly
+            two.
     """
 
     def __init__(
@@ -92,8 +94,11 @@ class StreamMover(GroupMover):
         onload_device: torch.device,
         budget: int | None = None,
         prefetch: int = 1,
+        *,
         lock_limit: int | None = None,
         store: Store | None = None,
+        most_ahead: int | None = None,
+        in_pieces: bool = False,
     ) -> None:
         index = onload_device.index
         if index is None:
@@ -102,6 +107,8 @@ class StreamMover(GroupMover):
         self._budget = budget
         self._prefetched = prefetch
         self._store = MemoryStore(self._device, lock_limit) if store is None else store
+        self._allowed_ahead = self._most_ahead = most_ahead
+        self._in_pieces = in_pieces
         self._plain = DeviceMover(self._device, _CPU)
         self._members: dict[Group, _Member] = {}
         self._fixed: dict[Group, int] = {}  # bytes on the device that the engine does not manage
@@ -123,11 +130,11 @@ class StreamMover(GroupMover):
     def attach(self, group: Group, *, resident: bool) -> None:
         """Gives a group's parameters to the store, and its buffers to the device."""
         self._dissolve()
-        if resident or _is_inference(group):
+        if resident or group.is_inference:
             self._plain.attach(group, resident=resident)
             self._fixed[group] = group.nbytes if resident else 0
             return
-        parameters, buffers = _split(group)
+        parameters, buffers = group.divided()
         self._plain.attach(buffers, resident=True)
         try:
             packed = self._store.take(parameters)
@@ -158,7 +165,7 @@ class StreamMover(GroupMover):
 
     def settle(self, group: Group) -> None:
         """Is told that the group was detached for good."""
-        self._store.settle(_split(group)[0])
+        self._store.settle(group.divided()[0])
 
     def reset(self) -> None:
         """Forgets the order of use, what was copied ahead, and what was counted."""
@@ -190,8 +197,8 @@ class StreamMover(GroupMover):
             BudgetError: The budget is too small.
         """
         groups = [group for needed in self._expected.values() for group in needed.groups]
-        uncounted = {group: group.nbytes for group in groups if _is_inference(group)}
-        parts = {group: _split(group) for group in groups if group not in uncounted}
+        uncounted = {group: group.nbytes for group in groups if group.is_inference}
+        parts = {group: group.divided() for group in groups if group not in uncounted}
         fixed = sum(buffers.nbytes for _, buffers in parts.values())
         fixed += sum(group.nbytes for needed in self._expected.values() for group in needed.resident)
         sizes = {group: self._store.nbytes(mine) for group, (mine, _) in parts.items() if mine.slots}
@@ -207,7 +214,7 @@ class StreamMover(GroupMover):
             self._counts,
             resident_bytes=sum(self._fixed.values())
             + sum(it.parameters.nbytes for it in self._members.values() if it.stays),
-            ring_bytes=0 if engine is None else engine.slab.memory.nbytes,
+            ring_bytes=0 if engine is None else engine.slab.allocated,
             locked_bytes=self._store.locked + (0 if staging is None else staging.nbytes),
         )
 
@@ -286,6 +293,7 @@ class StreamMover(GroupMover):
             if self._recorder is not None:
                 member.used = self._engine.mark()
             return
+        asked = self._engine.mark()
         if not self._order.note(group):
             self._drop_unexpected(group)
         load = self._load_of(group, member)
@@ -293,6 +301,7 @@ class StreamMover(GroupMover):
             self._store.bring(member.packed, self._device)
             self._count_demand(member.packed.nbytes)
             return
+        load.asked = asked
         try:
             self._engine.wait_for(load)
         except BaseException:  # reading its file failed
@@ -301,6 +310,8 @@ class StreamMover(GroupMover):
             raise
         member.packed.show(load.place.views)
         member.in_use = load
+        if self._most_ahead:  # one less is ahead now
+            self._prefetch()
 
     def offload(self, group: Group) -> None:
         """Has the group's parameters show host memory again, and copies what is used next."""
@@ -316,7 +327,14 @@ class StreamMover(GroupMover):
                 self._engine.used(member.packed, member.used)
                 member.used = None
             return
-        packed, place = member.packed, load.place
+        self._end_use(member.packed, load)
+        del load  # memory of its own is free before more is allocated
+        self._prefetch()
+
+    # How it is done
+
+    def _end_use(self, packed: Packed, load: Load) -> None:
+        place = load.place
         changed, replaced = packed.is_changed, packed.replaced(place.addresses)
         packed.show_host()
         if changed:
@@ -324,9 +342,6 @@ class StreamMover(GroupMover):
         for tensor, data in replaced:  # the call gave it other data, as `weight.data = ...` does
             tensor.data = data.to(_CPU)
         self._engine.leave(load)
-        self._prefetch()
-
-    # How it is done
 
     @property
     def _engine(self) -> CopyEngine:
@@ -345,10 +360,13 @@ class StreamMover(GroupMover):
         allotment = self._allot(sizes, sum(self._fixed.values()))
         self._keep_on_device(allotment.staying)
         coming = [member.packed for member in self._members.values() if not member.stays]
-        engine = self._store.make_engine(self._device, allotment.ring, coming)
+        in_pieces = self._in_pieces or allotment.in_pieces
+        engine = self._store.make_engine(self._device, allotment.ring, coming, in_pieces=in_pieces)
         engine.timeline = self._recorder
+        self.lingers = not in_pieces
+        self._most_ahead = 0 if allotment.one_by_one else self._allowed_ahead
         self._order = LearnedOrder([group for group in sizes if group not in allotment.staying])
-        if self._budget is not None and len(allotment.staying) < len(sizes):
+        if self._budget is not None and len(allotment.staying) < len(sizes) and self._most_ahead != 0:
             engine.measure()
         return engine
 
@@ -381,12 +399,15 @@ class StreamMover(GroupMover):
         passing = {member.packed: group for group, member in self._members.items() if not member.stays}
         uses = [use for use in times.uses() if use.group in passing]
         unseen = passing.keys() - {use.group for use in uses}
-        room = self._engine.slab.memory.nbytes
-        layout = choose_layout(uses, room, max((it.nbytes for it in unseen), default=0))
-        if layout is not None and layout.resident:
+        room, least = self._engine.slab.size, max((it.nbytes for it in unseen), default=0)
+        layout = choose_layout(
+            uses, room, least, ahead=self._most_ahead, anywhere=self._engine.slab.is_shared
+        )
+        if layout is not None and (layout.resident or layout.large):
             self._engine.replace_slab(0)
             self._keep_on_device([passing[packed] for packed in layout.resident])
-            self._engine.replace_slab(room - sum(packed.nbytes for packed in layout.resident))
+            ring = room - sum(packed.nbytes for packed in layout.resident)
+            self._engine.replace_slab(ring, layout.large)
             self._order.leave_out({passing[packed] for packed in layout.resident})
 
     def _keep_on_device(self, groups: Iterable[Group]) -> None:
@@ -445,6 +466,8 @@ class StreamMover(GroupMover):
         loads = []
         engine, order, ahead = self._engine, self._order, self._ahead
         most = _AHEAD_OF_A_GUESS if order.is_guess else len(self._members)
+        if self._most_ahead is not None:
+            most = min(most, self._most_ahead)
         while (group := order.ahead(len(ahead))) is not None and group not in ahead and len(ahead) < most:
             member = self._members[group]
             load = None if member.in_use else engine.take(member.packed)
@@ -469,15 +492,3 @@ class StreamMover(GroupMover):
             expected.add(group)
         for group in self._ahead.keys() - expected:
             self._engine.give_back(self._ahead.pop(group))
-
-
-def _is_inference(group: Group) -> bool:
-    """Whether a tensor of it was made in inference mode; torch counts no changes of these."""
-    return any(tensor.is_inference() for slot in group.slots for tensor in current_tensors(slot))
-
-
-def _split(group: Group) -> tuple[Group, Group]:
-    """Its parameters, and its buffers."""
-    parameters = tuple(slot for slot in group.slots if not slot.is_buffer)
-    buffers = tuple(slot for slot in group.slots if slot.is_buffer)
-    return Group(group.name, parameters, group.holders), Group(group.name, buffers, ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
@@ -27,7 +28,7 @@ class PassTimes:
 
     make_event: Callable[[], Any]
     passes: int = 0
-    _uses: list[tuple[Packed, int, Any, Any]] = field(factory=list)
+    _uses: list[tuple[Packed, Any, Any, Any]] = field(factory=list)
     _copies: dict[Packed, tuple[Any, Any]] = field(factory=dict)
 
     def mark(self, stream: Any) -> Any:
@@ -40,10 +41,10 @@ class PassTimes:
         """Takes down the events before and after a group's copy; the first one counts."""
         self._copies.setdefault(group, (begun, ended))
 
-    def use(self, group: Packed, nbytes: int, begun: Any, ended: Any) -> None:
-        """Takes down the events before and after a use."""
+    def use(self, group: Packed, asked: Any, begun: Any, ended: Any) -> None:
+        """Takes down the events before the wait for a group, after it, and after the group's use."""
         if not self.passes:
-            self._uses.append((group, nbytes, begun, ended))
+            self._uses.append((group, asked, begun, ended))
 
     def end_pass(self) -> None:
         """Is told that a pass has ended."""
@@ -56,13 +57,23 @@ class PassTimes:
         A host that runs far ahead is let run for one more pass, and then waits, once.
         """
         if self.passes > 1:
-            self._uses[-1][3].synchronize()
-        return self.passes > 0 and bool(self._uses[-1][3].query())
+            self._uses[-1][-1].synchronize()
+        return self.passes > 0 and bool(self._uses[-1][-1].query())
 
     def uses(self) -> list[Use[Packed]]:
         """What was measured; seconds."""
         copies = {group: begun.elapsed_time(ended) * _MILLI for group, (begun, ended) in self._copies.items()}
+        afters = [
+            ended.elapsed_time(asked) * _MILLI
+            for (*_, ended), (_, asked, *_) in itertools.pairwise(self._uses)
+        ]
         return [
-            Use(group, nbytes, begun.elapsed_time(ended) * _MILLI, max(copies[group], group.read_seconds))
-            for group, nbytes, begun, ended in self._uses
+            Use(
+                group,
+                group.nbytes,
+                begun.elapsed_time(ended) * _MILLI,
+                max(copies[group], group.read_seconds),
+                after,
+            )
+            for (group, _, begun, ended), after in zip(self._uses, [*afters, 0.0], strict=True)
         ]

@@ -53,7 +53,5 @@ def hookcore_open_target(target: Any) -> OpenedTarget | None:
 
 
 def _removes_noise(model: nn.Module) -> bool:
-    """Whether a model is told how much noise there is, and is no autoencoder, as which some are told too."""
-    if callable(getattr(type(model), "decode", None)):
-        return False
+    """Whether a model is told how much noise there is."""
     return any(map(_NOISE_LEVEL.fullmatch, inspect.signature(type(model).forward).parameters))

@@ -113,8 +113,8 @@ class GroupOffload(Technique):
         num_blocks_per_group: How many neighbouring blocks make a group, at block level.
         exclude_modules: FQNs of modules that stay on the onload device with all that is in them.
         use_stream: Whether groups are copied ahead of use on a stream of their own; None: where that can be.
-        prefetch: How many groups are copied ahead where there is no budget to fill; None for one, or a few
-            where it is "auto".
+        prefetch: How many groups may be copied ahead of use. None for as many as there is room for: in the
+            budget or, without one, room for one, or a few where it is "auto".
         memory_budget: Bytes of the device that all weights together may take, as a number, as text such as
             "6GiB", or as a share of what is free (0.5). None for as little as the prefetch needs.
         pin_groups: Which groups stay on the onload device: "first_last", "all", or a function that is called
@@ -306,8 +306,14 @@ class GroupOffload(Technique):
         ahead = _LAYERS_AHEAD if self.offload_type == "auto" and not component.wholes else 1
         if self.prefetch is not None:
             ahead = self.prefetch
-        limit = 0 if self.low_cpu_mem_usage else None
-        return StreamMover(self.onload_device, self._budget, ahead, limit, store)
+        return StreamMover(
+            self.onload_device,
+            self._budget,
+            ahead,
+            lock_limit=0 if self.low_cpu_mem_usage else None,
+            store=store,
+            most_ahead=self.prefetch,
+        )
 
     @property
     def _budget(self) -> int | None:

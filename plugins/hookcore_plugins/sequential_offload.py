@@ -77,7 +77,7 @@ class SequentialOffload(Technique):
 
     def _mover(self) -> GroupMover:
         if has_streams(self.device):
-            return StreamMover(self.device, prefetch=1)
+            return StreamMover(self.device, prefetch=1, most_ahead=1, in_pieces=True)
         return DeviceMover(self.device, torch.device("cpu"))
 
 

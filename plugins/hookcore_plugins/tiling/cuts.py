@@ -10,8 +10,8 @@ from attrs import frozen
 
 if TYPE_CHECKING:
     from hookcore_plugins.tiling.calls import Size
+    from hookcore_plugins.tiling.course import Course
     from hookcore_plugins.tiling.grid import Grid
-    from hookcore_plugins.tiling.passes import Course
 
 _INSIDE = 3.0
 """While a stage computes, so many tensors of its largest size are in memory: a residual, a norm of it and its
@@ -64,7 +64,11 @@ def choose_cut(course: Course, grid: Grid, tile: Size, *, from_the_end: bool) ->
     if course.mask * float(whole / area) ** 2 > bound:
         return None  # a mask over the whole image would take more than all else, as in HunyuanVideo
     lowest = min(scales)
-    candidates = [index for index in range(len(order) - 1) if _is_beyond(index, scales, lowest, from_the_end)]
+    candidates = [
+        index
+        for index in range(len(order) - 1)
+        if course.can_be_cut(order[index]) and _is_beyond(index, scales, lowest, from_the_end)
+    ]
     if from_the_end:
         candidates.reverse()
     best: Cut | None = None

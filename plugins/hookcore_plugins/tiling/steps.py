@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hookcore_plugins.tiling.calls import ImageCall, Size
+    from hookcore_plugins.tiling.course import Course
     from hookcore_plugins.tiling.grid import Tile
-    from hookcore_plugins.tiling.passes import Course
     from hookcore_plugins.tiling.statistics import Moments
 
 
@@ -56,7 +56,7 @@ class Features:
 
 def step(
     before: Features,
-    stage: int,
+    stages: tuple[int, ...],
     *,
     whole: ImageCall,
     course: Course,
@@ -65,23 +65,23 @@ def step(
     between: Callable[[Features, Tile, int | None], AbstractContextManager[list[Tensor]]],
     forget: Callable[[], object] | None,
 ) -> Features:
-    """Computes one stage for the whole image.
+    """Computes one stage for the whole image, or several at once that the image cannot be cut between.
 
     Args:
         before: What the stages before it have put out.
-        stage: Which it is.
+        stages: Which they are.
         whole: The call.
         course: What a pass does.
         tile: The largest tile, in cells.
         device: Where what comes out is put together.
-        between: Has a pass with one tile begin after the stages before, and end after this one.
+        between: Has a pass with one tile begin after the stages before, and end after some other.
         forget: Has the model forget earlier frames, where it keeps them itself.
 
     Returns:
-        What it puts out.
+        What the last of them puts out.
     """
-    scale = int(course.scale(stage) * whole.scale.denominator)
-    halo = -(-course.reach[stage] // min(before.scale, scale))
+    scale = int(course.scale(stages[-1]) * whole.scale.denominator)
+    halo = -(-sum(course.reach[it] for it in stages) // min(before.scale, scale))
     grid = Grid(
         *(cut(cells, most, min(2 * halo, most // 2)) for cells, most in zip(whole.cells, tile, strict=True))
     )
@@ -91,7 +91,7 @@ def step(
         mosaics = [Mosaic(grid, scale, device) for _ in range(course.calls)]
         for it in grid.tiles:
             try:
-                with Measuring(found, partial(grid.in_core, it)), between(before, it, stage) as kept:
+                with Measuring(found, partial(grid.in_core, it)), between(before, it, stages[-1]) as kept:
                     whole.tile(it)
             except Measured as part:
                 parts.append((part.moments, part.pixels))
@@ -102,5 +102,5 @@ def step(
                     mosaic.add(it, pixels)
         if not parts:
             tensors = tuple(mosaic.whole for mosaic in mosaics if mosaic.whole is not None)
-            return Features((*before.stages, stage), tensors, scale, whole.cells)
+            return Features((*before.stages, *stages), tensors, scale, whole.cells)
         found.append(averaged(*zip(*parts, strict=True)))

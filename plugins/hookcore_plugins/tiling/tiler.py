@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hookcore_plugins.tiling.calls import Size
+    from hookcore_plugins.tiling.course import Course
     from hookcore_plugins.tiling.grid import Tile
-    from hookcore_plugins.tiling.passes import Course, Passes
+    from hookcore_plugins.tiling.passes import Passes
     from hookcore_plugins.tiling.samples import Sample
     from hookcore_plugins.tiling.statistics import Moments
     from hookcore_plugins.tiling.technique import Tiling
@@ -187,10 +188,14 @@ class Tiler:
         def between(before: Features, tile: Tile, last: int | None) -> AbstractContextManager[list[Tensor]]:
             return self._between(learned, whole.tile_size(tile), before, before.of(tile, device), last)
 
+        pending: tuple[int, ...] = ()
         for stage in stages[len(features.stages) :]:
+            pending = (*pending, stage)
+            if not learned.course.can_be_cut(stage):
+                continue
             features = step(
                 features,
-                stage,
+                pending,
                 whole=whole,
                 course=learned.course,
                 tile=self._nominal(whole),
@@ -198,6 +203,7 @@ class Tiler:
                 between=between,
                 forget=self._forget_frames,
             )
+            pending = ()
         return features
 
     def _between(

@@ -75,8 +75,7 @@ def choose_cut(course: Course, grid: Grid, tile: Size, *, from_the_end: bool) ->
     for index in candidates:
         before, after = live[: index + 1], live[index + 1 :]
         once, many = (after, before) if from_the_end else (before, after)
-        kept = numels[index] * whole
-        peak = max(max(once) * whole, kept + max(many) * grid.area * cell + output)
+        peak = max(max(once) * whole, max(many) * grid.area * cell + output)
         fits = peak <= bound
         if best is None or fits:
             best = Cut(tuple(order[: index + 1]), scales[index], fits)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _Ended(Exception):  # noqa: N818 -- no error: it ends a pass
-    """Leaves the spine after the last stage that is wanted."""
+    """Leaves the spine before the first stage that is not wanted."""
 
 
 @define
@@ -157,6 +157,8 @@ class StageHook(Hook):
             return output
         if under_way is None:
             return call(*args, **kwargs)
+        if len(under_way.kept) > under_way.call:
+            raise _Ended  # not sooner: a model may note what a stage was given after the stage returns
         if self._number in under_way.skipped:
             return self._skipped(under_way)
         output = call(*args, **kwargs)
@@ -166,7 +168,6 @@ class StageHook(Hook):
             image = image_of(output)
             assert image is not None  # noqa: S101 -- it is of the course's chain
             under_way.kept.append(image)
-            raise _Ended
         return output
 
     def _skipped(self, under_way: _Pass) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _BANDS = 3
 """Along each axis. More of them are more alike to the whole; fewer have fewer seams, which it has not."""
 
-_SHARE = 6
+_SHARE = 4
 """All samples together have about one of so many pixels of the image."""
 
 _SEAM = 1

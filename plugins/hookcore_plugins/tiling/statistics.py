@@ -149,10 +149,10 @@ def _normalised(  # noqa: PLR0917 -- those of the function that it stands in for
     """Group norm with given statistics: torch's batch norm, whose channels are those of all rows."""
     rows, channels = x.shape[:2]
     mean, variance = (it.repeat_interleave(channels // groups, dim=1).flatten() for it in moments)
-    if weight is not None:
-        weight = weight.to(mean.dtype).repeat(rows)
-    if bias is not None:
-        bias = bias.to(mean.dtype).repeat(rows)
+    weight, bias = (
+        it if it is None or (rows == 1 and it.dtype == mean.dtype) else it.to(mean.dtype).repeat(rows)
+        for it in (weight, bias)
+    )
     flat = x.reshape(1, rows * channels, *x.shape[2:])
     normal = F.batch_norm(flat, mean, variance, weight, bias, training=False, eps=eps)
     return normal.reshape(x.shape)

@@ -83,7 +83,10 @@ def step(
     scale = int(course.scale(stages[-1]) * whole.scale.denominator)
     halo = -(-sum(course.reach[it] for it in stages) // min(before.scale, scale))
     grid = Grid(
-        *(cut(cells, most, min(2 * halo, most // 2)) for cells, most in zip(whole.cells, tile, strict=True))
+        *(
+            cut(cells, most, min(2 * halo, 2 * most // 3))
+            for cells, most in zip(whole.cells, tile, strict=True)
+        )
     )
     found: list[Moments] = []
     while True:

@@ -76,6 +76,7 @@ class Tiler:
         self._passes = passes
         self._tile_size = options.tile_size or _trained_size(module)
         self._forget_frames = getattr(module, CLEAR, None)
+        self._aside = options.offload_device or torch.device("cpu")
         self._blended = _BLENDED[options.context]
         self._learned: dict[Any, _Learned] = {}
 
@@ -110,9 +111,7 @@ class Tiler:
         grid, taken = self._planned(whole, learned, from_the_end=False)
         features = _nothing(whole)
         if taken is not None:
-            with self._between(learned, whole.size, features, [], taken.stages[-1]) as kept:
-                whole.whole()
-            features = Features(taken.stages, tuple(kept), int(taken.scale), whole.cells)
+            features = self._together(whole, learned, taken)
         if self._options.context == "exact":
             features = self._stepped(whole, learned, features, learned.course.chain()[:-1])
         return self._ended(whole, learned, grid, features)
@@ -135,6 +134,22 @@ class Tiler:
         with self._passes.between(stages, together, None, learned.course, whole.size):
             return whole.whole()
 
+    def _together(self, whole: ImageCall, learned: _Learned, taken: Cut) -> Features:
+        """What the stages before a cut put out for the whole image.
+
+        Each is a pass of its own: blocks hold on to what they were given as long as they compute.
+        """
+        given: list[Tensor] = []
+        done = 0
+        for number, stage in enumerate(taken.stages, 1):
+            if not learned.course.can_be_cut(stage):
+                continue
+            with self._passes.between(taken.stages[:done], given, stage, learned.course, whole.size) as kept:
+                whole.whole()
+            given, done = kept, number
+        aside = tuple(it.to(self._aside) for it in given)
+        return Features(taken.stages, aside, int(taken.scale), whole.cells)
+
     def _begun(self, whole: ImageCall, learned: _Learned, grid: Grid, taken: Cut) -> Features:
         """What the stages before a cut put out, tile by tile."""
         last, nothing = taken.stages[-1], _nothing(whole)
@@ -145,7 +160,7 @@ class Tiler:
 
         moments = self._estimated(whole, grid, learned, on_sample)
         scale = int(taken.scale * whole.scale.denominator)
-        canvases = [Canvas(grid, scale, self._blended, None) for _ in range(learned.course.calls)]
+        canvases = [Canvas(grid, scale, self._blended, self._aside) for _ in range(learned.course.calls)]
         for tile in grid.tiles:
             with Replayed(moments), self._between(learned, whole.tile_size(tile), nothing, [], last) as kept:
                 whole.tile(tile)
@@ -158,7 +173,7 @@ class Tiler:
         """What a pass puts out that begins with these features, tile by tile."""
 
         def on_sample(sample: Sample) -> None:
-            parts = [sample.of(it) for it in features.tensors]
+            parts = [sample.of(it).to(device) for it in features.tensors]
             with self._between(learned, whole.sample_size(sample), features, parts, None):
                 whole.sample(sample)
 
@@ -199,7 +214,7 @@ class Tiler:
                 whole=whole,
                 course=learned.course,
                 tile=self._nominal(whole),
-                device=self._options.offload_device or torch.device("cpu"),
+                device=self._aside,
                 between=between,
                 forget=self._forget_frames,
             )

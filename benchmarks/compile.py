@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters, get_compilation_metrics
 
 import hookcore
 from hookcore.report import table
-from hookcore_plugins import Compile, GroupOffload, LayerwiseCasting
+from hookcore_plugins import AttentionBackend, Compile, GroupOffload, LayerwiseCasting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,12 +84,17 @@ def ways(device: str, backend: str) -> list[Way]:
     def by_diffusers(it: Any) -> None:
         it.compile_repeated_blocks(backend=backend)
 
+    def attending(name: str) -> Callable[[torch.nn.Module], object]:
+        return on_device(applied(compiled, AttentionBackend(name)))
+
     compiled = Compile(backend=backend)
     casting = LayerwiseCasting("bfloat16")
     return [
         Way("bare", on_device(lambda _: None)),
         Way("diffusers, compile_repeated_blocks", on_device(by_diffusers)),
         Way("Compile", on_device(applied(compiled))),
+        Way("AttentionBackend('flex') + Compile", attending("flex")),
+        Way("AttentionBackend('chunked') + Compile", attending("chunked")),
         Way("LayerwiseCasting", on_device(applied(casting))),
         Way("LayerwiseCasting + Compile", on_device(applied(casting, compiled))),
         Way("GroupOffload", applied(GroupOffload(device))),

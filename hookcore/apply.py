@@ -10,7 +10,16 @@ from attrs import evolve
 from hookcore.applied import Applied, Status, take_off
 from hookcore.enclosed import wholes_of
 from hookcore.errors import ConflictError, PlanError
-from hookcore.plan import Placed, Plan, PlanStep, check_conflicts, left_alone, make_step, ordered
+from hookcore.plan import (
+    Placed,
+    Plan,
+    PlanStep,
+    check_conflicts,
+    left_alone,
+    make_step,
+    ordered,
+    with_storage,
+)
 from hookcore.plugins import plugins
 from hookcore.registry import CHANGING, HookRegistry
 from hookcore.target import Component, open_components, why
@@ -120,6 +129,7 @@ def _plan(target: Any, techniques: Techniques, components: Iterable[str] | None)
     made = Plan(
         tuple(item for item in ordered(present) if isinstance(item, PlanStep)), left_alone=tuple(alone)
     )
+    _ = made.needs  # raises if a budget is too small for it
     return evolve(made, notes=tuple(plugins().review(made))), registry
 
 
@@ -135,7 +145,7 @@ def _steps(
             component = opened[name]
             wholes = wholes_of(component, enclosing)
             steps[at] = make_step(item, component.afresh(wholes) if wholes else component)
-    return [steps[at] for at in range(len(places))]
+    return with_storage([steps[at] for at in range(len(places))])
 
 
 def _by_component(techniques: Techniques, opened: Mapping[str, Component]) -> dict[str, list[Technique]]:

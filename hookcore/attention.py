@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from attrs import field, frozen
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 MaskKind = Literal["bool", "additive"]
 
 
-@frozen
-class Objection:
+class Objection(NamedTuple):  # of which torch.compile can make one, and not of a frozen attrs class
     """Why an attention function cannot do what is asked.
 
     Attributes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hookcore.hook import Hook, overrides
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from torch import nn
 
@@ -54,7 +54,9 @@ class EnclosedHook(Hook):
 
 def can_be_enclosed(hook: Hook) -> bool:
     """Whether a hook may stand at a module whose calls others enclose."""
-    return hook.only_brings_weights or not any(overrides(type(hook), method) for method in _AT_CALLS)
+    if hook.only_brings_weights or _goes_outside(hook):
+        return True
+    return not any(overrides(type(hook), method) for method in _AT_CALLS)
 
 
 def enclosing_calls(attached: Iterable[Placed]) -> dict[nn.Module, list[Key]]:
@@ -84,16 +86,48 @@ def wholes_of(component: Component, attached: Iterable[Placed]) -> frozenset[str
     return frozenset(fqn for fqn, module in component.modules.items() if module in tops)
 
 
+def enclosing_entries(attached: Iterable[Placed]) -> frozenset[Key]:
+    """The entries themselves whose calls run what is below as one with them."""
+    return frozenset(
+        (item.component.modules[binding.fqn], binding.entry)
+        for item in attached
+        if item.technique.encloses
+        for binding in item.bindings
+        if binding.encloses
+    )
+
+
 def moved_outside(
-    hooks_at: Mapping[Key, tuple[Hook, ...]], enclosing: Mapping[nn.Module, list[Key]]
+    hooks_at: Mapping[Key, tuple[Hook, ...]],
+    enclosing: Mapping[nn.Module, list[Key]],
+    entries: Collection[Key],
 ) -> dict[Key, tuple[Hook, ...]]:
-    """Hooks by the entry at which they stand: their own, or those whose calls enclose it."""
+    """Hooks by the entry at which they stand: their own, or those whose calls enclose it.
+
+    Args:
+        hooks_at: Hooks by their own entry.
+        enclosing: What `enclosing_calls` found.
+        entries: What `enclosing_entries` found.
+    """
     moved: dict[Key, tuple[Hook, ...]] = {}
     for key, hooks in hooks_at.items():
         module = key[0]
         standing = hooks
         if module in enclosing:
-            standing = tuple(EnclosedHook(hook, module) for hook in hooks if hook.only_brings_weights)
+            standing = tuple(outer for hook in hooks if (outer := _outside(hook, module)) is not None)
+        elif key in entries:
+            standing = tuple(hook.outside(module) if _goes_outside(hook) else hook for hook in hooks)
         for place in enclosing.get(module, [key]):
             moved[place] = (*moved.get(place, ()), *standing)
     return moved
+
+
+def _goes_outside(hook: Hook) -> bool:
+    return overrides(type(hook), "outside")
+
+
+def _outside(hook: Hook, module: nn.Module) -> Hook | None:
+    """What stands for a hook at the call that encloses its module's; None for one that does nothing there."""
+    if hook.only_brings_weights:
+        return EnclosedHook(hook, module)
+    return hook.outside(module) if _goes_outside(hook) else None

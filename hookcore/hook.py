@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
@@ -86,13 +86,27 @@ class Hook:
         """Returns what is called in the place of the entry itself, inside of all hooks.
 
         Asked for whenever the entry's hooks change, after `attach`, and must not fail: prepare in `attach`,
-        or at the first call. Claim `Resource.CODE`, so that no other hook does the same there.
+        or at the first call. Claim `Resource.CODE`, so that no other technique does the same there.
 
         Args:
             module: The module.
-            entry: The entry without any hook; what is returned may call it.
+            entry: The entry without any hook, or what a hook further inside put in its place; what is
+                returned may call it.
         """
         raise NotImplementedError  # never called: the stack asks only where it is overridden
+
+    def outside(self, module: nn.Module) -> Hook:
+        """The hook that stands for this one where a call further out runs the module as one with it.
+
+        At the calls of modules that a compiled block encloses nothing can stand. A hook that can have its
+        effect there in another way gives the hook that does, for the block's call; any other is refused
+        there. Where the module's own entry is compiled, what is given stands at that, in the place of this
+        one: there it can `substitute`, inside of what compiles.
+
+        Args:
+            module: The hook's own; the call of another one may enclose it.
+        """
+        raise NotImplementedError  # never called: the engine asks only where it is overridden
 
     def on_error(self, module: nn.Module, error: BaseException) -> None:
         """Cleans up when the call raises after this hook was entered and before it was left.
@@ -119,18 +133,12 @@ class Hook:
         return {}
 
     def run_report(self, module: nn.Module) -> Any:
-        """What this hook counted since it was attached or last reset: an attrs object; None for nothing.
+        """What was counted since the hook was attached or last reset: an attrs object; None for nothing.
 
-        It is printed field by field; numbers in fields whose names end in `_bytes` or `_seconds` as such.
+        It is printed field by field; numbers in fields whose names end in `_bytes` or `_seconds` as such, and
+        a mapping from phrases to how often they were true (reasons) below all others. Where the hooks of a
+        technique count together, one of them answers.
         """
-
-    def counts(self, module: nn.Module) -> Mapping[str, int]:
-        """What happened so far: a label for people to how often. Those of all hooks are added up."""
-        return {}
-
-    def notes(self, module: nn.Module) -> Iterable[str]:
-        """What else there is to say of calls so far, as sentences for people."""
-        return ()
 
 
 def overrides(kind: type[Hook], method: str) -> bool:

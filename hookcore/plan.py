@@ -12,11 +12,13 @@ from attrs import evolve, field, frozen
 from hookcore.enclosed import can_be_enclosed
 from hookcore.errors import ConflictError, OrderError, PluginError
 from hookcore.hook import Hook, overrides
+from hookcore.storage import planned_storage
 from hookcore.technique import Binding, Skipped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    import torch
     from torch import nn
 
     from hookcore.target import Component
@@ -58,20 +60,23 @@ class PlanStep:
         component: The component.
         bindings: The hooks it needs.
         skipped: What it leaves alone, and why.
+        storage: The dtypes that weights will be stored in by what is planned with it, by identity of tensors.
     """
 
     technique: Technique
     component: Component
     bindings: tuple[Binding, ...]
     skipped: tuple[Skipped, ...] = ()
+    storage: Mapping[int, torch.dtype] = field(factory=dict, kw_only=True, repr=False)
 
     @property
     def needs(self) -> Mapping[str, int]:
         """Bytes of each device that weights will take at once, where the technique can say so."""
         total: Counter[str] = Counter()
-        for binding in self.bindings:
-            if overrides(type(binding.hook), "needs"):
-                total.update(binding.hook.needs(self.component.modules[binding.fqn]))
+        with planned_storage(self.storage):
+            for binding in self.bindings:
+                if overrides(type(binding.hook), "needs"):
+                    total.update(binding.hook.needs(self.component.modules[binding.fqn]))
         return dict(total)
 
 
@@ -94,7 +99,7 @@ class Plan:
     def needs(self) -> Mapping[str, int]:
         """Bytes of each device that weights will take at once, of all components together.
 
-        It is said of the dtypes that they have now: what casting saves comes off.
+        They count as they will be stored. What a layer is cast to for its call comes besides.
         """
         total: Counter[str] = Counter()
         for step in self.steps:
@@ -127,6 +132,19 @@ def make_step(technique: Technique, component: Component) -> PlanStep:
             f"{technique.name} binds one hook object twice; each binding needs a hook of its own"
         )
     return PlanStep(technique, component, tuple(bindings), tuple(skipped))
+
+
+def with_storage(steps: Sequence[PlanStep]) -> list[PlanStep]:
+    """Steps that are planned together, each knowing what the others will store weights in."""
+    storage = {
+        id(tensor): claim.dtype
+        for step in steps
+        for binding in step.bindings
+        for claim in binding.claims
+        if claim.dtype is not None and claim.tensor is not None
+        for tensor in step.component.slot_of[claim.tensor].tensors
+    }
+    return [evolve(step, storage=storage) for step in steps]
 
 
 def left_alone(technique: Technique, component: Component) -> PlanStep | None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from tqdm import tqdm
 
-from hookcore.enclosed import enclosing_calls, moved_outside, wholes_of
+from hookcore.enclosed import enclosing_calls, enclosing_entries, moved_outside, wholes_of
 from hookcore.errors import ConcurrentCallError
 from hookcore.guard import CallLock, WeightGuard
 from hookcore.hook import overrides
-from hookcore.plan import check_conflicts, make_step, ordered, share_modules
+from hookcore.plan import check_conflicts, make_step, ordered, share_modules, with_storage
 from hookcore.replaced import ReplacedHook
 from hookcore.stack import HookStack
 from hookcore.structure import ReplanHook, Structure
@@ -128,18 +127,6 @@ class Attachment:
         asked = self.overriding("loss_on_detach")
         found = ((binding.fqn, binding.hook.loss_on_detach(module)) for module, binding in asked)
         return [(self.component.label(fqn), loss) for fqn, loss in found if loss is not None]
-
-    def counts(self) -> dict[str, int]:
-        """What the hooks counted so far, added up: label to number."""
-        total: Counter[str] = Counter()
-        for module, binding in self.overriding("counts"):
-            total.update(binding.hook.counts(module))
-        return dict(total)
-
-    def notes(self) -> list[str]:
-        """What else the hooks have to say of calls so far, each thing once."""
-        asked = self.overriding("notes")
-        return list(dict.fromkeys(note for at, binding in asked for note in binding.hook.notes(at)))
 
 
 _LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()
@@ -324,6 +311,8 @@ def _rebind(items: Sequence[Attachment], after: Sequence[Attachment], undo: _Und
         component = item.component.afresh()
         steps.append(make_step(item.technique, component.afresh(wholes_of(component, after))))
     check_conflicts(steps, [item for item in after if item not in items])
+    for step in with_storage(steps):
+        _ = step.needs  # raises if a budget is too small for it
     for item, step in zip(items, steps, strict=True):
         undo.then(partial(item.take, item.component, item.bindings, item.skipped))
         item.take(step.component, step.bindings, step.skipped)
@@ -370,8 +359,9 @@ def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> Non
     hooks_at: dict[Key, tuple[Hook, ...]] = {}
     needed_at: dict[Key, tuple[Attachment, ...]] = {}
     enclosing = enclosing_calls(attachments)
+    entries = enclosing_entries(attachments)
     for item in attachments:
-        added = moved_outside(item.hooks_at, enclosing) if enclosing else item.hooks_at
+        added = moved_outside(item.hooks_at, enclosing, entries) if entries else item.hooks_at
         needed = dict.fromkeys(added, (item,))
         shared = hooks_at.keys() & added.keys()
         # What is outside of it comes first at a shared entry.

@@ -15,18 +15,26 @@ if TYPE_CHECKING:
 
 
 class Names:
-    """What an object's attributes were when it was opened: its components, by name."""
+    """What an object's attributes were when it was opened: its components, by name. It keeps none alive."""
 
     def __init__(self, target: Any, modules: Mapping[str, nn.Module]) -> None:
         self._target = weakref.ref(target)
-        self._modules = dict(modules)
+        self._modules = {name: weakref.ref(module) for name, module in modules.items()}
 
     def replaced(self) -> list[tuple[str, nn.Module]]:
-        """The names that are of other modules now, each with the one that it was of; told once."""
+        """The names that are of other modules now, each with the one that it was of; told once.
+
+        A name that is of nothing now was not replaced: its component was let go, to free its memory.
+        """
         target = self._target()
-        found = [(name, it) for name, it in self._modules.items() if getattr(target, name, it) is not it]
-        for name, _ in found:
-            del self._modules[name]
+        found = []
+        for name, reference in list(self._modules.items()):
+            module = reference()
+            now = getattr(target, name, module)
+            if now is not module:
+                del self._modules[name]
+                if module is not None and now is not None:
+                    found.append((name, module))
         return found
 
     def __str__(self) -> str:

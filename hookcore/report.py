@@ -43,14 +43,13 @@ def plan_table(plan: Plan) -> str:
 
 
 def attachment_table(attachments: Sequence[Attachment], left_alone: Sequence[Placed] = ()) -> str:
-    """What is on a model, outermost first, where the bytes are, what happened, and what was left alone."""
+    """What is on a model, outermost first, where the bytes are, and what was left alone."""
     rows = [("component", "technique", "hooks on", "bytes")]
     rows += [
         (item.component.label(""), item.technique.name, _hooked(item.bindings), _placed(item) or "-")
         for item in attachments
     ]
-    skipped = (*_skipped(attachments), *_left_alone(left_alone))
-    return "\n".join([table(rows), *skipped, *_counted(attachments)])
+    return "\n".join([table(rows), *_skipped(attachments), *_left_alone(left_alone)])
 
 
 def tensor_bytes(components: Iterable[Component]) -> dict[str, int]:
@@ -76,14 +75,6 @@ def _placed(item: Attachment) -> str:
     for module, binding in item.overriding("report"):
         total.update(binding.hook.report(module))
     return ", ".join(f"{format_bytes(size)} {label}" for label, size in total.items())
-
-
-def _counted(attachments: Sequence[Attachment]) -> Iterator[str]:
-    for item in attachments:
-        if counts := item.counts():
-            yield f"{item.technique.name}: {', '.join(f'{number} {what}' for what, number in counts.items())}"
-        for note in item.notes():
-            yield f"{item.technique.name}: {note}"
 
 
 def _skipped(placed: Sequence[Placed]) -> Iterator[str]:

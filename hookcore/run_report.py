@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -61,17 +62,22 @@ def run_report(attachments: Iterable[Attachment]) -> RunReport:
 
 
 def _table(entries: Sequence[RunEntry]) -> str:
-    """A column for each entry; the entries' figures are of one class."""
+    """A column for each entry; the entries' figures are of one class. What is no figure follows in lines."""
     rows = [
         ["", *(entry.component for entry in entries)],
         ["technique", *(entry.technique for entry in entries)],
     ]
+    lines = []
     for field in attrs.fields(type(entries[0].counted)):
         name, _, unit = field.name.rpartition("_")
         label = name if unit in ("bytes", "seconds") else field.name
-        values = (getattr(entry.counted, field.name) for entry in entries)
-        rows.append([label.replace("_", " "), *(_shown(value, unit) for value in values)])
-    return table(rows)
+        values = [getattr(entry.counted, field.name) for entry in entries]
+        if isinstance(values[0], Mapping):
+            for entry, found in zip(entries, values, strict=True):
+                lines += [f"{entry.component}: {count} x {phrase}" for phrase, count in found.items()]
+        else:
+            rows.append([label.replace("_", " "), *(_shown(value, unit) for value in values)])
+    return "\n".join([table(rows), *lines])
 
 
 def _shown(value: Any, unit: str) -> str:

@@ -151,7 +151,7 @@ class HookStack(_Chain):
             stack.hooks = tuple(hooks)
             stack.keeps_alive = keeps_alive
             innermost = stack.__wrapped__
-            for hook in stack.hooks:
+            for hook in reversed(stack.hooks):
                 if type(hook).substitute is not _SUBSTITUTE:
                     innermost = hook.substitute(module, innermost)
             stack._build(module, stack.hooks, innermost)

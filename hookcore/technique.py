@@ -10,6 +10,8 @@ from attrs import field, frozen
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
+
     from hookcore.hook import Hook
     from hookcore.target import Component
 
@@ -47,10 +49,12 @@ class Claim:
         resource: What is owned: a `Resource`, or a name of the plugin's own.
         tensor: FQN, in the component, of the parameter or buffer of which it is owned. Tensors that share
             memory are one. None means: of the entry that the binding hooks.
+        dtype: Of a claim on its storage dtype: what it will be stored in, so that a plan can count it.
     """
 
     resource: str
     tensor: str | None = None
+    dtype: torch.dtype | None = field(default=None, kw_only=True, eq=False)
 
 
 def _claims(claims: Iterable[Claim]) -> tuple[Claim, ...]:

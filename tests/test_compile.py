@@ -16,6 +16,7 @@ from hookcore.testing import simulator
 from hookcore.testing.models import autoencoder, flux, gpt2, unet
 from hookcore.testing.snapshot import ModelSnapshot
 from hookcore_plugins import ChannelsLast, Compile, GroupOffload, LayerwiseCasting, ModelOffload
+from hookcore_plugins.compile import CompileReport
 from hookcore_plugins.compile.code import LIMIT
 
 
@@ -96,8 +97,10 @@ def _fresh():
 
 
 def counts(model):
-    (found,) = (it for it in hookcore.status(model).attachments if it.technique.name == "compile")
-    return found.counts()
+    """What was counted, without the number of blocks and reasons."""
+    (found,) = (it.counted for it in hookcore.status(model).run_report().entries if it.technique == "compile")
+    assert bool(found.reasons) == bool(found.recompiles + found.graph_breaks)
+    return {"graphs": found.graphs, "recompiles": found.recompiles, "graph breaks": found.graph_breaks}
 
 
 def compiled(**options):
@@ -274,7 +277,7 @@ def test_graph_breaks_are_counted_with_their_reason():
     with torch.no_grad():
         model(torch.randn(2, 4))
     assert counts(model)["graph breaks"] == 1
-    assert "compile: graph break: " in str(hookcore.status(model))
+    assert "Sequential: 1 x graph break: " in str(hookcore.status(model).run_report())
     hookcore.remove(model)
     hookcore.apply(model, [compiled(fullgraph=True)])
     with pytest.raises(Exception, match="graph_break"):
@@ -287,8 +290,14 @@ def test_recompiles_are_counted_with_their_reason():
     for width in (2, 3):
         model(torch.randn(width, 4))
     assert counts(model) == {"graphs": 4, "recompiles": 2, "graph breaks": 0}
-    assert "compile: 4 graphs, 2 recompiles, 0 graph breaks" in str(handle)
-    assert "size mismatch at index 0. expected 2, actual 3" in str(handle)
+    (entry,) = handle.run_report().entries
+    assert entry.counted.blocks == 5
+    assert sum(entry.counted.reasons.values()) == 2
+    assert all("size mismatch at index 0. expected 2, actual 3" in it for it in entry.counted.reasons)
+    handle.reset()
+    model(torch.randn(3, 4))
+    (entry,) = handle.run_report().entries
+    assert entry.counted == CompileReport(blocks=5)
 
 
 def test_dynamic_shapes_need_no_recompile():
@@ -405,6 +414,16 @@ def test_options_are_those_of_torch():
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(PlanError, match=r"'Linear' has no repeated blocks.* Compile\(regional=False\)"):
         hookcore.plan(nn.Linear(2, 2), [compiled()])
+
+
+def test_a_component_of_a_pipeline_without_blocks_is_left_alone_unless_it_is_named():
+    models = {"blocks": Model(), "none": nn.Linear(4, 4)}
+    applied = hookcore.apply(models, [compiled()])
+    assert "none: it has no repeated blocks" in str(applied)
+    applied.remove()
+    with pytest.raises(PlanError, match="'none' has no repeated blocks"):
+        hookcore.plan(models, {"none": [compiled()]})
+    assert len(hookcore.plan(models, [compiled(regional=False)]).steps) == 2
 
 
 def test_a_block_with_a_module_that_also_stands_outside_is_left_alone():

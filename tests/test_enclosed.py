@@ -171,3 +171,70 @@ def test_what_stands_in_for_an_entry_is_inside_of_all_hooks_whatever_the_order()
     model.head(X)
     assert log == ["bring head:Linear", "whole", "in place", "drop head:Linear"]
     assert bare_entry(model.block, "forward") == model.block.forward
+
+
+class InsideHook(Hook):
+    """Does at a call that encloses its module, or that is its own, what it cannot do here."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def pre_forward(self, module, args, kwargs):
+        self.log.append("own call")
+
+    def outside(self, module):
+        return OutsideHook(self.log, module)
+
+
+class OutsideHook(Hook):
+    def __init__(self, log, module):
+        self.log = log
+        self.module = module
+
+    def pre_forward(self, module, args, kwargs):
+        self.log.append(f"outside {type(module).__name__} for {type(self.module).__name__}")
+
+    def substitute(self, module, entry):
+        def run(*args):
+            self.log.append("inside of all")
+            return entry(*args)
+
+        return run if module is self.module else entry
+
+
+@frozen
+class Inside(Technique):
+    name: ClassVar[str] = "inside"
+    phase: ClassVar[Phase] = Phase.COMPUTE
+    after: ClassVar[tuple[str, ...]] = ("whole",)
+
+    log: list = field(eq=False)
+
+    def bind(self, component):
+        yield Binding("block.0", InsideHook(self.log))
+
+
+@pytest.mark.parametrize("whole_first", [True, False])
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        ("block", ["whole", "outside Sequential for Linear", "in place"]),
+        ("block.0", ["whole", "outside Linear for Linear", "in place", "inside of all"]),
+        ("head", ["own call", "whole", "in place"]),
+    ],
+)
+def test_a_hook_gives_the_one_that_stands_for_it_outside(whole_first, at, expected):
+    model, log = Model(), []
+    before = ModelSnapshot.take(model)
+    techniques = [Whole(log, at), Inside(log)]
+    handles = {}
+    for technique in techniques if whole_first else reversed(techniques):
+        handles[technique.name] = hookcore.apply(model, [technique])
+    model(X)
+    assert log == expected
+    handles["whole"].remove()
+    log.clear()
+    model(X)
+    assert log == ["own call"]
+    hookcore.remove(model)
+    before.assert_restored(model)

@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import hookcore
 from hookcore import BudgetError, CheckpointError
-from hookcore.memory import file_engine, file_reader, find_mapping, origin_of
+from hookcore.memory import file_engine, file_reader, find_mapping, origin_of, stream
 from hookcore.testing import simulator
 from hookcore.testing.modules import Counter
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
@@ -87,7 +87,7 @@ def mover_of(model):
 
 def pinned_room(model, read_ahead):
     """Bytes of page-locked memory that may be taken."""
-    return max(it.packed.nbytes for it in mover_of(model)._members.values()) + read_ahead
+    return max(it.packed.nbytes for it in mover_of(model).own.groups.values()) + read_ahead
 
 
 # Reading, at any moment
@@ -299,7 +299,7 @@ class Twins:
         here = {id(it): it.nbytes for it in self.model.parameters() if it.device.type == "sim"}
         if self.technique.memory_budget is not None:
             assert sum(here.values()) + mover._engine.slab.size <= self.technique.memory_budget
-        mover._store._reader._workers.finish()
+        mover.store._reader._workers.finish()
         gc.collect()  # reads that failed are in cycles with their tracebacks
         assert simulator.pinned_bytes() <= pinned_room(self.model, self.technique.read_ahead)
 
@@ -407,7 +407,7 @@ def test_in_the_long_run_each_group_is_copied_once_a_pass_in_flat_memory(sim, bu
             assert module.memory_allocated() == held
     copies = [it for it in trace.spans if it.engine == "copy in"]
     assert not [it for it in trace.spans if it.engine == "copy out"]
-    comes_and_goes = [it for it in mover._members.values() if not it.stays]
+    comes_and_goes = [it for it in mover.own.groups.values() if not it.stays]
     if read_ahead == 0:  # how far a pass has come in copying for the next one depends on when copies end
         assert abs(len(copies) - 5 * len(comes_and_goes)) <= 4
     else:
@@ -462,10 +462,10 @@ def test_the_next_group_is_copied_while_one_computes(sim, folder):
     durations = []
     profile = simulator.DeviceProfile(name="slow", host_to_device=5e9, kernel_latency=1e-5)
     for budget in (LAYER, 3 * LAYER):
-        with reading(likely=1.0), sim.limited(profile=profile):
+        nothing_stays = patch.object(stream, "choose_layout", return_value=None)
+        with reading(likely=1.0), sim.limited(profile=profile), nothing_stays:
             model = streamed(folder, memory_budget=budget)
-            with patch.object(file_engine.FileEngine, "measure"):  # nothing is to stay
-                call_wide(model)
+            call_wide(model)
             torch.get_device_module("sim").synchronize()
             x = W.to("sim")
             with torch.no_grad(), sim.traced() as trace:
@@ -487,7 +487,7 @@ def test_a_layer_that_takes_long_to_read_counts_as_one_that_takes_long_to_copy(s
         model = streamed(folder, memory_budget=3 * LAYER)
         for _ in range(3):
             call_wide(model)
-    stays = {group.name: it.stays for group, it in mover_of(model)._members.items()}
+    stays = {group.name: it.stays for group, it in mover_of(model).own.groups.items()}
     assert stays["layers.2"]
 
 
@@ -496,10 +496,10 @@ def test_a_late_read_is_copied_while_others_compute(sim, folder):
     durations = []
     profile = simulator.DeviceProfile(name="slow", host_to_device=5e9, kernel_latency=1e-5)
     for likely in (1.0, 0.0):  # what isn't read ahead is read when it is needed, which takes no virtual time
-        with reading(likely=likely), sim.limited(profile=profile):
+        nothing_stays = patch.object(stream, "choose_layout", return_value=None)
+        with reading(likely=likely), sim.limited(profile=profile), nothing_stays:
             model = streamed(folder, memory_budget=3 * LAYER)
-            with patch.object(file_engine.FileEngine, "measure"):
-                call_wide(model)
+            call_wide(model)
             torch.get_device_module("sim").synchronize()
             x = W.to("sim")
             with torch.no_grad(), sim.traced() as trace:
@@ -524,7 +524,7 @@ def test_bytes_of_the_storage_dtype_travel_and_full_ones_when_casting_is_removed
         with hookcore.apply(model, [casting]):
             for _ in range(3):
                 assert same_bits(call_wide(model).cpu(), call_wide(cast, "cpu"))
-            assert sum(it.packed.nbytes for it in mover_of(model)._members.values()) < 8 * LAYER / 3
+            assert sum(it.packed.nbytes for it in mover_of(model).own.groups.values()) < 8 * LAYER / 3
         for _ in range(3):
             assert same_bits(call_wide(model).cpu(), plain_output(kept))
 
@@ -644,7 +644,7 @@ def test_memory_is_free_while_applied_and_strides_come_back(sim, tmp_path):
 def test_removal_waits_for_what_is_being_read_and_closes_files(sim, folder):
     model = streamed(folder)
     call_wide(model)  # at its end the next call's weights begin to be read
-    reader = mover_of(model)._store._reader
+    reader = mover_of(model).store._reader
     readers = list(reader._readers.values())
     assert readers
     hookcore.remove(model)
@@ -655,7 +655,7 @@ def test_a_model_may_go_away_with_its_hooks_on(sim, folder):
     model = streamed(folder, memory_budget=2 * LAYER)
     for _ in range(3):
         call_wide(model)  # the next one's first groups are on their way
-    workers = mover_of(model)._store._reader._workers
+    workers = mover_of(model).store._reader._workers
     del model
     workers.shutdown()  # what is being read at this moment is read to its end
     gc.collect()

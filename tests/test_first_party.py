@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from attrs import field, frozen
+from autoencoders import Pointwise
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
@@ -49,7 +50,6 @@ from hookcore_plugins import (
     Tiling,
     Trace,
 )
-from tests.autoencoders import Pointwise
 
 
 def nested(*leaves):

@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from attrs import frozen
+from diffusers import UNet2DConditionModel
 from diffusers.hooks import apply_layerwise_casting
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations
+from trained import minilm
 
 import hookcore
 from hookcore import ConflictError, Hook, HookcoreWarning, LossyRemovalError, Phase, PlanError, Technique
@@ -28,7 +30,6 @@ from hookcore.testing.modules import WeightReader, module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.layerwise_casting import LayerwiseCasting
 from hookcore_plugins.layerwise_casting.weight import CastWeight
-from tests.trained import minilm
 
 FP8 = torch.float8_e4m3fn
 DTYPES = (FP8, torch.float8_e5m2, torch.bfloat16, torch.float16)
@@ -232,6 +233,32 @@ def test_t5_keeps_the_layers_whose_dtype_it_reads():
     kept = {name for name, dtype in at_rest(model).items() if dtype != FP8 and "norm" not in name}
     assert {name.split(".")[-2] for name in kept} == {"wo"}
     assert all(output.isfinite().all() for output in case.call(model))
+
+
+def test_projections_of_images_keep_the_dtype_that_their_model_reads():
+    """Kandinsky's UNet converts image embeddings to the dtype of the layer that it gives them to."""
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        encoder_hid_dim=12,
+        encoder_hid_dim_type="image_proj",
+        addition_embed_type="image",
+    ).eval()
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([1]), torch.zeros(1, 1, 16)
+    embeds = {"added_cond_kwargs": {"image_embeds": torch.randn(1, 12)}}
+    hookcore.apply(model, [LayerwiseCasting()])
+    dtypes = at_rest(model)
+    assert dtypes["encoder_hid_proj.image_embeds.weight"] is torch.float32
+    assert dtypes["conv_in.weight"] is FP8
+    with torch.no_grad():
+        assert model(*inputs, **embeds).sample.isfinite().all()
 
 
 def test_minilm_drifts_little_and_exactly_as_with_diffusers():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hookcore
-from hookcore import BudgetError, ConcurrentCallError, ConflictError, PlanError
+from hookcore import BudgetError, ConcurrentCallError, PlanError
 from hookcore.testing import models
 from hookcore.testing.modules import module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
@@ -663,11 +663,99 @@ def test_a_name_that_the_target_lacks_is_refused():
     assert not hookcore.status(there).attachments
 
 
-def test_components_that_share_weights_are_refused():
-    there = stacks([2, 2])
-    there["denoiser"][0].weight = there["text"][0].weight
-    with pytest.raises(ConflictError, match=r"denoiser\.0\.weight"):
-        hookcore.apply(there, [ModelOffload("cpu")])
+# Shared weights
+
+
+def tied(sizes=(2, 3, 4)):
+    """The first layer of each is the text encoder's."""
+    there = stacks(sizes)
+    for model in there.values():
+        model.insert(0, nn.Linear(16, 16 * len(model)))
+    first = nn.Linear(16, 16)
+    for model in there.values():
+        model.insert(0, first)
+    return there, first
+
+
+def call_tied(model):
+    with torch.no_grad():
+        return model(torch.ones(16, 16))
+
+
+def counts_of(applied):
+    return {entry.component: entry.counted for entry in applied.run_report().entries}
+
+
+def test_shared_weights_come_once_and_stay_for_the_next_component(sim):
+    there, first = tied()
+    technique = ModelOffload("sim", memory_budget=sum(map(weights_of, there.values())) - weights_of(first))
+    own = {name: weights_of(model) - weights_of(first) for name, model in there.items()}
+    shared = sum(-(-it.nbytes // 64) * 64 for it in first.parameters())
+    needs = hookcore.plan(there, [ModelOffload("sim")]).needs
+    assert needs["sim"] == max(own.values()) + shared  # whole components, each with it
+    before = here()
+    applied = hookcore.apply(there, [technique])
+    for _ in range(3):
+        for model in there.values():
+            call_tied(model)
+    report = counts_of(applied)
+    assert sum(it.moved_bytes for it in report.values()) >= sum(own.values()) + shared
+    moved = {name: it.moved_bytes for name, it in report.items()}
+    assert moved["text"] % (own["text"] + shared) != 0 or moved["text"] == own["text"] + shared
+    assert all(moved[name] % own[name] == 0 for name in ("denoiser", "vae"))  # it was there already
+    on_simulator().synchronize()
+    assert here() - before <= technique.memory_budget
+    applied.remove()
+    assert all(model[0] is first for model in there.values())
+
+
+def test_a_budget_counts_shared_weights_once(sim):
+    there, first = tied((3, 3))
+    rounded = sum(-(-it.nbytes // 64) * 64 for model in there.values() for it in model.parameters())
+    shared = sum(it.nbytes for it in first.parameters())
+    both = rounded - shared
+    assert hookcore.plan(there, [ModelOffload("sim", memory_budget="1GiB")]).needs == {"sim": both}
+    for budget, together in ((both, True), (both - 1, False)):
+        applied = hookcore.apply(there, [ModelOffload("sim", tuple(there), memory_budget=budget)])
+        before = here()
+        call_tied(there["text"])
+        assert (here() - before > weights_of(there["text"])) == together
+        applied.remove()
+
+
+def test_a_call_of_a_shared_layer_is_no_call_of_the_other_component(sim):
+    there, _ = tied()
+    applied = hookcore.apply(there, [ModelOffload("sim")])
+    before = here()
+    on_simulator().reset_peak_memory_stats()
+    call_tied(there["text"])
+    assert on_simulator().max_memory_allocated() - before < weights_of(there["text"]) + 10_000
+    assert [it.calls for it in counts_of(applied).values()] == [1, 0, 0]
+
+
+def test_what_is_counted(sim):
+    there = stacks([2, 3])
+    applied = hookcore.apply(there, [ModelOffload("sim", memory_budget="1GiB")])
+    for _ in range(2):
+        call(there["text"])
+        call(there["text"])
+        call(there["denoiser"])
+    report = counts_of(applied)
+    sizes = {name: weights_of(model) for name, model in there.items()}
+    assert [(it.calls, it.hits, it.on_demand) for it in report.values()] == [(4, 2, 2), (2, 1, 1)]
+    assert all(report[name].moved_bytes == sizes[name] * report[name].copies for name in sizes)
+    assert all(report[name].locked_bytes == report[name].resident_bytes == sizes[name] for name in sizes)
+    with hookcore.memory.record_timeline(there) as timeline:
+        offload(there)
+        call(there["denoiser"])
+    spans = {(span.kind, span.group) for span in timeline.spans}
+    assert spans >= {("copy", "denoiser"), ("stall", "denoiser"), ("compute", "denoiser")}
+    report = counts_of(applied)
+    assert (report["denoiser"].timed_calls, report["text"].timed_calls) == (1, 0)
+    assert report["denoiser"].stalled_seconds == timeline.stalled > 0
+    assert "stalled" in str(applied.run_report())
+    applied.reset()
+    assert all((it.calls, it.copies, it.moved_bytes) == (0, 0, 0) for it in counts_of(applied).values())
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import hookcore
 from hookcore import BudgetError
 from hookcore.testing.cases import arguments_on
 from hookcore.testing.modules import Reassigned, module_trees
-from hookcore_plugins import GroupOffload, ModelOffload, SequentialOffload
+from hookcore_plugins import (
+    DiskOffload,
+    GroupOffload,
+    LayerwiseCasting,
+    ModelOffload,
+    SequentialOffload,
+)
 
 FOR_EACH_EXAMPLE = settings(
     max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -176,6 +183,55 @@ def test_a_plan_prints_what_weights_need(sim):
     technique = GroupOffload("sim", prefetch=1, exclude_modules=[])
     one, other = (needed(model, technique) for model in models.values())
     plan = hookcore.plan(models, [technique])
-    assert plan.needs == {"sim:0": one + other}
-    assert str(plan).endswith("\nweights need 2.8 KiB of sim:0")
+    assert plan.needs == {"sim:0": max(one, other)}  # they have it in turn
+    assert str(plan).endswith("\nweights need 2.1 KiB of sim:0")
     assert "weights need" not in str(hookcore.plan(models, []))
+
+
+@pytest.mark.parametrize("order", [["casting", "offload"], ["offload", "casting"]])
+@pytest.mark.parametrize(
+    "offload",
+    [
+        lambda: GroupOffload("sim", prefetch=1),
+        lambda: GroupOffload("sim", memory_budget=20_000),
+        lambda: GroupOffload("sim", use_stream=False, offload_type="leaf_level"),
+        lambda: ModelOffload("sim"),
+    ],
+)
+def test_a_plan_counts_weights_as_they_will_be_stored(sim, order, offload):
+    """In either order the casting stands inside, and half of the bytes travel."""
+    model = stack([32] * 8)
+    plain = sum(hookcore.plan(model, [offload()]).needs.values())
+    both = {"casting": LayerwiseCasting("bfloat16"), "offload": offload()}
+    technique = [both[name] for name in order]
+    needs = sum(hookcore.plan(model, technique).needs.values())
+    # With a budget there is room for all of them then.
+    half = plain / 2 if plain < 19_000 else sum(it.nbytes for it in model.parameters()) / 2
+    assert half <= needs <= half + lost(model)
+    before = module().memory_allocated()
+    hookcore.apply(model, technique)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.ones(1, 32))
+    assert taken(before) <= needs
+    hookcore.remove(model, allow_lossy=True)
+
+
+def test_a_budget_that_is_enough_for_cast_weights_is_taken(sim):
+    model = stack([32] * 4)
+    budget = 32 * 33 * 2 + 64
+    with pytest.raises(BudgetError):
+        hookcore.apply(model, [GroupOffload("sim", memory_budget=budget)])
+    hookcore.apply(model, [GroupOffload("sim", memory_budget=budget), LayerwiseCasting("bfloat16")])
+    with torch.no_grad():
+        assert model(torch.ones(1, 32)).shape == (1, 32)
+
+
+def test_weights_from_disk_need_their_budget_of_the_host(tmp_path):
+    model = stack([32] * 8)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    whole = sum(it.nbytes for it in model.parameters())
+    for budget, expected in ((20_000, 20_000), ("1GiB", None)):
+        technique = DiskOffload(tmp_path, memory_budget=budget)
+        (needs,) = hookcore.plan(model, [technique]).needs.items()
+        assert needs == ("cpu", expected) if expected else whole <= needs[1] < 4 * whole + 20 * 4_096

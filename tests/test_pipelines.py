@@ -7,6 +7,7 @@ import functools
 import gc
 import pickle
 import warnings
+import weakref
 
 import diffusers
 import pytest
@@ -18,7 +19,7 @@ import hookcore
 from hookcore import ConflictError, PlanError
 from hookcore.testing import pipelines
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
-from hookcore_plugins import GroupOffload, LayerwiseCasting, ModelOffload, SequentialOffload
+from hookcore_plugins import GroupOffload, LayerwiseCasting, ModelOffload, SequentialOffload, Slicing
 from hookcore_plugins.diffusers_pipelines import hookcore_open_target
 from hookcore_plugins.model_offload import offload
 
@@ -215,11 +216,17 @@ def test_a_run_inside_of_a_call_leaves_everything_on(sim):
     """As when a component's own hook runs another pipeline of the same components."""
     case = pipelines.stable_diffusion()
     pipe = case.build()
-    pipe.vae.register_forward_pre_hook(lambda *_: pipe.maybe_free_model_hooks())
+    there = []
+
+    def run_another(decoder, _):
+        pipe.maybe_free_model_hooks()
+        there.append(next(decoder.parameters()).device.type)
+
+    pipe.vae.decoder.register_forward_pre_hook(run_another)
     hookcore.apply(pipe, [ModelOffload("sim")])
     with torch.no_grad():
         pipe.vae(torch.zeros(1, 3, 16, 16))
-    assert devices_of(pipe) == {"cpu", "sim"}
+    assert there == ["sim"]
 
 
 def test_two_that_want_to_know_of_the_end_and_go_in_any_order(sim):
@@ -235,7 +242,8 @@ def test_two_that_want_to_know_of_the_end_and_go_in_any_order(sim):
     first.remove()
     pipe.vae.to("sim")
     case.run(pipe)
-    assert devices_of(pipe) == {"cpu", "sim"}
+    there = {name for name, it in models_of(pipe).items() if next(it.parameters()).device.type == "sim"}
+    assert there == {"vae"}
     second.remove()
     assert is_plain(pipe, kind)
 
@@ -444,6 +452,24 @@ def test_another_model_in_the_place_of_a_component(sim, technique):
         assert same_bits(case.run(pipe).cpu(), wanted)
 
 
+@OFFLOADS
+def test_a_component_that_was_let_go_is_free_and_was_not_replaced(sim, technique):
+    """As large text encoders are once they have run."""
+    pipe = pipelines.stable_diffusion().build()
+    hookcore.apply(pipe, [TECHNIQUES[technique]("sim")])
+    embeds, _ = pipe.encode_prompt("a red cat", pipe.device, 1, do_classifier_free_guidance=False)
+    encoder = weakref.ref(pipe.text_encoder)
+    pipe.text_encoder = None
+    kept, pipe.safety_checker = pipe.safety_checker, None
+    gc.collect()
+    assert encoder() is None
+    assert hookcore.status(kept).techniques
+    options = {"height": 16, "width": 16, "num_inference_steps": 1, "output_type": "latent"}
+    with warnings.catch_warnings(action="error"):
+        pipe(prompt_embeds=embeds, guidance_scale=1.0, **options)
+    hookcore.remove(pipe)
+
+
 def test_a_replaced_component_without_techniques_is_nobodys_business():
     pipe = pipelines.stable_diffusion().build()
     applied = hookcore.apply(pipe, {"text_encoder": [GroupOffload("cpu")], "vae": [GroupOffload("cpu")]})
@@ -596,6 +622,17 @@ def test_denoisers_are_told_the_noise_level(name, denoises):
     nn.Module.__init__(model)
     opened = hookcore_open_target(type("Engine", (), {"components": {"it": model}})())
     assert opened.denoisers == (("it",) if denoises else ())
+
+
+def test_a_component_that_is_a_trace_of_torch_is_in_nobodys_way():
+    """Its class has no forward to look at."""
+    pipe = pipelines.stable_diffusion().build()
+    trace = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    pipe.register_modules(safety_checker=trace)
+    applied = hookcore.apply(pipe, [Slicing()])
+    assert hookcore_open_target(pipe).components["safety_checker"] is trace
+    assert "safety_checker" in str(applied).rpartition("skipped by slicing")[2]
+    applied.remove()
 
 
 # Casting is for denoisers

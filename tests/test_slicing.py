@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from autoencoders import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -141,6 +142,73 @@ def test_encode_and_decode_of_an_autoencoder_are_split():
     applied.remove()
     model.encoder._forward_pre_hooks.clear()
     before.assert_restored(model)
+
+
+def test_frames_of_a_video_stay_together():
+    """`decode` of Stable Video Diffusion's autoencoder takes all frames of all videos as rows."""
+    make, _, shape, options = FAMILIES["temporal decoder"]
+    torch.manual_seed(0)
+    model = make().eval()
+    latents = torch.randn(6, *shape[1:-2], 8, 8)
+    sizes = []
+    model.decoder.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+    with torch.no_grad():
+        for size, expected in ((1, [2, 2, 2]), (2, [4, 2]), (3, [6])):
+            whole = model.decode(latents, **options).sample
+            with hookcore.apply(model, [Slicing(size)]):
+                sizes.clear()
+                torch.testing.assert_close(model.decode(latents, **options).sample, whole)
+                assert sizes == expected
+                torch.testing.assert_close(model.decode(latents, options["num_frames"]).sample, whole)
+                with pytest.raises(RuntimeError):
+                    model.decode(latents, num_frames=4)  # the model's own error: 6 are no videos of 4
+
+
+def test_the_number_of_frames_of_whole_videos_makes_slices_no_larger():
+    class Denoiser(nn.Module):
+        def forward(self, videos, num_frames):
+            sizes.append(len(videos))
+            return videos * num_frames
+
+    sizes = []
+    with hookcore.apply(Denoiser(), [Slicing()]) as applied:
+        (model,) = (step.component.module for step in applied.plan.steps)
+        model(torch.randn(4, 3, 2, 8, 8), num_frames=2)
+    assert sizes == [1] * 4
+
+
+def test_the_loss_of_a_codebook_is_that_of_the_whole():
+    """`VQModel.decode` returns it beside the image; slices differ in it."""
+    make, _, shape, _ = FAMILIES["vq"]
+    torch.manual_seed(0)
+    model = make().eval()
+    latents = torch.randn(5, *shape[1:-2], 8, 8, requires_grad=True)
+    with torch.no_grad():
+        whole = model.decode(latents)
+        with hookcore.apply(model, [Slicing(2)]):
+            sliced = model.decode(latents)
+    torch.testing.assert_close(sliced.sample, whole.sample)
+    torch.testing.assert_close(sliced.commit_loss, whole.commit_loss)
+    assert sliced.commit_loss > 0
+
+    def gradient():
+        (found,) = torch.autograd.grad(model.decode(latents).commit_loss, latents)
+        return found
+
+    expected = gradient()
+    with hookcore.apply(model, [Slicing(2)]):
+        torch.testing.assert_close(gradient(), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((3, 4, 5, 5), torch.channels_last), ((3, 4, 5, 5, 5), torch.channels_last_3d)]
+)
+def test_what_comes_out_lies_as_its_slices_do(shape, layout):
+    x = torch.randn(shape).contiguous(memory_format=layout)
+    for value in (x, x.contiguous()):
+        model = nn.ReLU()
+        with hookcore.apply(model, [Slicing(2)]):
+            assert model(value).stride() == value.stride()
 
 
 def test_gradients_are_those_of_the_whole():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import subprocess
+import sys
 from unittest.mock import patch
 
 import pytest
@@ -297,7 +299,7 @@ def test_in_the_long_run_each_group_is_copied_once_a_pass_and_nothing_is_waited_
         assert module.memory_allocated() == held
     copies = [it for it in trace.spans if it.engine == "copy in"]
     assert not [it for it in trace.spans if it.engine == "copy out"]
-    streamed = [it for it in mover._members.values() if not it.stays]
+    streamed = [it for it in mover.own.groups.values() if not it.stays]
     uses = len(mover._order._order)
     assert len(streamed) <= uses <= len(streamed) + 1  # the tied weight is used twice
     # What is in memory at the end for the pass to come was so at the beginning.
@@ -360,13 +362,14 @@ def test_a_pass_takes_as_long_as_the_layout_says(sim, widths, link, share, prefe
         applied = hookcore.apply(model, [GroupOffload("sim", memory_budget=budget, prefetch=prefetch)])
         for _ in range(20):  # as many as it may take until passes repeat
             model(x)
-        module = torch.get_device_module("sim")
-        module.synchronize()
-        begun = sim.now()
+        # Of computing: copies for the pass after the last one go on for longer.
+        begun, ended = (torch.get_device_module("sim").Event(enable_timing=True) for _ in range(2))
+        begun.record()
         for _ in range(16):
             model(x)
-        module.synchronize()
-        taken = (sim.now() - begun) / 16
+        ended.record()
+        ended.synchronize()
+        taken = begun.elapsed_time(ended) / 16_000
     applied.remove()
     if layouts:
         assert taken == pytest.approx(layouts[0].seconds, rel=0.02)
@@ -406,7 +409,7 @@ def test_the_budget_is_used_and_kept_to_the_byte(sim):
                 peaks.append(module.memory_allocated() - before)
         mover = mover_of(applied)
         assert max(peaks) <= budget
-        aligned = sum(it.packed.nbytes for it in mover._members.values())
+        aligned = sum(it.packed.nbytes for it in mover.own.groups.values())
         assert max(peaks) > min(budget, aligned) * 0.97
         applied.remove()
         assert module.memory_allocated() == before
@@ -472,6 +475,22 @@ def test_in_no_more_memory_than_accelerates_it_takes_less_time(sim):
     assert found["ours"][1] < 0.8 * found["theirs"][1]
 
 
+@pytest.mark.parametrize("prefetch", [1, 5])
+def test_calls_may_come_on_one_stream_and_then_on_another(sim, prefetch):
+    model = build()
+    module = torch.get_device_module("sim")
+    streams = [module.current_stream(), module.Stream()]
+    with simulator.limited(strict=True):
+        applied = hookcore.apply(model, [GroupOffload("sim", prefetch=prefetch)])
+        for number in (0, 0, 1, 1, 0):
+            module.synchronize()
+            with module.stream(streams[number]):
+                call(model)
+        assert mover_of(applied).lingers == (prefetch == 5)  # else memory is allocated group by group
+        simulator.check()
+    applied.remove()
+
+
 @given(blocks=st.integers(1, 4))
 @FOR_EACH_EXAMPLE
 def test_the_smallest_budget_is_named_and_works(sim, blocks):
@@ -526,7 +545,7 @@ def test_little_memory_is_locked_if_so_wished(sim, prefetch, budget, repeats):
     torch.get_device_module("sim").synchronize()
     for it in found:
         assert same_bits(it.cpu(), call(bare, "cpu"))
-    largest = max(it.packed.nbytes for it in mover_of(applied)._members.values())
+    largest = max(it.packed.nbytes for it in mover_of(applied).own.groups.values())
     assert sim.pinned_bytes() - before <= 3 * largest
     applied.remove()
     assert sim.pinned_bytes() == before
@@ -544,6 +563,24 @@ def test_a_model_may_go_away_with_its_hooks_on(sim, budget):
     gc.collect()
     sim.check()
     assert (module.memory_allocated(), sim.pinned_bytes()) == before
+
+
+def test_a_process_ends_with_techniques_on():
+    program = """
+import torch, hookcore, hookcore_plugins
+import hookcore.testing.simulator as sim
+torch.set_num_threads(1)
+sim.install()
+models = {}
+for name in ("GroupOffload", "SequentialOffload", "ModelOffload"):
+    models[name] = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(20)))
+    hookcore.apply(models[name], [getattr(hookcore_plugins, name)("sim")])
+    with torch.no_grad():
+        for _ in range(2):
+            models[name](torch.zeros(1, 64))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_options_that_cannot_be_are_refused():
@@ -568,7 +605,7 @@ def without_wait_for_copy(self, load):
 
 
 def without_event_after_use(self, load):
-    self.give_back(load)
+    self.slab.give_back(load.packed, load.place)
 
 
 FAULTS = {
@@ -577,13 +614,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("budget", [None, 15_000])
+@pytest.mark.parametrize("options", [{"prefetch": 5}, {"memory_budget": 15_000}])
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_each_wait_is_missed(sim, fault, budget):
+def test_each_wait_is_missed(sim, fault, options):
     name, mutant = fault
     model = build()
     with patch.object(engine.CopyEngine, name, mutant), simulator.limited(strict=True):
-        hookcore.apply(model, [GroupOffload("sim", memory_budget=budget)])
+        hookcore.apply(model, [GroupOffload("sim", **options)])
         with pytest.raises(simulator.RaceError):
             for _ in range(3):
                 call(model)

@@ -152,18 +152,19 @@ class Figures:
     calls: int
     read_bytes: int
     waited_seconds: float | None
+    reasons: dict[str, int]
 
 
 class Counting(Hook):
     def run_report(self, module):
-        return Figures(3, 2048, None)
+        return Figures(3, 2048, None, {} if module.in_features == 2 else {"it was late": 2, "it rained": 1})
 
 
 COUNTING = toy("counting", lambda _: [Binding("", Counting())])
 
 
 def test_figures_are_printed_by_their_names():
-    models = {"unet": nn.Linear(2, 2), "vae": nn.Linear(2, 2)}
+    models = {"unet": nn.Linear(2, 2), "vae": nn.Linear(3, 2)}
     applied = hookcore.apply(models, {"unet": [COUNTING, toy("silent")], "vae": [COUNTING]})
     assert str(applied.run_report()) == (
         "           unet      vae\n"
@@ -171,7 +172,9 @@ def test_figures_are_printed_by_their_names():
         "technique  counting  counting\n"
         "calls      3         3\n"
         "read       2.0 KiB   2.0 KiB\n"
-        "waited     -         -"
+        "waited     -         -\n"
+        "vae: 2 x it was late\n"
+        "vae: 1 x it rained"
     )
     assert [(it.component, it.counted.calls) for it in applied.run_report().entries] == [
         ("unet", 3),

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from attrs import evolve
+from autoencoders import FAMILIES, PointwiseAutoencoder
 from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,6 @@ from hookcore_plugins.tiling.course import Course
 from hookcore_plugins.tiling.grid import Canvas, Grid, cut, ramps
 from hookcore_plugins.tiling.samples import samples
 from hookcore_plugins.tiling.statistics import Recorded, Replayed, averaged
-from tests.autoencoders import FAMILIES, PointwiseAutoencoder
 
 FAST = settings(deadline=None, max_examples=60)
 

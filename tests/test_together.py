@@ -11,7 +11,7 @@ from torch import nn
 import hookcore
 from hookcore import BudgetError, ConflictError, UnsupportedModelError
 from hookcore.testing.snapshot import same_bits
-from hookcore_plugins import GroupOffload, SequentialOffload
+from hookcore_plugins import GroupOffload, ModelOffload, SequentialOffload
 
 FOR_EACH_EXAMPLE = settings(
     max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -102,6 +102,12 @@ def techniques(device):
     return st.one_of(
         st.builds(SequentialOffload, st.just(device)),
         st.builds(
+            ModelOffload,
+            st.just(device),
+            st.none() | st.permutations(["text", "unet", "vae"]),
+            memory_budget=st.none() | st.integers(1_500, 4_000) if device == "sim" else st.none(),
+        ),
+        st.builds(
             GroupOffload,
             st.just(device),
             offload_type=st.sampled_from(["auto", "block_level", "leaf_level"]),
@@ -118,9 +124,7 @@ class Twins:
 
     def __init__(self, which, technique):
         self.ours, self.bare = build(which), build(which)
-        self.device = (
-            technique.device if isinstance(technique, SequentialOffload) else technique.onload_device
-        )
+        self.device = technique.onload_device if isinstance(technique, GroupOffload) else technique.device
         self.x = torch.linspace(-1, 1, 2 * WIDTH).reshape(2, WIDTH)
         self.applied = hookcore.apply(self.ours, [technique])
         self.outputs = []
@@ -255,9 +259,9 @@ def test_what_is_shared_is_copied_for_each_use_and_known_in_advance(sim):
 def test_only_one_of_them_says_what_they_need_together(sim):
     models = build(tied_weight)
     before = torch.get_device_module("sim").memory_allocated()
-    plan = hookcore.plan(models, [GroupOffload("sim", prefetch=1)])
+    plan = hookcore.plan(models, [GroupOffload("sim", prefetch=2)])
     assert [bool(step.needs) for step in plan.steps] == [True, False, False]
-    hookcore.apply(models, [GroupOffload("sim", prefetch=1)])
+    hookcore.apply(models, [GroupOffload("sim", prefetch=2)])
     for model in models.values():
         with torch.no_grad():
             model(torch.ones(2, WIDTH))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 import hookcore
-from hookcore_plugins import GroupOffload
+from hookcore_plugins import GroupOffload, SequentialOffload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,3 +98,8 @@ def with_hookcore(budget: int | None) -> PutOn:
         hookcore.apply(module, [GroupOffload(device, memory_budget=budget)])
 
     return put_on
+
+
+def layer_by_layer(module: nn.Module, device: torch.device) -> None:
+    """Sequential offloading, which takes the least memory."""
+    hookcore.apply(module, [SequentialOffload(device)])

@@ -36,16 +36,18 @@ from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
 from hookcore.memory.mover import GroupMover, Needed
 from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
-from hookcore.memory.packed import Packed
+from hookcore.memory.packed import Packed, packed_nbytes
 from hookcore.memory.placement import Placement, moved
 from hookcore.memory.ranges import Quota, Ranges
 from hookcore.memory.reads import WatchedTensors, stop_watching, watch
+from hookcore.memory.room import Room
 from hookcore.memory.schedule import Use, pass_seconds
 from hookcore.memory.store import MemoryStore, Store
 from hookcore.memory.stream import StreamMover, has_streams
 from hookcore.memory.tensors import check_movable, current_tensors, is_on, move_apart
 from hookcore.memory.timeline import Recorder, Span, Timeline, record_timeline
 from hookcore.memory.together import Together
+from hookcore.storage import planned_nbytes
 
 __all__ = [
     "Checkpoint",
@@ -68,6 +70,7 @@ __all__ = [
     "Quota",
     "Ranges",
     "Recorder",
+    "Room",
     "Span",
     "Store",
     "StreamMover",
@@ -103,7 +106,9 @@ __all__ = [
     "origin_of",
     "origins_in",
     "origins_of_mapped",
+    "packed_nbytes",
     "pass_seconds",
+    "planned_nbytes",
     "record_timeline",
     "set_origin",
     "slots_below",

@@ -19,6 +19,7 @@ from hookcore.memory.tensors import (
     tensor_at,
     version_of,
 )
+from hookcore.storage import planned_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -139,11 +140,11 @@ class DeviceMover(GroupMover):
         """What stays, and the most that calls nested in each other hold at once."""
         most = nbytes = 0
         for needed in self._expected.values():
-            sizes = {group: group.nbytes for group in needed.groups}
-            nbytes += sum(group.nbytes for group in needed.resident)
+            sizes = {group: planned_nbytes(group.slots) for group in needed.groups}
+            nbytes += sum(planned_nbytes(group.slots) for group in needed.resident)
             if self._onload_device == self._offload_device:  # of which it holds copies
                 nbytes += sum(sizes.values())
-            borrowed = {group: home.nbytes for group, home in needed.borrowed.items()}
+            borrowed = {group: planned_nbytes(home.slots) for group, home in needed.borrowed.items()}
             held, _ = largest_held(sizes | borrowed)
             most = max(most, held)
         return {str(self._onload_device): nbytes + most}

@@ -104,6 +104,7 @@ class DiskMover(GroupMover):
         device: The execution device.
         budget: Bytes that all groups, also the resident ones, may take in memory together.
         read_ahead: Bytes of them that may be ahead of use.
+        whole: Bytes that all groups would take together, for the plan.
     """
 
     def __init__(
@@ -113,11 +114,14 @@ class DiskMover(GroupMover):
         device: torch.device,
         budget: int,
         read_ahead: int,
+        *,
+        whole: int,
     ) -> None:
         self._origins = origins
         self._device = device
         self._budget = budget
         self._read_ahead_limit = read_ahead
+        self._whole = whole
         self._order: LearnedOrder[Group] = LearnedOrder(groups)
         self._streamed: dict[Group, _Streamed] = {}
         self._to_stay: list[Group] = []  # residents that the next call brings
@@ -185,6 +189,10 @@ class DiskMover(GroupMover):
             CheckpointError: Values have to be converted, and a file has changed.
         """
         file_weights.settle(group.slots)
+
+    def needs(self) -> dict[str, int]:
+        """As much memory as groups may take, or all of them do."""
+        return {str(self._device): min(self._budget, self._whole)}
 
     def begin(self) -> None:
         """Begins an outermost call.

@@ -37,6 +37,7 @@ class Load:
         lent_to: The stream that computed when the place was taken, to which its memory goes back.
         asked: Recorded when it was needed, where times are measured or a timeline is recorded.
         used: Recorded after the wait for it, likewise.
+        is_new: Whether nothing has used it yet.
     """
 
     packed: Packed
@@ -45,6 +46,7 @@ class Load:
     lent_to: Any
     asked: Any = None
     used: Any = None
+    is_new: bool = True
 
 
 class CopyEngine:
@@ -100,13 +102,22 @@ class CopyEngine:
         # What makes the events must not refer to the engine: in a cycle its memory would outlive it.
         self.times = PassTimes(partial(self._module.Event, enable_timing=True))
 
-    def begin(self) -> None:
-        """Has the caller's stream compute from now on."""
-        stream = self._module.current_stream(self._device)
+    def begin(self, stream: Any) -> None:
+        """Has a stream compute from now on."""
         if stream != self._computing:
             stream.wait_stream(self._computing)
             self._computing = stream
         self._left.record(stream)
+
+    @property
+    def stream(self) -> Any:
+        """The stream that computes."""
+        return self._computing
+
+    @property
+    def stream_of_caller(self) -> Any:
+        """The stream that will compute if a call begins now."""
+        return self._module.current_stream(self._device)
 
     def take(self, packed: Packed) -> Load | None:
         """Finds room for a group, whose copy is not begun yet; None if there is none."""
@@ -122,7 +133,7 @@ class CopyEngine:
         """Gives back the room of a load that was not used. Its copy may still be under way."""
         if self.slab.is_shared:  # copies run one after another, but others may have the memory next
             load.lent_to.wait_event(load.ready)
-        self.slab.give_back(load.place)
+        self.slab.give_back(load.packed, load.place)
 
     def copy(self, loads: Iterable[Load]) -> None:
         """Begins copies, after all use so far of the memory that they fill."""
@@ -143,7 +154,7 @@ class CopyEngine:
                     staging.sent(source, load.ready)
                 packed.note_versions()
                 if times is not None:
-                    times.copy(packed, begun, load.ready)
+                    times.copy(packed, begun, times.mark(copying))
                 if timeline is not None:
                     timeline.add("copy", packed.name, begun, load.ready)
 
@@ -167,7 +178,7 @@ class CopyEngine:
             self.used(load.packed, load.used)
         if self.slab.is_shared and load.lent_to != self._computing:
             load.lent_to.wait_stream(self._computing)
-        self.slab.give_back(load.place)
+        self.slab.give_back(load.packed, load.place)
 
     def mark(self) -> Any:
         """An event on the computing stream, where times are measured or a timeline is recorded."""

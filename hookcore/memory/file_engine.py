@@ -72,10 +72,10 @@ class FileEngine(CopyEngine):
         self._waiting: deque[_Request] = deque()  # until they are copied
         self._given_up: list[tuple[Read, torch.Tensor]] = []  # while they are still being read
 
-    def begin(self) -> None:
-        """Has the caller's stream compute from now on."""
+    def begin(self, stream: Any) -> None:
+        """Has a stream compute from now on."""
         self._left = self._module.Event()
-        super().begin()
+        super().begin(stream)
         self._calls += 1
         self._go_on()
 
@@ -101,7 +101,7 @@ class FileEngine(CopyEngine):
         request.packed.verify()
         if request.during != self._calls and self._is_outdated(request):
             self._forget_read(request)
-            request.is_copied = False
+            request.after, request.is_copied = self._left, False
         if not request.is_copied:
             self._copy_now(request)
         super().wait_for(load)
@@ -111,7 +111,8 @@ class FileEngine(CopyEngine):
         """Has all later copies come after what was computed so far, with this load among others."""
         self._left = self._module.Event()  # what was asked for earlier goes on waiting for the last one
         super().leave(load)
-        del self._requests[load]
+        if load.packed not in self.slab.kept:  # what is kept is used again
+            del self._requests[load]
         self._go_on()
 
     def give_back(self, load: Load) -> None:
@@ -177,9 +178,9 @@ class FileEngine(CopyEngine):
             load.place.memory.copy_(room, non_blocking=True)
             load.ready.record(copying)
         if times is not None:
-            times.copy(load.packed, begun, load.ready)
+            times.copy(load.packed, begun, times.mark(copying))
         if timeline is not None:
-            timeline.add("copy", load.packed.name, begun, load.ready)
+            timeline.add("copy", load.packed.name, begun, timeline.mark(copying))
         if not self._is_beside(room.nbytes):
             self._ring.sent(room, load.ready)
         request.room = None

@@ -32,7 +32,7 @@ class FilePacked(Packed):
             what they were shown.
     """
 
-    __slots__ = ("_dtypes", "_files", "_target_of", "brought", "ranges", "targets", "weights")
+    __slots__ = ("_files", "_origin_dtypes", "_target_of", "brought", "ranges", "targets", "weights")
 
     def __init__(self, weights: Sequence[FileWeight], name: str) -> None:
         super().__init__((), name)
@@ -45,7 +45,7 @@ class FilePacked(Packed):
             self._give_places(weight)
         self.ranges = merged([it.origin for it in self.targets if it.origin is not None])
         origins = [weight.origin for weight in weights]
-        self._dtypes = [origin.dtype for origin in origins]
+        self._origin_dtypes = [origin.dtype for origin in origins]
         self._files = {origin.entry.path: origin.checkpoint for origin in origins}
         self.note_versions()
 
@@ -67,7 +67,8 @@ class FilePacked(Packed):
     def is_outdated(self) -> bool:
         """Whether calls find another dtype than when this was made."""
         return any(
-            weight.origin.dtype is not dtype for weight, dtype in zip(self.weights, self._dtypes, strict=True)
+            weight.origin.dtype is not dtype
+            for weight, dtype in zip(self.weights, self._origin_dtypes, strict=True)
         )
 
     def verify(self) -> None:

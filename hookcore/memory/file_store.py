@@ -20,6 +20,7 @@ from hookcore.memory.host import Staging
 from hookcore.memory.origins import wanted_dtype
 from hookcore.memory.packed import rounded
 from hookcore.memory.store import Store
+from hookcore.storage import planned_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,7 +53,10 @@ class FileStore(Store):
     def nbytes(self, group: Group, *, stays: bool = False) -> int:
         """In the dtypes that calls find."""
         first = [slot.tensors[0] for slot in group.slots]
-        return sum(rounded(max(it.numel() * wanted_dtype(it).itemsize, 1)) for it in first)
+        dtypes = [planned_dtype(it) or wanted_dtype(it) for it in first]
+        return sum(
+            rounded(max(it.numel() * dtype.itemsize, 1)) for it, dtype in zip(first, dtypes, strict=True)
+        )
 
     @torch.inference_mode(False)  # what is made here outlives the mode
     def take(self, group: Group) -> FilePacked:

@@ -64,16 +64,29 @@ class LearnedOrder(Generic[T]):
 
     def upcoming(self) -> Iterator[T]:
         """What is expected next, on into the next pass, once round; nothing after misses in a row."""
-        if self._misses_in_a_row < _MISSES_TO_STOP:
+        if not self.is_lost:
             yield from self._order[self._position :]
             yield from self._order[: self._position]
 
-    def ahead(self, distance: int) -> T | None:
-        """What is expected after so many others; None where `upcoming` has come to an end before it."""
+    def ahead(self, distance: int, *, wraps: bool = True) -> T | None:
+        """What is expected after so many others; None where `upcoming` has come to an end before it.
+
+        Args:
+            distance: How many others.
+            wraps: Whether the next pass is expected to be like this one; if not, its end is an end, too.
+        """
         length = len(self._order)
-        if distance >= length or self._misses_in_a_row >= _MISSES_TO_STOP:
+        if distance >= length or self.is_lost:
             return None
-        return self._order[(self._position + distance) % length]
+        at = self._position + distance
+        if not wraps and (at >= length or (self._recorded and not self._position)):
+            return None
+        return self._order[at % length]
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing is expected any more, after misses in a row."""
+        return self._misses_in_a_row >= _MISSES_TO_STOP
 
     @property
     def is_guess(self) -> bool:

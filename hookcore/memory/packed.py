@@ -8,6 +8,7 @@ import torch
 from attrs import frozen
 
 from hookcore.memory.tensors import by_memory, current_tensors, extent
+from hookcore.storage import planned_itemsize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -40,10 +41,11 @@ class _Part:
     span: int
     offset: int
 
-    def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """What the tensor was when it was packed, in this memory (uint8)."""
-        flat = memory[self.start : self.start + self.span].view(self.dtype)
-        return flat.as_strided(self.shape, self.stride, self.offset + int(flat.storage_offset()))
+    def view(self, flat: torch.Tensor, begin: int) -> torch.Tensor:
+        """What the tensor was when it was packed, in flat memory of its dtype that begins at this element."""
+        return flat.as_strided(
+            self.shape, self.stride, begin + self.start // self.dtype.itemsize + self.offset
+        )
 
 
 def _lay_out(slots: Iterable[TensorSlot]) -> tuple[list[_Part], int]:
@@ -60,6 +62,17 @@ def _lay_out(slots: Iterable[TensorSlot]) -> tuple[list[_Part], int]:
             ]
             position += rounded(max(span, 1))  # also what is empty has a place
     return parts, position
+
+
+def packed_nbytes(slots: Iterable[TensorSlot]) -> int:
+    """Bytes that they will take side by side, in the dtypes that a plan will store them in."""
+    total = 0
+    for slot in slots:
+        for tied in by_memory(current_tensors(slot)):
+            first = min(int(it.storage_offset()) for it in tied)
+            length = max(int(it.storage_offset()) + extent(it) - first for it in tied)
+            total += rounded(max(length * planned_itemsize(tied[0]), 1))
+    return total
 
 
 def rounded(nbytes: int) -> int:
@@ -85,6 +98,7 @@ class Packed:
     """
 
     __slots__ = (
+        "_dtypes",
         "_homes",
         "_parts",
         "_versions",
@@ -100,6 +114,7 @@ class Packed:
     def __init__(self, slots: Iterable[TensorSlot], name: str = "") -> None:
         self.name = name
         self._parts, self.nbytes = _lay_out(slots)
+        self._dtypes = {part.dtype for part in self._parts}
         self.tensors = [part.tensor for part in self._parts]
         self.host = torch.empty(0, dtype=torch.uint8)
         self.is_locked = False
@@ -138,7 +153,9 @@ class Packed:
     @torch.inference_mode(False)
     def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """What each tensor is in such memory."""
-        return [part.view(memory) for part in self._parts]
+        flat = {dtype: memory.view(dtype) for dtype in self._dtypes}
+        begins = {dtype: int(it.storage_offset()) for dtype, it in flat.items()}
+        return [part.view(flat[part.dtype], begins[part.dtype]) for part in self._parts]
 
     def show(self, views: Sequence[torch.Tensor]) -> None:
         """Has the tensors hold what `views` gave."""

@@ -13,13 +13,17 @@ class Ranges:
     Args:
         size: How long the stretch is.
         large: From which size on a range is lent at the end; None for never.
+
+    Attributes:
+        size: As given.
+        large: Likewise, as a number.
     """
 
-    __slots__ = ("_free", "_large", "size")
+    __slots__ = ("_free", "large", "size")
 
     def __init__(self, size: int, large: int | None = None) -> None:
         self.size = size
-        self._large = size + 1 if large is None else large
+        self.large = size + 1 if large is None else large
         self._free = [(0, size)] if size else []  # start and stop, sorted, no two touching
 
     @property
@@ -30,7 +34,7 @@ class Ranges:
     def take(self, size: int) -> int | None:
         """Lends a range, and returns where it starts; None where no free one is long enough."""
         free = self._free
-        if size >= self._large:
+        if size >= self.large:
             for index in range(len(free) - 1, -1, -1):
                 start, stop = free[index]
                 if stop - start >= size:
@@ -42,6 +46,12 @@ class Ranges:
                 free[index : index + 1] = [(start + size, stop)] if start + size < stop else []
                 return start
         return None
+
+    def take_from(self, start: int) -> None:
+        """Lends what is free from somewhere on, up to where something else is lent."""
+        index = bisect.bisect(self._free, (start, self.size)) - 1
+        first, _ = self._free[index]
+        self._free[index : index + 1] = [(first, start)] if first < start else []
 
     def give_back(self, start: int, size: int) -> None:
         """Takes a range back that was lent."""

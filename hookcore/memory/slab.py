@@ -11,7 +11,7 @@ from hookcore.memory.packed import ALIGNMENT
 from hookcore.memory.ranges import Quota, Ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from hookcore.memory.packed import Packed
 
@@ -45,6 +45,8 @@ class Slab:
         size: Bytes.
         large: Bytes from which groups lie at its end; None for all at its beginning.
         ranges: Its ranges, lent and free.
+        kept: Groups that have a range of their own at its end, the last one first, and where that starts.
+        left: Ranges of groups that went away with their model, to be collected.
     """
 
     is_shared: ClassVar[bool] = False
@@ -54,6 +56,8 @@ class Slab:
     size: int
     large: int | None = None
     ranges: Ranges = field(init=False)
+    kept: dict[Packed, int] = field(factory=dict, init=False)
+    left: list[tuple[int, int]] = field(factory=list, init=False)
     _memory: torch.Tensor = field(init=False)
     _places: dict[Packed, dict[int, Place]] = field(factory=dict, init=False)
 
@@ -69,10 +73,14 @@ class Slab:
 
     def take(self, packed: Packed) -> Place | None:
         """Finds room for a group; None if there is none."""
-        start = self.ranges.take(packed.nbytes)
+        start = self.kept.get(packed)
+        if start is None:
+            start = self.ranges.take(packed.nbytes)
         if start is None:
             return None
-        known = self._places.setdefault(packed, {})
+        known = self._places.get(packed)
+        if known is None:
+            known = self._places[packed] = {}
         found = known.get(start)
         if found is None:
             if len(known) == _PLACES_KEPT:
@@ -80,13 +88,58 @@ class Slab:
             found = known[start] = _make_place(packed, start, self._memory[start : start + packed.nbytes])
         return found
 
-    def give_back(self, place: Place) -> None:
-        """Has others lie where a group lay."""
-        self.ranges.give_back(place.start, place.memory.nbytes)
+    def give_back(self, packed: Packed, place: Place) -> None:
+        """Has others lie where a group lay, unless the range is its own."""
+        if packed not in self.kept:
+            self.ranges.give_back(place.start, place.memory.nbytes)
+
+    def unkept(self, wanted: Collection[Packed]) -> list[Packed]:
+        """Which groups would lose their range if only these had one: none lies beyond another that does."""
+        end = self.size
+        for at, (packed, start) in enumerate(self.kept.items()):
+            if packed not in wanted or start + packed.nbytes != end:
+                return list(self.kept)[at:]
+            end = start
+        return []
+
+    def keep(self, wanted: Iterable[Packed], large: int | None = None) -> None:
+        """Gives groups ranges of their own, and no others; nothing else may be lent.
+
+        Args:
+            wanted: The groups, which have room together.
+            large: Bytes from which others lie at the end of what is left; None for all at its beginning.
+        """
+        for packed in self.unkept(wanted := dict.fromkeys(wanted)):
+            self.drop(packed)
+        end = min(self.kept.values(), default=self.size)
+        for packed in wanted:
+            if packed not in self.kept:
+                end -= packed.nbytes
+                self.ranges.take_from(end)
+                self.kept[packed] = end
+        self.ranges.large = self.size + 1 if large is None else large
+
+    def drop(self, packed: Packed) -> None:
+        """Has others lie in a group's own range, in which nothing is any more."""
+        self.ranges.give_back(self.kept.pop(packed), packed.nbytes)
 
     def forget(self, packed: Packed) -> None:
-        """Forgets the places of a group that is packed anew."""
+        """Forgets the places of a group that is packed anew, and of which nothing is on the device."""
         self._places.pop(packed, None)
+        if packed in self.kept:
+            self.drop(packed)
+
+    def leave(self, packed: Packed, place: Place | None) -> None:
+        """Has what a group took be collected later: it goes away, at whatever moment, with its model."""
+        start = self.kept.pop(packed, None if place is None else place.start)
+        if start is not None:
+            self.left.append((start, packed.nbytes))
+        self._places.pop(packed, None)
+
+    def collect(self) -> None:
+        """Has others lie where groups lay that went away."""
+        while self.left:
+            self.ranges.give_back(*self.left.pop())
 
 
 @define(eq=False)
@@ -99,12 +152,16 @@ class Pieces:
     Attributes:
         device: Where it is.
         size: Bytes of all groups together, at most.
+        kept: Groups that have room of their own, the one that had it first first.
+        left: The room of groups that went away with their model, to be collected.
     """
 
     is_shared: ClassVar[bool] = True
 
     device: torch.device
     size: int
+    kept: dict[Packed, int] = field(factory=dict, init=False)
+    left: list[tuple[int, int]] = field(factory=list, init=False)
     _quota: Quota = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -117,16 +174,47 @@ class Pieces:
 
     def take(self, packed: Packed) -> Place | None:
         """Allocates memory for a group; None if that would be too much."""
-        if self._quota.take(packed.nbytes) is None:
+        if packed not in self.kept and self._quota.take(packed.nbytes) is None:
             return None
         return _make_place(packed, 0, _allocate(packed.nbytes, self.device))
 
-    def give_back(self, place: Place) -> None:
-        """Counts a group's memory no more; it is freed with its place."""
-        self._quota.give_back(0, place.memory.nbytes)
+    def give_back(self, packed: Packed, place: Place) -> None:
+        """Counts a group's memory no more, unless room is kept for it; it is freed with its place."""
+        if packed not in self.kept:
+            self._quota.give_back(0, place.memory.nbytes)
+
+    def unkept(self, wanted: Collection[Packed]) -> list[Packed]:
+        """Which groups would lose their room if only these had some of their own."""
+        return [packed for packed in self.kept if packed not in wanted]
+
+    def keep(self, wanted: Iterable[Packed], _large: int | None = None) -> None:
+        """Keeps room for groups, and no others; nothing else may be lent."""
+        for packed in self.unkept(wanted := dict.fromkeys(wanted)):
+            self.drop(packed)
+        for packed in wanted:
+            if packed not in self.kept:
+                self._quota.take(packed.nbytes)
+                self.kept[packed] = 0
+
+    def drop(self, packed: Packed) -> None:
+        """Keeps no room for a group any more."""
+        self._quota.give_back(self.kept.pop(packed), packed.nbytes)
 
     def forget(self, packed: Packed) -> None:
-        """Does nothing: no places are kept."""
+        """Keeps no room for a group that is packed anew, and of which nothing is on the device."""
+        if packed in self.kept:
+            self.drop(packed)
+
+    def leave(self, packed: Packed, place: Place | None) -> None:
+        """Has what a group took be collected later: it goes away, at whatever moment, with its model."""
+        start = self.kept.pop(packed, None if place is None else place.start)
+        if start is not None:
+            self.left.append((start, packed.nbytes))
+
+    def collect(self) -> None:
+        """Has others lie where groups lay that went away."""
+        while self.left:
+            self._quota.give_back(*self.left.pop())
 
 
 @torch.inference_mode(False)  # what is made here outlives the mode
@@ -134,7 +222,6 @@ def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
-@torch.inference_mode(False)
 def _make_place(packed: Packed, start: int, memory: torch.Tensor) -> Place:
     views = packed.views(memory)
     return Place(start, memory, views, [view.data_ptr() for view in views])

@@ -15,8 +15,9 @@ from attrs import define
 from hookcore.memory.device import DeviceMover
 from hookcore.memory.engine import CopyEngine
 from hookcore.memory.host import HostMemory, Staging
-from hookcore.memory.packed import Packed
+from hookcore.memory.packed import Packed, packed_nbytes
 from hookcore.memory.tensors import current_tensors, go_back, memory_seen_elsewhere, move_apart
+from hookcore.storage import planned_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -125,8 +126,8 @@ class MemoryStore(Store):
         return self._host.locked
 
     def nbytes(self, group: Group, *, stays: bool = False) -> int:
-        """As they are now; what stays is side by side no more."""
-        return group.nbytes if stays else Packed(group.slots).nbytes
+        """What stays is side by side no more."""
+        return planned_nbytes(group.slots) if stays else packed_nbytes(group.slots)
 
     def take(self, group: Group) -> Packed:
         """Moves parameters to locked host memory."""

@@ -10,7 +10,7 @@ from attrs import define, field
 from hookcore.memory.schedule import Use
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
 
     from hookcore.memory.packed import Packed
 
@@ -60,12 +60,16 @@ class PassTimes:
             self._uses[-1][-1].synchronize()
         return self.passes > 0 and bool(self._uses[-1][-1].query())
 
-    def uses(self) -> list[Use[Packed]]:
-        """What was measured; seconds."""
-        copies = {group: begun.elapsed_time(ended) * _MILLI for group, (begun, ended) in self._copies.items()}
+    def uses(self, groups: Container[Packed]) -> list[Use[Packed]]:
+        """What was measured of the uses of some groups, one after another; seconds."""
+        copies = {
+            group: begun.elapsed_time(ended) * _MILLI
+            for group, (begun, ended) in self._copies.items()
+            if group in groups
+        }
+        used = [use for use in self._uses if use[0] in copies]
         afters = [
-            ended.elapsed_time(asked) * _MILLI
-            for (*_, ended), (_, asked, *_) in itertools.pairwise(self._uses)
+            ended.elapsed_time(asked) * _MILLI for (*_, ended), (_, asked, *_) in itertools.pairwise(used)
         ]
         return [
             Use(
@@ -75,5 +79,5 @@ class PassTimes:
                 max(copies[group], group.read_seconds),
                 after,
             )
-            for (group, _, begun, ended), after in zip(self._uses, [*afters, 0.0], strict=True)
+            for (group, _, begun, ended), after in zip(used, [*afters, 0.0][: len(used)], strict=True)
         ]

@@ -39,7 +39,10 @@ def hookcore_describe_model(model: nn.Module, modules: Mapping[str, nn.Module]) 
         block_classes=_collect(declaring, "_no_split_modules", "_repeated_blocks"),
         # `enable_layerwise_casting` searches both as regular expressions in FQNs. `from_pretrained` compares
         # `_keep_in_fp32_modules` with whole components of an FQN, which keeps no module that this does not.
-        keep_dtype_patterns=_collect(declaring, "_skip_layerwise_casting_patterns", "_keep_in_fp32_modules"),
+        keep_dtype_patterns=[
+            *_collect(declaring, "_skip_layerwise_casting_patterns", "_keep_in_fp32_modules"),
+            *_read_for_their_dtype(modules),
+        ],
         group_modules=_group_modules(model),
         unmoved_kwargs=_collect([model], "_skip_keys"),
         repeated_classes=_collect(declaring, "_repeated_blocks"),
@@ -132,6 +135,17 @@ def _collect(models: list[nn.Module], *attributes: str) -> list[str]:
             declared = getattr(model, attribute, None) or ()
             found.update(dict.fromkeys((declared,) if isinstance(declared, str) else declared))
     return list(found)
+
+
+def _read_for_their_dtype(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The layers, as patterns, to whose weight's dtype a model converts what it then gives them.
+
+    Outside of the layer's call that would be the dtype in which the weight is stored. Kandinsky's UNets and
+    IP adapters have them.
+    """
+    for fqn, module in modules.items():
+        if type(module).__name__ == "ImageProjection":
+            yield rf"^{re.escape(fqn)}\.image_embeds$"
 
 
 def _group_modules(model: nn.Module) -> list[str]:

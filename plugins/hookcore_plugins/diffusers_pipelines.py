@@ -54,4 +54,8 @@ def hookcore_open_target(target: Any) -> OpenedTarget | None:
 
 def _removes_noise(model: nn.Module) -> bool:
     """Whether a model is told how much noise there is."""
-    return any(map(_NOISE_LEVEL.fullmatch, inspect.signature(type(model).forward).parameters))
+    try:
+        parameters = inspect.signature(type(model).forward).parameters
+    except (AttributeError, TypeError, ValueError):  # the class alone does not tell, as of a ScriptModule
+        return False
+    return any(map(_NOISE_LEVEL.fullmatch, parameters))

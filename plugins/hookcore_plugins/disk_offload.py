@@ -27,6 +27,7 @@ from hookcore.memory import (
     Group,
     Origin,
     Placement,
+    Room,
     StreamMover,
     check_movable,
     check_ties,
@@ -121,13 +122,11 @@ class DiskOffload(Technique):
         self, component: Component, groups: Sequence[Group], origins: Mapping[TensorSlot, Origin]
     ) -> Iterator[Binding]:
         """Has groups be read ahead of use, and copied to the device while others compute."""
-        here, budget = self.execution_device, self.memory_budget
+        here = self.execution_device
         store = FileStore(origins, self.read_ahead)
-        mover = StreamMover(here, budget, _GROUPS_AHEAD, store=store)
-        placement = Placement(component, groups, [], mover, here)
-        if budget is not None:
-            mover.needs()  # raises if that is more
-        return placement.bindings()
+        room = Room.of(component, self, here, self.memory_budget)
+        mover = StreamMover(here, prefetch=_GROUPS_AHEAD, store=store, room=room)
+        return Placement(component, groups, [], mover, here).bindings()
 
     def _brought(
         self, component: Component, groups: Sequence[Group], origins: Mapping[TensorSlot, Origin]
@@ -139,7 +138,8 @@ class DiskOffload(Technique):
         streamed = [group for group in groups if group not in set(resident)]
         if budget is None:
             budget = largest_held(costs)[0] + self.read_ahead
-        mover = DiskMover(streamed, origins, self.execution_device, budget, self.read_ahead)
+        whole = sum(costs.values())
+        mover = DiskMover(streamed, origins, self.execution_device, budget, self.read_ahead, whole=whole)
         return Placement(component, streamed, resident, mover, self.execution_device).bindings()
 
     def _origins(self, component: Component) -> dict[TensorSlot, Origin]:

@@ -30,6 +30,7 @@ from hookcore.memory import (
     Group,
     GroupMover,
     Placement,
+    Room,
     StreamMover,
     Together,
     check_ties,
@@ -238,8 +239,6 @@ class GroupOffload(Technique):
             onload_device=here,
             exclude_kwargs=self.exclude_kwargs,
         )
-        if self.memory_budget is not None:
-            placement.mover.needs()  # raises if that is more
         yield from placement.bindings()
 
     def _pinned(self, component: Component, groups: Sequence[Group]) -> list[Group]:
@@ -290,10 +289,9 @@ class GroupOffload(Technique):
             yield from Placement(component, [], resident, beside, here).bindings()
             resident = []
             room = max((group.nbytes for group in groups), default=0) + _READ_AHEAD
-            mover = DiskMover(groups, origins, here, room, _READ_AHEAD)
+            whole = sum(group.nbytes for group in groups)
+            mover = DiskMover(groups, origins, here, room, _READ_AHEAD, whole=whole)
         placement = Placement(component, groups, resident, mover, here, exclude_kwargs=self.exclude_kwargs)
-        if self.memory_budget is not None:
-            mover.needs()  # raises if that is more
         yield from placement.bindings()
 
     def _mover(self, component: Component) -> GroupMover:
@@ -308,11 +306,11 @@ class GroupOffload(Technique):
             ahead = self.prefetch
         return StreamMover(
             self.onload_device,
-            self._budget,
-            ahead,
+            prefetch=ahead,
             lock_limit=0 if self.low_cpu_mem_usage else None,
             store=store,
             most_ahead=self.prefetch,
+            room=Room.of(component, self, self.onload_device, self._budget),
         )
 
     @property

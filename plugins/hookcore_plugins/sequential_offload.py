@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from hookcore import (
 from hookcore.memory import (
     DeviceMover,
     GroupMover,
+    Room,
     StreamMover,
     Together,
     has_streams,
@@ -70,14 +72,15 @@ class SequentialOffload(Technique):
             leaf_units(component),
             moving,
             resident=resident,
-            make_mover=self._mover,
+            make_mover=partial(self._mover, component),
             onload_device=self.device,
         )
         yield from placement.bindings()
 
-    def _mover(self) -> GroupMover:
+    def _mover(self, component: Component) -> GroupMover:
         if has_streams(self.device):
-            return StreamMover(self.device, prefetch=1, most_ahead=1, in_pieces=True)
+            room = Room.of(component, self, self.device)
+            return StreamMover(self.device, prefetch=1, most_ahead=1, in_pieces=True, room=room)
         return DeviceMover(self.device, torch.device("cpu"))
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hookcore import hookimpl
+from hookcore import PlanError, hookimpl
 from hookcore_plugins.attention_backend.chunked import chunked_attention
 from hookcore_plugins.attention_backend.errors import AttentionError
 from hookcore_plugins.attention_backend.functions import FUNCTIONS
+from hookcore_plugins.attention_backend.tally import AttentionReport
 from hookcore_plugins.attention_backend.technique import AttentionBackend
 
 if TYPE_CHECKING:
-    from hookcore import AttentionFunction, Technique
+    from hookcore import AttentionFunction, Plan, Technique
 
-__all__ = ["AttentionBackend", "AttentionError", "chunked_attention"]
+__all__ = ["AttentionBackend", "AttentionError", "AttentionReport", "chunked_attention"]
 
 
 @hookimpl
@@ -26,3 +27,24 @@ def hookcore_register_techniques() -> list[type[Technique]]:
 def hookcore_register_attention_functions() -> tuple[AttentionFunction, ...]:
     """Brings torch's kernels, those of well-known packages, and hookcore's own."""
     return FUNCTIONS
+
+
+@hookimpl
+def hookcore_review_plan(plan: Plan) -> None:
+    """Refuses a backend that no component takes.
+
+    Raises:
+        PlanError: Each was left alone.
+    """
+    taken = {step.technique for step in plan.steps}
+    for step in plan.left_alone:
+        if isinstance(step.technique, AttentionBackend) and step.technique not in taken:
+            raise PlanError(
+                f"attention_backend {step.technique.backend!r} is taken by no component of the target. "
+                + " ".join(
+                    f"{it.component.name!r}: {it.skipped[0].reason}."
+                    for it in plan.left_alone
+                    if it.technique == step.technique
+                )
+                + " Leave it out, or name the modules that compute attention, as modules=['attn']"
+            )

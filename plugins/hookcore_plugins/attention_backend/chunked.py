@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from attrs import frozen
@@ -71,15 +71,17 @@ def chunked_attention(  # noqa: PLR0917 -- torch's own signature
     mask = None if attn_mask is None else shape.arrange_mask(attn_mask)
     how = _How(is_causal, query.shape[-1] ** -0.5 if scale is None else scale, tile_bytes)
     differentiable = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
-        out: Tensor = _Attention.apply(q, k, v, mask, how)  # type: ignore[no-untyped-call]
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out, _, _ = _operator(q, k, v, mask, *how)
+    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
+        out = _Attention.apply(q, k, v, mask, how)  # type: ignore[no-untyped-call]
     else:
         out, _, _ = _forward(q, k, v, mask, how)
     return out.reshape(*shape.lead, *query.shape[-2:-1], value.shape[-1])
 
 
-@frozen
-class _Shape:
+class _Shape(NamedTuple):  # of which torch.compile can make one, and not of a frozen attrs class
     """What the inputs have in common.
 
     Attributes:
@@ -148,8 +150,7 @@ class _Shape:
         return mask.reshape(batch, *grouped, *rows)
 
 
-@frozen
-class _How:
+class _How(NamedTuple):
     """How to attend.
 
     Attributes:
@@ -280,6 +281,61 @@ def _backward(
         grad_q[rows.of_query] = rows.by_head(by_query.mul_(how.scale)).to(q.dtype)
     by_mask = None if grad_mask is None else grad_mask.to(mask.dtype)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), by_mask
+
+
+# As operators, for torch.compile: it would unroll the loop over tiles
+
+
+_HOW = "bool causal, float scale, SymInt tile_bytes"
+
+
+@torch.library.custom_op(
+    "hookcore::chunked_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? mask, {_HOW}) -> (Tensor, Tensor, Tensor)",
+)
+def _operator(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *how: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(q, k, v, mask, _How(*how))
+
+
+@_operator.register_fake
+def _(q: Tensor, _k: Tensor, v: Tensor, _mask: Tensor | None, *_how: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shifts, totals = (q.new_empty(*q.shape[:-1], 1, dtype=_summed_in(q)) for _ in range(2))
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), shifts, totals
+
+
+@torch.library.custom_op(
+    "hookcore::chunked_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor shifts, "
+    f"Tensor totals, {_HOW}, bool mask_is_learned) -> Tensor[]",
+)
+def _backward_operator(grad: Tensor, *given: Any) -> list[Tensor]:
+    *saved, causal, scale, tile_bytes, learned = given
+    how = _How(causal, scale, tile_bytes)
+    return [it for it in _backward(grad, tuple(saved), how, mask_is_learned=learned) if it is not None]
+
+
+@_backward_operator.register_fake
+def _(_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> list[Tensor]:
+    learned = [mask] if mask is not None and rest[-1] else []
+    return [torch.empty_like(q), *(it.new_empty(it.shape) for it in (k, v, *learned))]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.how = inputs[4:]
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    learned = ctx.needs_input_grad[3]
+    grads = _backward_operator(grad, *ctx.saved_tensors, *ctx.how, learned)
+    return (*grads, *([] if learned else [None]), None, None, None)
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _summed_in(tensor: Tensor) -> torch.dtype:

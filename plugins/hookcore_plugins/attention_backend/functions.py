@@ -22,6 +22,7 @@ from torch.backends.cuda import (
 )
 from torch.nn import functional as F  # noqa: N812 -- the name that all of torch's users know
 from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import flex_attention
 
 from hookcore import AttentionFunction, Objection
 from hookcore_plugins.attention_backend.chunked import chunked_attention
@@ -83,10 +84,14 @@ def _flash(  # noqa: PLR0917
     """FlashAttention as torch has it."""
     output: Tensor
     if query.device.type == "cpu":
-        choice = torch._fused_sdp_choice(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-        if choice != SDPBackend.FLASH_ATTENTION.value:
+        if torch.compiler.is_compiling():
+            able = _flash_of_cpu_can(query, key, value, attn_mask, dropout_p)
+        else:
+            choice = torch._fused_sdp_choice(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+            able = choice == SDPBackend.FLASH_ATTENTION.value
+        if not able:
             raise NotImplementedError(_cannot("flash", query, key, value, attn_mask))
         mask = None if attn_mask is None else _additive(attn_mask, query)
         output = _aten._scaled_dot_product_flash_attention_for_cpu(
@@ -102,6 +107,22 @@ def _flash(  # noqa: PLR0917
         *padded, dropout_p, is_causal, False, scale=size**-0.5 if scale is None else scale
     )[0]
     return output[..., :size]
+
+
+def _flash_of_cpu_can(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
+) -> bool:
+    """What torch says of its flash kernel on the CPU, where torch.compile cannot ask (sdp_utils_cpp.cpp)."""
+    given = (query, key, value) if mask is None else (query, key, value, mask)
+    return (
+        dropout_p == 0
+        and query.dim() == key.dim() == value.dim() == 4
+        and query.shape[:2] == key.shape[:2] == value.shape[:2]
+        and query.shape[-1] == key.shape[-1] == value.shape[-1]
+        and min(query.shape[-2], key.shape[-2]) > 0
+        and all(tensor.stride(-1) == 1 for tensor in given)
+        and (mask is None or (mask.dim() in {2, 4} and not mask.requires_grad))
+    )
 
 
 def _efficient(  # noqa: PLR0917
@@ -182,18 +203,17 @@ def _flex(  # noqa: PLR0917
         return torch.where(row >= column, score, -math.inf) if is_causal else score
 
     scored = None if mask is None and not is_causal else changed
-    output: Tensor = _flex_function(compiled=not on_cpu)(
-        query, key, value, score_mod=scored, scale=scale, enable_gqa=enable_gqa
-    )
+    # Where it is compiled with what is around, it is part of that.
+    whole = on_cpu or torch.compiler.is_compiling()
+    function: Any = flex_attention if whole else _compiled_flex()
+    output: Tensor = function(query, key, value, score_mod=scored, scale=scale, enable_gqa=enable_gqa)
     return output
 
 
 @functools.cache
-def _flex_function(*, compiled: bool) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    function: Callable[..., Tensor] = flex_attention
-    return torch.compile(function) if compiled else function
+def _compiled_flex() -> Callable[..., Tensor]:
+    function: Callable[..., Tensor] = torch.compile(flex_attention)
+    return function
 
 
 def _additive(mask: Tensor, query: Tensor) -> Tensor:

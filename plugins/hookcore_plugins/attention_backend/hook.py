@@ -1,26 +1,23 @@
-"""The hook of one module that computes attention: checks each call of the backend, falls back, counts."""
+"""The hooks of one module that computes attention: at its own call, and at that of a compiled block."""
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
+import contextlib
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from hookcore import Hook, Objection
-from hookcore_plugins.attention_backend.errors import AttentionError
-from hookcore_plugins.attention_backend.redirect import redirected
-from hookcore_plugins.attention_backend.stand_in import StandIn, StandingIn
+from hookcore import Hook, bare_entry
+from hookcore_plugins.attention_backend.redirect import redirected, suspended
+from hookcore_plugins.attention_backend.stand_in import StandingIn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
 
-    from hookcore import AttentionFunction
-
-OWN_WAY = "calls without torch's attention function"
+    from hookcore_plugins.attention_backend.choice import Choice
+    from hookcore_plugins.attention_backend.compiled import Traceable
+    from hookcore_plugins.attention_backend.stand_in import StandIn
+    from hookcore_plugins.attention_backend.tally import AttentionReport
 
 
 class AttentionHook(Hook):
@@ -28,37 +25,38 @@ class AttentionHook(Hook):
 
     Args:
         label: The module, for messages.
-        chosen: The backend.
-        fallback: What does what that cannot; None to raise.
-        unavailable: Why the backend cannot be used here at all, or None.
+        entry: The method that is hooked.
+        choice: What the user chose.
+        traceable: Makes methods for compiled code.
         computes: Whether the module itself is expected to compute attention.
         stand_in: What has to stand in during its calls.
+        reports: Whether this hook tells what was counted.
     """
 
     def __init__(
         self,
         label: str,
-        chosen: AttentionFunction,
-        fallback: AttentionFunction | None,
-        unavailable: Objection | None,
+        entry: str,
+        choice: Choice,
+        traceable: Traceable,
         *,
         computes: bool,
         stand_in: StandIn | None,
+        reports: bool,
     ) -> None:
         self._label = label
-        self._chosen = chosen
-        self._fallback = fallback
-        self._unavailable = unavailable
+        self._entry = entry
+        self._choice = choice
+        self._traceable = traceable
         self._computes = computes
-        self._standing_in = None if stand_in is None else StandingIn(stand_in)
-        self._lock = threading.Lock()  # this technique forbids nobody to call a model from two threads
-        self._counts: Counter[str] = Counter()
+        self._standing_in = None if stand_in is None else StandingIn(stand_in.part, stand_in.of)
+        self._reports = reports
 
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
         """Calls on, with the backend in the place of torch's function."""
-        attends = _Attends(self)
+        attends = _Attends(self._choice, self._label)
         if self._standing_in is not None:
             self._standing_in.begin(module)
         try:
@@ -67,78 +65,23 @@ class AttentionHook(Hook):
             if self._standing_in is not None:
                 self._standing_in.end(module)
         if self._computes and not attends.count:
-            self.count(OWN_WAY)
+            reason = f"{self._label} did not call torch's attention function"
+            self._choice.tally.count("otherwise", reason)
         return output
 
-    def attend(  # noqa: PLR0917 -- torch's own signature
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Computes attention.
+    def outside(self, module: nn.Module) -> Hook:
+        """The hook for calls of compiled code that this module is part of."""
+        return _CompiledHook(
+            module, self._entry, self._choice, self._traceable, self._standing_in, computes=self._computes
+        )
 
-        Raises:
-            AttentionError: Neither the backend nor the fallback can.
-        """
-        given = [query, key, value, *([] if attn_mask is None else [attn_mask])]
-        needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-        objections: list[tuple[AttentionFunction, Objection]] = []
-        for function in (self._chosen, self._fallback):
-            if function is None:
-                continue
-            objection = self._unavailable if function is self._chosen else None
-            objection = objection or function.objection(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal=is_causal,
-                enable_gqa=enable_gqa,
-                needs_gradients=needs_gradients,
-            )
-            if objection is None:
-                try:
-                    output = function.function(
-                        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-                    )
-                except NotImplementedError as error:  # what it had not declared
-                    said = str(error).strip().partition("\n")[0]
-                    objection = Objection(said or "it cannot do this call")
-                else:
-                    self.count(self._name_of(function, objections))
-                    return output
-            objections.append((function, objection))
-        raise AttentionError(refusal(self._label, objections))
-
-    @staticmethod
-    def _name_of(function: AttentionFunction, objections: list[tuple[AttentionFunction, Objection]]) -> str:
-        if not objections:
-            return f"computed by {function.name}"
-        (chosen, objection), *_ = objections
-        return f"by {function.name} instead of {chosen.name} ({objection.found})"
-
-    def count(self, label: str) -> None:
-        """Counts one."""
-        with self._lock:
-            self._counts[label] += 1
-
-    def counts(self, module: nn.Module) -> dict[str, int]:
-        """How many attentions each backend computed."""
-        with self._lock:
-            return dict(self._counts)
+    def run_report(self, module: nn.Module) -> AttentionReport | None:
+        """What computed the model's attention."""
+        return self._choice.tally.report() if self._reports else None
 
     def reset(self, module: nn.Module) -> None:
         """Begins to count anew."""
-        with self._lock:
-            self._counts.clear()
+        self._choice.tally.clear()
 
 
 class _Attends:
@@ -148,47 +91,65 @@ class _Attends:
         count: How often it did so far.
     """
 
-    __slots__ = ("_hook", "count")
+    __slots__ = ("_choice", "_label", "count")
 
-    def __init__(self, hook: AttentionHook) -> None:
-        self._hook = hook
+    def __init__(self, choice: Choice, label: str) -> None:
+        self._choice = choice
+        self._label = label
         self.count = 0
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Tensor:
         self.count += 1
-        query: Tensor = args[0] if args else kwargs["query"]
-        device = query.device.type
-        if not _casts_automatically(device):
-            return self._hook.attend(*args, **kwargs)
-        # As torch's function does; what the backend computes with is its own business.
-        dtype = torch.get_autocast_dtype(device)
-        args = tuple(_cast(value, dtype) for value in args)
-        kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
-        with torch.autocast(device, enabled=False):
-            return self._hook.attend(*args, **kwargs)
+        return self._choice.attend(self._label, *args, **kwargs)
 
 
-def _casts_automatically(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+class _CompiledHook(Hook):
+    """Has code that is compiled with a module in it call the backend.
 
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype is not torch.float64:
-        return value.to(dtype)
-    return value
-
-
-def refusal(label: str, objections: list[tuple[AttentionFunction, Objection]]) -> str:
-    """Says why an attention cannot be computed, and what to do.
+    For each call of that code, the module's method becomes one that torch.compile can trace, as a plain
+    function. What is traced stays in the code.
 
     Args:
-        label: The module.
-        objections: What was tried, and why it cannot.
+        module: The module that computes attention.
+        entry: Its method.
+        choice: What the user chose.
+        traceable: Makes such methods.
+        standing_in: What has to stand in during calls besides.
+        computes: Whether the module itself is expected to compute attention.
     """
-    (chosen, objection), *more = objections
-    text = f"attention_backend {chosen.name!r} cannot compute the attention of {label!r}: {objection}. "
-    for fallback, other in more:
-        text += f"Nor can the fallback {fallback.name!r}: {other}. "
-    remedy = objection.remedy[:1].upper() + objection.remedy[1:]
-    other_way = "give another fallback=" if more else "give fallback='math' to have that do what it cannot"
-    return f"{text}{remedy}, or {other_way}"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        entry: str,
+        choice: Choice,
+        traceable: Traceable,
+        standing_in: StandingIn | None,
+        *,
+        computes: bool,
+    ) -> None:
+        self._module = module
+        self._choice = choice
+        self._traceable = traceable
+        self._computes = computes
+        method = StandingIn(entry, lambda module: traceable.method(module, bare_entry(module, entry)))
+        self._standing_in = (method,) if standing_in is None else (method, standing_in)
+
+    def substitute(self, module: nn.Module, entry: Callable[..., Any]) -> Callable[..., Any]:
+        """The method itself, where that is compiled."""
+        return self._traceable.method(module, entry) if module is self._module else entry
+
+    def around_forward(
+        self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Calls on, with the other method in place."""
+        standing_in = self._standing_in if module is not self._module else self._standing_in[1:]
+        with contextlib.ExitStack() as stack:
+            for it in standing_in:
+                it.begin(self._module)
+                stack.callback(it.end, self._module)
+            stack.enter_context(suspended())
+            output = call(*args, **kwargs)
+        if self._computes:
+            self._choice.tally.count("compiled")
+        return output

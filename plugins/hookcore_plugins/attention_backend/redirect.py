@@ -7,15 +7,17 @@ each other; whose attention it is, the innermost says.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import functional as F  # noqa: N812 -- the name that all of torch's users know
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+
+from hookcore_plugins.attention_backend.compiled import with_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -48,7 +50,7 @@ class _Redirecting(TorchFunctionMode):
         if func is _ATTENTION:
             func = _SCOPE.attend or func
         elif func is _MULTI_HEAD:
-            func = _multi_head_redirected()
+            func = with_attention(_SCOPE.attend or _ATTENTION)
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
@@ -78,20 +80,16 @@ def redirected(attend: Attend, call: Callable[..., Any], /, *args: Any, **kwargs
         _SCOPE.attend = outer
 
 
-def _multi_head_redirected() -> Callable[..., Any]:
-    """`torch.nn.functional.multi_head_attention_forward`, but with this thread's attention function.
-
-    While a mode handles a function of torch's that is written in Python, it doesn't see what that calls. So
-    the same code is run with other names: that of the attention function, and that by which torch would ask
-    the mode again.
-    """
-    names = {
-        **vars(F),
-        "has_torch_function": _never,
-        "scaled_dot_product_attention": _SCOPE.attend or _ATTENTION,
-    }
-    return FunctionType(_MULTI_HEAD.__code__, names, _MULTI_HEAD.__name__, _MULTI_HEAD.__defaults__)
-
-
-def _never(_tensors: object) -> bool:
-    return False
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """A `with` block in which no mode of this module is on in this thread, for code that is compiled."""
+    outer = _SCOPE.attend
+    if outer is None or _get_current_function_mode() is not _MODE:  # type: ignore[no-untyped-call]
+        yield
+        return
+    _SCOPE.attend = None
+    try:
+        with _pop_mode_temporarily():
+            yield
+    finally:
+        _SCOPE.attend = outer

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
+
+_ABSENT: Any = object()
 
 
 @frozen
@@ -29,26 +33,37 @@ class StandIn:
     attribute: str
     value: Any
 
+    def of(self, module: nn.Module) -> Any:
+        """The changed copy for a module."""
+        changed = copy.copy(_holder(module, self.part)[self.part])
+        # Not setattr: transformers' setter changes what the config shares with its parts.
+        vars(changed)[self.attribute] = self.value
+        return changed
+
 
 class StandingIn:
-    """Puts a stand-in into a module for its calls, as often as calls overlap."""
+    """Puts something in the place of a module's part for its calls, as often as calls overlap.
 
-    def __init__(self, what: StandIn) -> None:
-        self._what = what
+    Args:
+        part: Name of the attribute; it need not be there before.
+        make: What takes its place, made from the module.
+    """
+
+    def __init__(self, part: str, make: Callable[[nn.Module], Any]) -> None:
+        self._part = part
+        self._make = make
         self._lock = threading.Lock()
         self._calls = 0
-        self._original: Any = None
+        self._original: Any = _ABSENT
 
     def begin(self, module: nn.Module) -> None:
         """Puts it there, at the first of overlapping calls."""
         with self._lock:
             if not self._calls:
-                held = self._held(module)
-                self._original = held[self._what.part]
-                changed = copy.copy(self._original)
-                # Not setattr: transformers' setter changes what the config shares with its parts.
-                vars(changed)[self._what.attribute] = self._what.value
-                held[self._what.part] = changed
+                made = self._make(module)
+                holder = _holder(module, self._part)
+                self._original = holder.get(self._part, _ABSENT)
+                holder[self._part] = made
             self._calls += 1
 
     def end(self, module: nn.Module) -> None:
@@ -56,8 +71,13 @@ class StandingIn:
         with self._lock:
             self._calls -= 1
             if not self._calls:
-                self._held(module)[self._what.part] = self._original
-                self._original = None
+                holder = _holder(module, self._part)
+                if self._original is _ABSENT:
+                    del holder[self._part]
+                else:
+                    holder[self._part] = self._original
+                self._original = _ABSENT
 
-    def _held(self, module: nn.Module) -> dict[str, Any]:
-        return module._modules if self._what.part in module._modules else vars(module)
+
+def _holder(module: nn.Module, part: str) -> dict[str, Any]:
+    return module._modules if part in module._modules else vars(module)

@@ -12,8 +12,11 @@ from attrs import field, frozen
 import hookcore
 from hookcore import Binding, Claim, Objection, Phase, PlanError, Resource, Skipped, Technique
 from hookcore.memory import wanted_dtype
+from hookcore_plugins.attention_backend.choice import Choice, refusal
+from hookcore_plugins.attention_backend.compiled import Traceable
 from hookcore_plugins.attention_backend.finding import Found, find_attention
-from hookcore_plugins.attention_backend.hook import AttentionHook, refusal
+from hookcore_plugins.attention_backend.hook import AttentionHook
+from hookcore_plugins.attention_backend.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -55,6 +58,7 @@ class AttentionBackend(Technique):
     name: ClassVar[str] = "attention_backend"
     phase: ClassVar[Phase] = Phase.COMPUTE
     replans: ClassVar[bool] = True
+    after: ClassVar[tuple[str, ...]] = ("compile",)
 
     backend: str = field()
     fallback: str | None = field(default=None, kw_only=True)
@@ -82,6 +86,14 @@ class AttentionBackend(Technique):
             except (re.error, TypeError) as error:
                 raise ValueError(f"modules has {pattern!r}, no regular expression: {error}") from error
 
+    def skip_unless_named(self, component: Component) -> str | None:
+        """Why a component of a pipeline is left alone unless it is named: nothing in it would take it."""
+        found = list(find_attention(component, self.modules))
+        if any(isinstance(item, Found) and item.computes for item in found):
+            return None
+        reasons = [item.reason for item in found if isinstance(item, Skipped)]
+        return reasons[0] if reasons else "nothing in it calls torch's attention function"
+
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
         """Lists a hook for each module that computes attention.
 
@@ -102,14 +114,17 @@ class AttentionBackend(Technique):
         yield from skipped
         if unavailable is not None and self.fallback is not None:
             yield Skipped("", f"{unavailable.found}: {self.fallback!r} computes instead of {self.backend!r}")
+        choice = Choice(chosen, fallback, unavailable, Tally(self.backend))
+        traceable = Traceable(choice)
         for item in places:
             hook = AttentionHook(
                 component.label(item.fqn),
-                chosen,
-                fallback,
-                unavailable,
+                item.entry,
+                choice,
+                traceable,
                 computes=item.computes,
                 stand_in=item.stand_in,
+                reports=item is places[0],
             )
             claims = [Claim(Resource.ATTENTION)] if item.computes else []
             yield Binding(item.fqn, hook, item.entry, claims=claims)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hookcore import hookimpl
+from hookcore_plugins.compile.code import CompileReport
 from hookcore_plugins.compile.technique import Compile
 
 if TYPE_CHECKING:
     from hookcore import Technique
 
-__all__ = ["Compile"]
+__all__ = ["Compile", "CompileReport"]
 
 
 @hookimpl

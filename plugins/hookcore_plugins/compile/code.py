@@ -19,20 +19,22 @@ LIMIT = "recompile_limit"  # since torch 2.13
 
 
 @define
-class Counts:
+class CompileReport:
     """What compiling came to.
 
     Attributes:
+        blocks: How many blocks, or entries, run compiled code.
         graphs: How many graphs were compiled.
         recompiles: How often code was compiled again because something had changed that it relied on.
-        breaks: At how many places a call falls back to Python between two graphs.
-        reasons: Why, for each recompile and break.
+        graph_breaks: At how many places a call falls back to Python between two graphs.
+        reasons: Why it was compiled again, and why a call falls back, and how often.
     """
 
+    blocks: int = 0
     graphs: int = 0
     recompiles: int = 0
-    breaks: int = 0
-    reasons: list[str] = field(factory=list)
+    graph_breaks: int = 0
+    reasons: dict[str, int] = field(factory=dict)
 
 
 def options_of(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,14 +51,15 @@ class SharedCode:
 
     Args:
         options: What `torch.compile` is given.
+        counts: Is told what compiling comes to; several codes may share it.
 
     Attributes:
-        counts: What compiling came to so far.
-        users: How many modules share it.
+        counts: The same.
+        users: How many modules share the code.
     """
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self.counts = Counts()
+    def __init__(self, options: Mapping[str, Any], counts: CompileReport) -> None:
+        self.counts = counts
         self.users = 0
         self._options = options
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -86,7 +89,7 @@ class _Counted:
 
     __slots__ = ("_call", "_counters", "_counts")
 
-    def __init__(self, call: Callable[..., Any], counts: Counts) -> None:
+    def __init__(self, call: Callable[..., Any], counts: CompileReport) -> None:
         from torch._dynamo.utils import counters
 
         self._call = call
@@ -116,16 +119,17 @@ class _Counted:
         counts.graphs += graphs
         counts.recompiles += len(again)
         broken = sum(counters["graph_break"].values()) - breaks
-        counts.breaks += broken
-        if broken > 0:
-            latest = list(counters["graph_break"])[-broken:]
-            counts.reasons += [_first_line("graph break: ", it) for it in latest]
-        counts.reasons += [_first_line("compiled again: ", it) for it in again]
+        counts.graph_breaks += broken
+        latest = list(counters["graph_break"])[-broken:] if broken > 0 else []
+        for what, reasons in (("graph break", latest), ("compiled again", again)):
+            for reason in reasons:
+                phrase = f"{what}: {_first_line(reason)}"
+                counts.reasons[phrase] = counts.reasons.get(phrase, 0) + 1
 
 
-def _first_line(what: str, reason: str) -> str:
+def _first_line(reason: str) -> str:
     """What torch says, without the stack that follows it."""
-    return what + " ".join(reason.partition("\n")[0].split())
+    return " ".join(reason.partition("\n")[0].split())
 
 
 def _copy(function: Callable[..., Any]) -> Callable[..., Any]:

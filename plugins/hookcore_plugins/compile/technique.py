@@ -7,12 +7,12 @@ import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from hookcore import Binding, Claim, Hook, Phase, PlanError, Resource, Skipped, Technique
 from hookcore.memory import entries_of
 from hookcore_plugins.compile.blocks import code_key, repeated_blocks
-from hookcore_plugins.compile.code import SharedCode, options_of
+from hookcore_plugins.compile.code import CompileReport, SharedCode, options_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -74,6 +74,12 @@ class Compile(Technique):
             )
         self.__attrs_init__(regional, options)
 
+    def skip_unless_named(self, component: Component) -> str | None:
+        """Why a component of a pipeline is left alone unless it is named: it has no blocks."""
+        if not self.regional or repeated_blocks(component)[0]:
+            return None
+        return "it has no repeated blocks that could be compiled by themselves"
+
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
         """Lists one hook for each block, or for each entry of the model.
 
@@ -85,9 +91,11 @@ class Compile(Technique):
         except Exception as error:  # each backend has its own
             raise PlanError(f"torch.compile refuses {dict(self.options)!r}: {error}") from error
         claims = (Claim(Resource.CODE),)
+        counts = CompileReport()
         if not self.regional:
-            for entry in entries_of(component):
-                hook = CompileHook(SharedCode(self.options), reports=True)
+            for number, entry in enumerate(entries_of(component)):
+                counts.blocks += 1
+                hook = CompileHook(SharedCode(self.options, counts), reports=not number)
                 yield Binding("", hook, entry, claims, forbids_below=BROUGHT_BELOW, encloses=True)
             return
         blocks, skipped = repeated_blocks(component)
@@ -99,12 +107,12 @@ class Compile(Technique):
                 + ". Compile(regional=False) compiles it whole"
             )
         codes: dict[Hashable, SharedCode] = {}
-        for fqn in blocks:
+        for number, fqn in enumerate(blocks):
             key = code_key(component.modules[fqn])
-            first = key not in codes
-            code = codes.setdefault(key, SharedCode(self.options))
+            code = codes.setdefault(key, SharedCode(self.options, counts))
             code.users += 1
-            yield Binding(fqn, CompileHook(code, reports=first), claims=claims, encloses=True)
+            counts.blocks += 1
+            yield Binding(fqn, CompileHook(code, reports=not number), claims=claims, encloses=True)
 
 
 class CompileHook(Hook):
@@ -112,7 +120,7 @@ class CompileHook(Hook):
 
     Args:
         code: The code, which other modules may share.
-        reports: Whether this hook tells what compiling it came to.
+        reports: Whether this hook tells what compiling came to.
     """
 
     def __init__(self, code: SharedCode, *, reports: bool) -> None:
@@ -136,20 +144,16 @@ class CompileHook(Hook):
             if id(tensor) not in (self._marked or ()):
                 vars(tensor).pop(_MARK, None)
 
-    def counts(self, module: nn.Module) -> dict[str, int]:
-        """Graphs, recompiles and graph breaks so far."""
-        if not self._reports:
-            return {}
+    def run_report(self, module: nn.Module) -> CompileReport | None:
+        """Graphs, recompiles and graph breaks, with their reasons."""
         counts = self._code.counts
-        return {
-            "graphs": counts.graphs,
-            "recompiles": counts.recompiles,
-            "graph breaks": counts.breaks,
-        }
+        return evolve(counts, reasons=dict(counts.reasons)) if self._reports else None
 
-    def notes(self, module: nn.Module) -> list[str]:
-        """Why there were recompiles and graph breaks."""
-        return list(self._code.counts.reasons) if self._reports else []
+    def reset(self, module: nn.Module) -> None:
+        """Begins to count anew; what was compiled stays."""
+        counts = self._code.counts
+        counts.graphs = counts.recompiles = counts.graph_breaks = 0
+        counts.reasons.clear()
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

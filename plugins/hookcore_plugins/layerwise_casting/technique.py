@@ -169,7 +169,7 @@ class LayerwiseCasting(Technique):
             cast.update((slot, self._cast_weight(slot, usual)) for slot in new)
             hook = CastHook([cast[slot] for slot in unit.slots], [cast[slot] for slot in new])
             # A weight with several users is claimed by the first of them.
-            claims = tuple(Claim(Resource.STORAGE_DTYPE, slot.name) for slot in new)
+            claims = tuple(Claim(Resource.STORAGE_DTYPE, slot.name, dtype=self.storage_dtype) for slot in new)
             yield Binding(unit.fqn, hook, claims=claims)
 
     def _cast_weight(self, slot: TensorSlot, usual: torch.dtype | None) -> CastWeight:

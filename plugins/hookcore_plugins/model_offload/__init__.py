@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from hookcore import hookimpl
 from hookcore_plugins.model_offload.technique import ModelOffload, offload
+from hookcore_plugins.model_offload.weights import OffloadReport
 
 if TYPE_CHECKING:
     from hookcore import Technique
 
-__all__ = ["ModelOffload", "offload"]
+__all__ = ["ModelOffload", "OffloadReport", "offload"]
 
 
 @hookimpl

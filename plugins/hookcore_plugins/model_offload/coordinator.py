@@ -13,11 +13,13 @@ import torch
 from hookcore import BudgetError, ConcurrentCallError, format_bytes
 from hookcore_plugins.model_offload.link import Link
 from hookcore_plugins.model_offload.order import ComponentOrder
+from hookcore_plugins.model_offload.weights import divide
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from hookcore.memory import Group
+    from hookcore_plugins.model_offload.part import Part
     from hookcore_plugins.model_offload.weights import ComponentWeights
 
 _RUN_END = "the end of the run"
@@ -68,8 +70,15 @@ class Coordinator:
         self._lock = threading.RLock()
 
     def plan(self, weights: ComponentWeights) -> None:
-        """Is told that a component is to be attached, perhaps."""
+        """Is told that a component is to be attached, perhaps.
+
+        Raises:
+            UnsupportedModelError: It shares weights with another one in a way that cannot be kept.
+        """
+        if weights.name in self._planned:  # it is bound anew, and so are those that share weights with it
+            self._planned.clear()
         self._planned[weights.name] = weights
+        divide(list(self._planned.values()), self._device, self.link)
 
     def needs(self, weights: ComponentWeights) -> dict[str, int]:
         """What a component's buffers take on the device; the first one says, too, what they share.
@@ -77,11 +86,13 @@ class Coordinator:
         This is the largest component, or a budget. Without one, the next component takes what is free.
         """
         planned = list(self._planned.values())
-        nbytes = weights.staying
+        nbytes = sum(part.staying for part in weights.homes)
         if weights is planned[0]:
-            sizes = [it.size for it in planned]
-            room = None if self._budget is None else self._budget - sum(it.staying for it in planned)
-            nbytes += max(sizes) if room is None else max(*sizes, min(sum(sizes), room))
+            parts = _parts_of(planned)
+            size = {part: part.size for part in parts}
+            sizes = [sum(size[part] for part in it.all_parts) for it in planned]
+            room = None if self._budget is None else self._budget - sum(part.staying for part in parts)
+            nbytes += max(sizes) if room is None else max(*sizes, min(sum(size.values()), room))
         return {str(self._device): nbytes}
 
     def attach(self, weights: ComponentWeights) -> None:
@@ -101,10 +112,11 @@ class Coordinator:
                 self._stop_asking()
                 self._stop_asking = None
 
-    def reset(self) -> None:
-        """Forgets in which order components ran."""
+    def reset(self, weights: ComponentWeights) -> None:
+        """Forgets in which order components ran, and what a component counted."""
         with self._lock:
             self._order.forget()
+            weights.reset()
 
     def offload(self, weights: ComponentWeights) -> None:
         """Has a component go off.
@@ -120,18 +132,26 @@ class Coordinator:
                 )
             weights.turn_off()
 
-    def enter(self, weights: ComponentWeights) -> None:
+    def enter(self, weights: ComponentWeights, parts: Sequence[Part]) -> None:
         """Begins a call of a component.
+
+        Args:
+            weights: The component's.
+            parts: Those that are needed if this is within another call.
 
         Raises:
             BudgetError: The budget is too small for it.
             torch.OutOfMemoryError: The device has no room for it.
         """
         with self._lock:
-            if self._calls:
-                weights.turn_on()
-            else:
-                self._bring_alone(weights)
+            if not self._calls:
+                self.link.recorder = weights.recorder
+            copied = weights.turn_on(parts) if self._calls else self._bring_alone(weights)
+            if not self._calls:
+                weights.begin_timing()
+            # What calls a layer that is another component's, too, does not call that one.
+            if not weights.calls and (not self._calls or len(parts) == len(weights.all_parts)):
+                weights.count_call(copied=copied)
             weights.calls += 1
             self._calls.append(weights)
 
@@ -142,6 +162,7 @@ class Coordinator:
             self._calls.remove(weights)
             if self._calls:
                 return
+            weights.end_timing()
             if self.link.copies_ahead:
                 weights.needed = self.link.peak - self._before
             if weights.name == self._goes_at_once:
@@ -157,10 +178,15 @@ class Coordinator:
                 for weights in list(self._attached.values()):
                     weights.turn_off()
 
-    def _bring_alone(self, weights: ComponentWeights) -> None:
-        """Has a component be there, and no others but the one that comes next, if there is room."""
+    def _bring_alone(self, weights: ComponentWeights) -> bool:
+        """Has a component be there, and no others but the one that comes next, if there is room.
+
+        Returns:
+            Whether any of it had to be copied.
+        """
         self._check_budget(weights)
         self._order.note(weights.name)
+        weights.want()
         following = self._following(weights)
         for other in self._others(weights):
             if other is not following:
@@ -168,16 +194,17 @@ class Coordinator:
         if following is not None and not weights.is_loaded and not self._fits(weights, following):
             following.turn_off()
         try:
-            weights.turn_on()
+            copied = weights.turn_on()
         except torch.OutOfMemoryError:
-            if following is None or not following.is_loaded:
+            if following is None or not following.is_wanted:
                 raise
             following.turn_off()
-            weights.turn_on()
+            copied = weights.turn_on()
         if following is not None:
             self._bring_ahead(weights, following)
         if self.link.copies_ahead:
             self._before = self.link.allocated
+        return copied
 
     def _bring_ahead(self, weights: ComponentWeights, following: ComponentWeights) -> None:
         """Begins to copy the next component if there is room; drops it if there no longer is."""
@@ -200,11 +227,12 @@ class Coordinator:
 
     def _fits(self, weights: ComponentWeights, following: ComponentWeights) -> bool:
         """Whether there is room for a component besides the one that runs."""
+        parts = _parts_of((weights, following))
         if self._budget is not None:
-            return weights.nbytes + following.nbytes + self._staying() <= self._budget
+            return sum(part.nbytes for part in parts) + self._staying() <= self._budget
         if weights.needed is None:
             return False
-        missing = sum(it.nbytes for it in (weights, following) if not it.is_loaded)
+        missing = sum(part.nbytes for part in parts if not part.is_loaded)
         return weights.needed + missing <= self.link.room
 
     def _check_budget(self, weights: ComponentWeights) -> None:
@@ -217,7 +245,7 @@ class Coordinator:
             )
 
     def _staying(self) -> int:
-        return sum(it.staying for it in self._attached.values())
+        return sum(part.staying for part in _parts_of(self._attached.values()))
 
     def _before_read(self, weights: ComponentWeights, group: Group) -> None:
         """Has a tensor be right for whoever reads it outside of its component's calls."""
@@ -225,5 +253,10 @@ class Coordinator:
             return
         with self._lock:
             if self._calls:
-                weights.turn_on()
+                weights.turn_on([weights.part_of(group)])
             weights.expose(group)
+
+
+def _parts_of(components: Iterable[ComponentWeights]) -> list[Part]:
+    """The parts of components, each once."""
+    return list(dict.fromkeys(part for it in components for part in it.all_parts))

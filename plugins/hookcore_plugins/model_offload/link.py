@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from attrs import define
@@ -12,7 +13,7 @@ from hookcore.memory import HostMemory, has_streams
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hookcore.memory import Packed
+    from hookcore.memory import Packed, Recorder
 
 
 @define(eq=False)
@@ -25,6 +26,7 @@ class Load:
     Attributes:
         memory: All of it, uint8.
         views: What each tensor is there.
+        name: For people.
         ready: Recorded after the copy; None where the host has waited for it.
         made_on: The stream to which its memory belongs.
         used_on: The stream that computed with it last; None as long as none has.
@@ -32,13 +34,14 @@ class Load:
 
     memory: torch.Tensor
     views: Sequence[torch.Tensor]
+    name: str = ""
     ready: Any = None
     made_on: Any = None
     used_on: Any = None
 
     def __del__(self) -> None:
         """Has memory be used again only after its copy and its use."""
-        if self.made_on is None:
+        if self.made_on is None or sys.is_finalizing():
             return
         self.made_on.wait_event(self.ready)
         if self.used_on is not None and self.used_on != self.made_on:
@@ -57,12 +60,14 @@ class Link:
 
     Attributes:
         copies_ahead: Whether copies run beside computing.
+        recorder: Times copies and waits for them; None for nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.copies_ahead = has_streams(device)
         self._module: Any = torch.get_device_module(device) if self.copies_ahead else None
+        self.recorder: Recorder | None = None
         self._host: HostMemory | None = None
         self._copying: Any = None
 
@@ -81,7 +86,7 @@ class Link:
             torch.OutOfMemoryError: The device has no room for it.
         """
         memory = torch.empty(packed.nbytes, dtype=torch.uint8, device=self._device)
-        load = Load(memory, packed.views(memory))
+        load = Load(memory, packed.views(memory), packed.name)
         if not self.copies_ahead:
             memory.copy_(packed.host)
             return load
@@ -89,10 +94,12 @@ class Link:
         if self._copying is None:
             self._copying = self._module.Stream(self._device)
         self._copying.wait_stream(stream)
+        begun = self.mark(self._copying)
         with self._module.stream(self._copying):
             memory.copy_(packed.host, non_blocking=True)
         load.ready = self._module.Event()
         load.ready.record(self._copying)
+        self.add("copy", packed.name, begun, self._copying)
         load.made_on = stream
         return load
 
@@ -102,10 +109,26 @@ class Link:
             return
         stream = self._module.current_stream(self._device)
         if load.used_on is None:
+            asked = self.mark(stream)
             stream.wait_event(load.ready)
+            self.add("stall", load.name, asked, stream)
         elif load.used_on != stream:
             stream.wait_stream(load.used_on)
         load.used_on = stream
+
+    @property
+    def stream(self) -> Any:
+        """The stream that computes."""
+        return self._module.current_stream(self._device)
+
+    def mark(self, stream: Any) -> Any:
+        """An event on a stream, where times are recorded."""
+        return None if self.recorder is None else self.recorder.mark(stream)
+
+    def add(self, kind: Literal["copy", "compute", "stall"], name: str, begun: Any, stream: Any) -> None:
+        """Records, where times are recorded, what took from an event until now on a stream."""
+        if self.recorder is not None and begun is not None:
+            self.recorder.add(kind, name, begun, self.recorder.mark(stream))
 
     @property
     def allocated(self) -> int:

@@ -22,17 +22,20 @@ from hookcore import (
     parse_onload_device,
     status,
 )
-from hookcore.memory import ModelDevice, check_movable, entries_of, has_streams, moved
+from hookcore.memory import ModelDevice, check_movable, entries_of, has_streams, moved, slots_below
 from hookcore_plugins.model_offload.coordinator import Coordinator
-from hookcore_plugins.model_offload.weights import ComponentWeights
+from hookcore_plugins.model_offload.weights import ComponentWeights, OffloadReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     import torch
     from attrs import Attribute
 
-    from hookcore import Component
+    from hookcore import Component, TensorSlot
+    from hookcore.memory import Timeline
+    from hookcore_plugins.model_offload.part import Part
 
 
 def _sequence(value: Iterable[str] | None) -> tuple[str, ...] | None:
@@ -119,9 +122,12 @@ class ModelOffload(Technique):
         claims = [Claim(Resource.PLACEMENT, slot.name) for slot in component.slots]
         first, *others = entries_of(component)
         told = ModelDevice(component, self.device)
-        yield Binding("", _ComponentHook(coordinator, weights, self.device, told), first, claims)
+        whole = _ComponentHook(coordinator, weights, component.slots, self.device, told)
+        yield Binding("", whole, first, claims, together=coordinator)
         for fqn, entry in [*(("", entry) for entry in others), *_parts(component)]:
-            yield Binding(fqn, _EntryHook(coordinator, weights, self.device), entry)
+            slots = slots_below(component, [fqn]) if fqn else component.slots
+            hook = _EntryHook(coordinator, weights, slots, self.device)
+            yield Binding(fqn, hook, entry, together=coordinator)
 
 
 def _parts(component: Component) -> Iterator[tuple[str, str]]:
@@ -144,16 +150,26 @@ class _EntryHook(Hook):
     swaps_weights: ClassVar[bool] = True
     only_brings_weights: ClassVar[bool] = True
 
-    def __init__(self, coordinator: Coordinator, weights: ComponentWeights, device: torch.device) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        weights: ComponentWeights,
+        slots: Sequence[TensorSlot],
+        device: torch.device,
+    ) -> None:
         self._coordinator = coordinator
         self._weights = weights
+        self._slots = slots  # what the called module needs
+        self._parts: list[Part] | None = None
         self._device = device
 
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Brings the component and the inputs."""
-        self._coordinator.enter(self._weights)
+        if self._parts is None:
+            self._parts = self._weights.parts_of(self._slots)
+        self._coordinator.enter(self._weights, self._parts)
         try:
             return moved(args, self._device), moved(kwargs, self._device)
         except BaseException:
@@ -173,9 +189,14 @@ class _ComponentHook(_EntryHook):
     """The one hook, at the component's first entry, that attaches and detaches for all of them."""
 
     def __init__(
-        self, coordinator: Coordinator, weights: ComponentWeights, device: torch.device, told: ModelDevice
+        self,
+        coordinator: Coordinator,
+        weights: ComponentWeights,
+        slots: Sequence[TensorSlot],
+        device: torch.device,
+        told: ModelDevice,
     ) -> None:
-        super().__init__(coordinator, weights, device)
+        super().__init__(coordinator, weights, slots, device)
         self._told = told
 
     def attach(self, module: nn.Module) -> None:
@@ -189,8 +210,8 @@ class _ComponentHook(_EntryHook):
         self._told.detach()
 
     def reset(self, module: nn.Module) -> None:
-        """Forgets the order of components."""
-        self._coordinator.reset()
+        """Forgets the order of components, and what this one counted."""
+        self._coordinator.reset(self._weights)
 
     def offload(self) -> None:
         """Has the component go off."""
@@ -203,6 +224,14 @@ class _ComponentHook(_EntryHook):
     def report(self, module: nn.Module) -> Mapping[str, int]:
         """Where the component's bytes lie now."""
         return self._weights.report()
+
+    def run_report(self, module: nn.Module) -> OffloadReport:
+        """What was copied for the component."""
+        return self._weights.run_report()
+
+    def recording(self, timeline: Timeline) -> AbstractContextManager[None]:
+        """Times what is copied, and calls, until the end of the block."""
+        return self._weights.recording(timeline)
 
 
 def offload(target: Any) -> None:

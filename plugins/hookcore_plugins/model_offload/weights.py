@@ -1,28 +1,57 @@
-"""The weights of one component: in host memory, and on the device while it is wanted there."""
+"""The weights of one component: its own, and those that it has in common with others."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
-import torch
+from attrs import define, evolve
 
-from hookcore.memory import DeviceMover, Group, Packed, current_tensors, move_apart, stop_watching, watch
+from hookcore import UnsupportedModelError
+from hookcore.memory import Group, Recorder, current_tensors, stop_watching, watch
+from hookcore_plugins.model_offload.part import Part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence, Sized
+    from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+
+    import torch
 
     from hookcore import Component, TensorSlot
-    from hookcore_plugins.model_offload.link import Link, Load
+    from hookcore.memory import Timeline
+    from hookcore_plugins.model_offload.link import Link
 
-_CPU = torch.device("cpu")
+
+@define
+class OffloadReport:
+    """What was moved since the technique was applied or last reset, and the memory that it takes now.
+
+    Weights that several components share count for each that has them copied; where they lie, for the first.
+
+    Attributes:
+        calls: Outermost calls of the component, and calls of it within those of others.
+        copies: Copies of its weights to the device.
+        moved_bytes: Bytes of these copies.
+        hits: Calls that found all weights there, or on their way.
+        on_demand: Calls for which weights had to be copied.
+        resident_bytes: Bytes on the device now: weights, and buffers, which stay.
+        locked_bytes: Bytes of host memory that are page-locked.
+        timed_calls: Outermost calls that `record_timeline` timed.
+        stalled_seconds: How long computing waited for copies in these; None if there were none.
+    """
+
+    calls: int = 0
+    copies: int = 0
+    moved_bytes: int = 0
+    hits: int = 0
+    on_demand: int = 0
+    resident_bytes: int = 0
+    locked_bytes: int = 0
+    timed_calls: int = 0
+    stalled_seconds: float | None = None
 
 
 class ComponentWeights:
-    """A component's weights, which go to the device and from it together.
-
-    Parameters lie side by side in locked host memory, which is kept while they are on the device, so that
-    going off costs nothing but what was changed: what torch counts as changed, and what was read between two
-    calls, since `weight.data` can be changed uncounted. Buffers, which calls change, stay on the device.
+    """A component's weights, which come when it is called.
 
     Args:
         component: The component. Nothing is changed before `attach`.
@@ -31,197 +60,242 @@ class ComponentWeights:
 
     Attributes:
         name: The component's name.
+        slots: All of its weights and buffers.
+        parts: Those that go together, by its slots.
+        homes: The parts that it is the first component to have.
         calls: How many of its calls are under way.
-        is_on: Whether its tensors show the device's memory.
         needed: Bytes of the device that a call took besides what was there when it began; None before the
             first one. Never too few, as it is read off the peak so far.
+        recorder: Times its calls; None for nothing.
     """
 
     def __init__(self, component: Component, device: torch.device, link: Link) -> None:
         self.name = component.name
+        self.slots = component.slots
+        self.parts: dict[TensorSlot, Part] = {}
+        self.homes: frozenset[Part] = frozenset()
         self.calls = 0
-        self.is_on = False
         self.needed: int | None = None
-        self._device = device
+        self.recorder: Recorder | None = None
+        self._began: Any = None  # an event at the beginning of an outermost call that is timed
         self._link = link
-        self._slots = [slot for slot in component.slots if not slot.is_buffer]
-        self._buffers = Group("buffers", tuple(slot for slot in component.slots if slot.is_buffer), ())
-        self._mover = DeviceMover(device, _CPU)
-        self._groups = [
-            Group(slot.name, (slot,), ()) for slot in component.slots
-        ]  # to be watched, each alone
-        self._homes: dict[TensorSlot, torch.device] = {}
-        self._uncounted: list[TensorSlot] = []  # made in inference mode; always copied back
-        self._packed = Packed(())
-        self._load: Load | None = None
-        self._copied: Any = None  # the event after the last copy that reads host memory
-        self._stale: set[int] = set()  # positions of tensors that may have been changed where they show
-        self._versions: list[int] = []
-        self._position: dict[int, int] = {}
+        self._label = component.label
+        self._device = device
+        self._counts = OffloadReport()
+        # To be watched, each alone:
+        self._groups = {Group(slot.name, (slot,), ()): slot for slot in component.slots}
+
+    def homes_of(self, known: dict[int, TensorSlot]) -> list[tuple[TensorSlot, TensorSlot]]:
+        """Its slots, each with the one that stands for it: an earlier component's if it has that tensor, too.
+
+        Args:
+            known: The slots of earlier components that stand for others, by identity of their tensors.
+
+        Raises:
+            UnsupportedModelError: A tensor is tied to one of another component in a way that is none there.
+        """
+        found = []
+        for slot in self.slots:
+            homes = {known.get(id(tensor)) for tensor in slot.tensors}
+            if len(homes) > 1:
+                raise UnsupportedModelError(
+                    f"{self._label(slot.name)!r} is a weight of another component, too, but only here tied "
+                    "to a further one that shares its memory. Have all of them be one parameter"
+                )
+            found.append((slot, homes.pop() or slot))
+        return found
+
+    @property
+    def all_parts(self) -> list[Part]:
+        """Its parts, each once."""
+        return list(dict.fromkeys(self.parts.values()))
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device, without buffers."""
-        return self._packed.nbytes + sum(slot.nbytes for slot in self._uncounted)
-
-    @property
-    def size(self) -> int:
-        """What `nbytes` is when it is attached."""
-        uncounted = [slot for slot in self._slots if any(it.is_inference() for it in current_tensors(slot))]
-        packed = Packed([slot for slot in self._slots if slot not in uncounted])
-        return packed.nbytes + sum(slot.nbytes for slot in uncounted)
-
-    @property
-    def staying(self) -> int:
-        """Bytes of what stays on the device."""
-        return self._buffers.nbytes
+        return sum(part.nbytes for part in self.all_parts)
 
     @property
     def is_loaded(self) -> bool:
-        """Whether it takes memory on the device, or will when its copy is there."""
-        return self._load is not None
+        """Whether all of it takes memory on the device, or will when its copy is there."""
+        return all(part.is_loaded for part in self.all_parts)
 
     @property
     def is_locked(self) -> bool:
         """Whether the device copies it without the host's waiting."""
-        return self._packed.is_locked
+        return all(part.is_locked for part in self.all_parts)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether any of it is on the device, or comes there, for its sake."""
+        return any(self.name in part.wanted_by and part.is_loaded for part in self.all_parts)
 
     def attach(self, calls: Sized, before_read: Callable[[Group], None]) -> None:
         """Moves parameters to locked host memory and buffers to the device, and watches reads."""
-        self._mover.attach(self._buffers, resident=True)
-        now = {slot: tensors for slot in self._slots if (tensors := current_tensors(slot))}
-        self._homes = {slot: tensors[0].device for slot, tensors in now.items()}
-        self._uncounted = [slot for slot in now if any(it.is_inference() for it in now[slot])]
+        done: list[Part] = []
         try:
-            move_apart(dict.fromkeys(self._uncounted, _CPU))
-            self._pack()
+            for part in self.all_parts:
+                part.attach()
+                done.append(part)
         except BaseException:
-            move_apart({slot: self._homes[slot] for slot in self._uncounted})
-            self._mover.detach(self._buffers)
+            for part in reversed(done):
+                part.detach()
             raise
-        watch(self._groups, calls, before_read)
+        watch(list(self._groups), calls, before_read)
 
     def detach(self) -> None:
-        """Moves all to where it came from, into memory of its own."""
-        self.turn_off()
-        self._mover.detach(self._buffers)
+        """Moves all to where it came from, but what another component needs to host memory."""
+        for part in self.all_parts:
+            part.wanted_by.discard(self.name)
+            part.turn_off()
+        done: list[Part] = []
         try:
-            move_apart(self._homes)
+            for part in self.all_parts:
+                part.detach()
+                done.append(part)
         except BaseException:
-            self._mover.attach(self._buffers, resident=True)
+            for part in reversed(done):
+                part.attach()
             raise
-        self._release()
-        stop_watching(self._groups)
+        stop_watching(list(self._groups))
 
     def begin_copy(self) -> None:
-        """Begins to copy it to the device; until it is turned on, its tensors show host memory.
+        """Begins to copy what isn't there to the device.
 
         Raises:
             torch.OutOfMemoryError: The device has no room for it.
         """
-        if not self._packed.is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
-            self._release()
-            self._pack()
-        self._load = self._link.copy(self._packed)
-        self._copied = self._load.ready
-        self._note()
+        for part in self.all_parts:
+            part.wanted_by.add(self.name)
+            if not part.is_loaded:
+                part.begin_copy()
+                self._count_copy(part)
 
-    def turn_on(self) -> None:
+    def turn_on(self, parts: Iterable[Part] | None = None) -> bool:
         """Has its tensors show the device's memory, for what is computed from now on.
 
+        Args:
+            parts: Only these; None for all.
+
+        Returns:
+            Whether any of it had to be copied.
+
         Raises:
-            torch.OutOfMemoryError: The device has no room for it; it is off then.
+            torch.OutOfMemoryError: The device has no room for it.
         """
-        if self.is_on:
-            if not self._was_given_data():
-                self._link.use(self._loaded)
-                return
-            self.turn_off()
-        elif self.is_loaded and not self._packed.is_home:
-            self._drop()
-        if not self.is_loaded:
-            self.begin_copy()
-        load, changed = self._loaded, self._changed()
-        self._link.use(load)
-        try:
-            move_apart(dict.fromkeys(self._uncounted, self._device))
-        except BaseException:
-            self._drop()
-            raise
-        self._packed.show(load.views)
-        self._copy(changed, self._packed.views(self._packed.host) if changed else (), load.views)
-        self._note()
-        self.is_on = True
+        copied = False
+        for part in self.all_parts if parts is None else parts:
+            part.wanted_by.add(self.name)
+            if part.turn_on():
+                copied = True
+                self._count_copy(part)
+        return copied
+
+    def count_call(self, *, copied: bool) -> None:
+        """Counts a call, for which weights had to be copied or not."""
+        self._counts.calls += 1
+        self._counts.on_demand += copied
+        self._counts.hits += not copied
+
+    def want(self) -> None:
+        """Has what is there stay when other components go off."""
+        for part in self.all_parts:
+            part.wanted_by.add(self.name)
 
     def turn_off(self) -> None:
-        """Has its tensors show host memory again, with all changes, and frees the device's."""
-        if not self.is_loaded:
-            return
-        if self.is_on:
-            load, changed = self._loaded, self._changed()
-            self._link.use(load)
-            given = self._packed.replaced([view.data_ptr() for view in load.views])
-            self._packed.show_host()
-            self._copy(changed, load.views, self._packed.views(self._packed.host) if changed else ())
-            for tensor, data in given:
-                tensor.data = data.to(_CPU)
-            move_apart(dict.fromkeys(self._uncounted, _CPU))
-            self.is_on = False
-        self._drop()
+        """Has it go off, but for what another component wants."""
+        for part in self.all_parts:
+            part.wanted_by.discard(self.name)
+            if not part.wanted_by:
+                part.turn_off()
 
     def expose(self, group: Group) -> None:
         """Is told that somebody gets at a tensor between calls, and may change it."""
-        tensors = current_tensors(group.slots[0])
-        self._stale.update(at for it in tensors if (at := self._position.get(id(it))) is not None)
-        if not self.is_on:
-            self._wait()
+        self.part_of(group).expose(current_tensors(group.slots[0]))
+
+    def part_of(self, group: Group) -> Part:
+        """Where a tensor is."""
+        return self.parts[self._groups[group]]
+
+    def parts_of(self, slots: Sequence[TensorSlot]) -> list[Part]:
+        """Where tensors are."""
+        return list(dict.fromkeys(self.parts[slot] for slot in slots))
 
     def report(self) -> dict[str, int]:
-        """Bytes by where they lie."""
-        where = f"on {self._device}" if self.is_on else f"offloaded on {_CPU}"
-        found = {where: self.nbytes, f"resident on {self._device}": self.staying}
-        return {label: nbytes for label, nbytes in found.items() if nbytes}
+        """Bytes by where they lie, of what it is the first component to have."""
+        found: dict[str, int] = {}
+        for part in self.homes:
+            where = f"on {self._device}" if part.is_on else "offloaded on cpu"
+            for label, nbytes in ((where, part.nbytes), (f"resident on {self._device}", part.staying)):
+                if nbytes:
+                    found[label] = found.get(label, 0) + nbytes
+        return found
 
-    # How it is done
+    def run_report(self) -> OffloadReport:
+        """What was counted since the last reset, with the bytes that are taken now."""
+        there = [part.nbytes for part in self.homes if part.is_loaded]
+        return evolve(
+            self._counts,
+            resident_bytes=sum(there) + sum(part.staying for part in self.homes),
+            locked_bytes=sum(part.locked for part in self.homes),
+        )
 
-    @property
-    def _loaded(self) -> Load:
-        if self._load is None:
-            raise RuntimeError(f"the weights of {self.name!r} have no memory on the device")
-        return self._load
+    def begin_timing(self) -> None:
+        """Takes down the beginning of an outermost call, if it is timed."""
+        if self.recorder is not None:
+            self._began = self._link.mark(self._link.stream)
 
-    def _pack(self) -> None:
-        self._packed = self._link.host.pack([slot for slot in self._homes if slot not in self._uncounted])
-        self._position = {id(tensor): at for at, tensor in enumerate(self._packed.tensors)}
+    def end_timing(self) -> None:
+        """Takes down its end."""
+        if self._began is not None:
+            self._link.add("compute", self.name, self._began, self._link.stream)
+            self._counts.timed_calls += 1
+            self._began = None
 
-    def _release(self) -> None:
-        """Unlocks host memory that no tensor shows, when no copy reads it any more."""
-        self._wait()
-        self._link.host.release(self._packed.let_go())
+    @contextlib.contextmanager
+    def recording(self, timeline: Timeline) -> Iterator[None]:
+        """Times copies, calls and stalls until the end of the block, where copies run beside computing."""
+        if not self._link.copies_ahead:
+            yield
+            return
+        recorder = self.recorder = Recorder(self._device)
+        timeline.recorders.append(recorder)
+        try:
+            yield
+        finally:
+            self.recorder = self._link.recorder = None
+            recorder.close()
+            self._counts.stalled_seconds = (self._counts.stalled_seconds or 0.0) + recorder.stalled
 
-    def _wait(self) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()
+    def reset(self) -> None:
+        """Begins to count anew."""
+        self._counts = OffloadReport()
 
-    def _drop(self) -> None:
-        self._load = None
-        self._stale.clear()
+    def _count_copy(self, part: Part) -> None:
+        self._counts.copies += 1
+        self._counts.moved_bytes += part.nbytes
 
-    def _note(self) -> None:
-        self._stale.clear()
-        self._versions = [tensor._version for tensor in self._packed.tensors]
 
-    def _changed(self) -> set[int]:
-        """Positions of the tensors that may differ, where they show, from the other side of the copy."""
-        counted = zip(self._packed.tensors, self._versions, strict=True)
-        return self._stale.union(at for at, (it, version) in enumerate(counted) if it._version != version)
+def divide(components: Sequence[ComponentWeights], device: torch.device, link: Link) -> None:
+    """Gives components their parts: one for the weights of each set of components that share them.
 
-    def _was_given_data(self) -> bool:
-        both = ((self._packed.tensors[at], self._loaded.views[at]) for at in self._stale)
-        # What is empty is at no address, wherever it is.
-        return any(it.data_ptr() != view.data_ptr() or it.device != view.device for it, view in both)
-
-    @staticmethod
-    def _copy(positions: set[int], source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
-        for at in positions:
-            target[at].copy_(source[at])
+    Args:
+        components: Those that run on one device, before any of them is attached.
+        device: Where they run.
+        link: The way there.
+    """
+    known: dict[int, TensorSlot] = {}
+    users: dict[TensorSlot, list[str]] = {}
+    homes: list[list[tuple[TensorSlot, TensorSlot]]] = []
+    for component in components:
+        homes.append(component.homes_of(known))
+        for home in dict.fromkeys(home for _, home in homes[-1]):
+            users.setdefault(home, []).append(component.name)
+            known |= dict.fromkeys(map(id, home.tensors), home)
+    by_users: dict[tuple[str, ...], list[TensorSlot]] = {}
+    for home, names in users.items():
+        by_users.setdefault(tuple(names), []).append(home)
+    made = {names: Part(" and ".join(names), slots, device, link) for names, slots in by_users.items()}
+    for component, slots in zip(components, homes, strict=True):
+        component.parts = {slot: made[tuple(users[home])] for slot, home in slots}
+        component.homes = frozenset(part for names, part in made.items() if names[0] == component.name)

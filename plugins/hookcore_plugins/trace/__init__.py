@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hookcore import hookimpl
+from hookcore_plugins.trace.hook import TraceReport
 from hookcore_plugins.trace.technique import Trace
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from hookcore import Plan, Technique
 
-__all__ = ["Trace"]
+__all__ = ["Trace", "TraceReport"]
 
 
 @hookimpl

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from attrs import frozen
 
 from hookcore import Hook, bare_entry, status
 from hookcore_plugins.trace.recording import Call, Recording, record
@@ -14,13 +16,30 @@ from hookcore_plugins.trace.values import Inputs
 
 if TYPE_CHECKING:
     import inspect
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import nn
 
 Setting = tuple[torch.device, bool, bool]
 """What a trace depends on beside the inputs: device, whether gradients are recorded, training or not."""
+
+
+@frozen
+class TraceReport:
+    """What became of the calls of a traced entry.
+
+    Attributes:
+        traces: How many traces there are: one for each device, with and without gradients, and in training.
+        traced_calls: How many calls ran as a trace.
+        untraced_calls: How many ran as ever.
+        reasons: How these differ from the example, and how often.
+    """
+
+    traces: int
+    traced_calls: int
+    untraced_calls: int
+    reasons: Mapping[str, int]
 
 
 class TraceHook(Hook):
@@ -40,8 +59,7 @@ class TraceHook(Hook):
         self._path = path
         self._recordings: dict[Setting, Recording] = {}
         self._traced = 0
-        self._untraced = 0
-        self._reasons: dict[str, None] = {}
+        self._untraced: Counter[str] = Counter()  # by the reason
 
     def attach(self, module: nn.Module) -> None:
         """Traces at once if the model is where the example is, and nothing is on it that may move it."""
@@ -63,8 +81,7 @@ class TraceHook(Hook):
         inputs = Inputs.of(self._signature, args, kwargs)
         difference = self._example.difference(inputs)
         if difference is not None:
-            self._untraced += 1
-            self._reasons[f"a call was not traced, as {difference}"] = None
+            self._untraced[f"not traced: {difference}"] += 1
             return entry(*args, **kwargs)
         recording = self._recording(module, entry, _device_of(inputs))
         self._traced += 1
@@ -87,20 +104,14 @@ class TraceHook(Hook):
 
     def reset(self, module: nn.Module) -> None:
         """Forgets the counts."""
-        self._traced = self._untraced = 0
-        self._reasons.clear()
+        self._traced = 0
+        self._untraced.clear()
 
-    def counts(self, module: nn.Module) -> dict[str, int]:
-        """Traces made, and calls by whether they ran as a trace."""
-        return {
-            "traces": len(self._recordings),
-            "calls traced": self._traced,
-            "calls not traced": self._untraced,
-        }
-
-    def notes(self, module: nn.Module) -> list[str]:
-        """Why calls were not traced."""
-        return list(self._reasons)
+    def run_report(self, module: nn.Module) -> TraceReport:
+        """Traces there are, and calls by whether they ran as a trace."""
+        return TraceReport(
+            len(self._recordings), self._traced, self._untraced.total(), reasons=dict(self._untraced)
+        )
 
 
 def _device_of(inputs: Inputs) -> torch.device:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from hookcore import Component
 
-BROUGHT_BELOW = (Resource.PLACEMENT, Resource.STORAGE_DTYPE)
-"""What is not to be brought for calls below, which are not made: it would have to be there all at once."""
+FROZEN_BELOW = (Resource.PLACEMENT, Resource.STORAGE_DTYPE, Resource.ATTENTION)
+"""What others may not have below, where a trace makes no calls: weights would have to be there all at once,
+and an attention backend would be in the trace for good."""
 
 Examples = tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
@@ -112,5 +113,5 @@ class Trace(Technique):
         if not example.tensors:
             raise PlanError("example_inputs has no tensor, so that there is nothing to trace")
         hook = TraceHook(signature, example, self.entry, self.path)
-        claims = (Claim(Resource.CODE),)
-        yield Binding("", hook, self.entry, claims, forbids_below=BROUGHT_BELOW, encloses=True)
+        claims = (Claim(Resource.CODE), Claim(Resource.ATTENTION))
+        yield Binding("", hook, self.entry, claims, forbids_below=FROZEN_BELOW, encloses=True)

@@ -43,7 +43,7 @@ class Pointwise:
         return PointwiseAutoencoder(self.width).eval()
 
     def make_inputs(self, entry, generator):
-        channels, height, width = (4, 11, 9) if entry == "decode" else (3, 22, 18)
+        channels, height, width = (4, 7, 6) if entry == "decode" else (3, 14, 12)
         return (torch.randn(2, channels, height, width, generator=generator),), {}
 
 

@@ -218,3 +218,17 @@ def test_classes_that_answer_are_equal_to_the_ones_they_stand_in_for():
     assert model.dtype == "first"
     give_class_back(model)
     assert type(model) is Told
+
+
+def test_a_cast_model_is_not_converted():
+    model = build()
+    hookcore.apply(model, [LayerwiseCasting("bfloat16", keep_originals=True)])
+    for same in ({"dtype": torch.float32}, {"device": "cpu", "dtype": torch.float32}, {"device": "cpu"}):
+        assert model.to(**same) is model
+    before = ModelSnapshot.take(model)
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(ConflictError, match=f"^cannot convert Told to {dtype}: .* is torch.float32"):
+            model.to(dtype)
+    before.assert_restored(model)
+    assert {it.dtype for it in model.parameters()} == {torch.bfloat16}
+    assert call(model).dtype == torch.float32

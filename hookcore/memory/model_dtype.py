@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from hookcore.errors import ConflictError
 from hookcore.hook import Hook
 from hookcore.memory.own_class import give_class_back, give_own_class, models_with
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    import torch
     from torch import nn
 
 
@@ -25,7 +27,10 @@ def models_with_dtype(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, A
 
 
 class ModelDtypeHook(Hook):
-    """Answers `model.dtype` while it is attached.
+    """Answers `model.dtype` while it is attached, and keeps the model from being converted.
+
+    `model.to(dtype)` has nothing to do if that is the dtype answered, and is refused if it is another one: it
+    would convert what weights lie in, while calls went on to compute in the old one.
 
     Args:
         dtype: The answer.
@@ -36,8 +41,21 @@ class ModelDtypeHook(Hook):
 
     def attach(self, module: nn.Module) -> None:
         """Has the module answer."""
-        give_own_class(module, {"dtype": lambda *_: self._dtype})
+        give_own_class(module, {"dtype": lambda *_: self._dtype, "to": self._to})
 
     def detach(self, module: nn.Module) -> None:
         """Has it answer as its class does."""
         give_class_back(module)
+
+    def _to(self, model: nn.Module, own: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype not in (None, self._dtype):
+            raise ConflictError(
+                f"cannot convert {type(model).__name__} to {dtype}: its weights lie in another dtype between "
+                f"calls than calls compute in, which is {self._dtype}. Nothing was converted. Call "
+                "hookcore.remove() first, and apply with the other dtype (compute_dtype=, or torch_dtype= "
+                "where it is loaded)"
+            )
+        kept = {"device": device, "memory_format": memory_format}
+        kept = {name: value for name, value in kept.items() if value is not None}
+        return own(model, non_blocking=non_blocking, **kept) if kept else model

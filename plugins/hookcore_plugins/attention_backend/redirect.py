@@ -28,9 +28,9 @@ _MULTI_HEAD = F.multi_head_attention_forward
 
 
 class _Scope(threading.local):
-    """What attention goes to in this thread; None outside of hooked calls."""
+    """What attention goes to in this thread; outside of hooked calls, torch's own function."""
 
-    attend: Attend | None = None
+    attend: Attend = _ATTENTION  # never None: before torch 2.13, torch.compile stumbles over that
 
 
 _SCOPE = _Scope()
@@ -48,9 +48,9 @@ class _Redirecting(TorchFunctionMode):
     ) -> Any:
         """Goes on to the function that was called, unless it is one of those."""
         if func is _ATTENTION:
-            func = _SCOPE.attend or func
+            func = _SCOPE.attend
         elif func is _MULTI_HEAD:
-            func = with_attention(_SCOPE.attend or _ATTENTION)
+            func = with_attention(_SCOPE.attend)
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
@@ -72,7 +72,7 @@ def redirected(attend: Attend, call: Callable[..., Any], /, *args: Any, **kwargs
     outer = _SCOPE.attend
     _SCOPE.attend = attend
     try:
-        if outer is not None:
+        if outer is not _ATTENTION:
             return call(*args, **kwargs)
         with _MODE:
             return call(*args, **kwargs)
@@ -84,10 +84,10 @@ def redirected(attend: Attend, call: Callable[..., Any], /, *args: Any, **kwargs
 def suspended() -> Iterator[None]:
     """A `with` block in which no mode of this module is on in this thread, for code that is compiled."""
     outer = _SCOPE.attend
-    if outer is None or _get_current_function_mode() is not _MODE:  # type: ignore[no-untyped-call]
+    if outer is _ATTENTION or _get_current_function_mode() is not _MODE:  # type: ignore[no-untyped-call]
         yield
         return
-    _SCOPE.attend = None
+    _SCOPE.attend = _ATTENTION
     try:
         with _pop_mode_temporarily():
             yield

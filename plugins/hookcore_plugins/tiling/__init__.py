@@ -1,8 +1,9 @@
 """Tiling: an autoencoder encodes or decodes one tile of the image after the other.
 
 `technique` has the options, `parts` finds what there is to hook, `passes` has the hooks that take a pass
-apart in its middle, `cuts` chooses where, `tiler` runs the passes in order, `calls` makes them with parts of
-an image, `grid` says where tiles lie and blends them, `statistics` has group norms use the whole image's.
+apart in its middle, `course` knows what a pass does, `cuts` chooses where to take it apart, `tiler` runs the
+passes in order, `steps` one stage after the other, `calls` makes them with parts of an image, `grid` says
+where tiles lie and blends them, `samples` and `statistics` have group norms use the whole image's statistics.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
     from hookcore_plugins.tiling.grid import Span, Tile
     from hookcore_plugins.tiling.samples import Sample
 
@@ -44,6 +46,13 @@ class ImageCall:
     kwargs: dict[str, Any]
     size: Size
     scale: Fraction
+
+    @property
+    def device(self) -> torch.device:
+        """Where the image lies."""
+        image = image_in(self.args, self.kwargs)
+        assert image is not None  # noqa: S101 -- there is one, or nothing would be tiled
+        return image.device
 
     @property
     def cells(self) -> Size:

@@ -10,8 +10,8 @@ from attrs import frozen
 
 if TYPE_CHECKING:
     from hookcore_plugins.tiling.calls import Size
+    from hookcore_plugins.tiling.course import Course
     from hookcore_plugins.tiling.grid import Grid
-    from hookcore_plugins.tiling.passes import Course
 
 _INSIDE = 3.0
 """While a stage computes, so many tensors of its largest size are in memory: a residual, a norm of it and its
@@ -36,14 +36,13 @@ class Cut:
     fits: bool
 
 
-def choose_cut(course: Course, size: Size, grid: Grid, tile: Size, *, from_the_end: bool) -> Cut | None:
+def choose_cut(course: Course, grid: Grid, tile: Size, *, from_the_end: bool) -> Cut | None:
     """Has as many stages as possible see the whole image, in no more memory than a tile takes.
 
     What is at the lowest resolution always sees it: attention stands there.
 
     Args:
         course: What a pass does.
-        size: Height and width of that pass's input.
         grid: The tiles, in cells.
         tile: Cells of a tile that memory is counted with; those of the grid may be smaller.
         from_the_end: Whether it is the last stages that see the whole image, as in an encoder, or the first.
@@ -51,12 +50,12 @@ def choose_cut(course: Course, size: Size, grid: Grid, tile: Size, *, from_the_e
     Returns:
         The cut, or None if the stages cannot be told apart, or attention cannot see the whole image.
     """
-    order = _chain(course)
-    if not order or () in course.results:
+    order = course.chain()
+    if not order:
         return None
-    area = size[0] * size[1]
+    area = math.prod(course.size)
     numels = [sum(math.prod(shape) for shape in course.outputs[stage]) / area for stage in order]
-    scales = [Fraction(course.outputs[stage][0][-2], size[0]) for stage in order]
+    scales = [course.scale(stage) for stage in order]
     live = [_INSIDE * it for it in _largest(numels, scales)]
     cell = (1 / scales[-1]) ** 2 if from_the_end else 1  # input pixels of a cell
     whole = grid.rows[-1].stop * grid.columns[-1].stop * cell
@@ -65,15 +64,18 @@ def choose_cut(course: Course, size: Size, grid: Grid, tile: Size, *, from_the_e
     if course.mask * float(whole / area) ** 2 > bound:
         return None  # a mask over the whole image would take more than all else, as in HunyuanVideo
     lowest = min(scales)
-    candidates = [index for index in range(len(order) - 1) if _is_beyond(index, scales, lowest, from_the_end)]
+    candidates = [
+        index
+        for index in range(len(order) - 1)
+        if course.can_be_cut(order[index]) and _is_beyond(index, scales, lowest, from_the_end)
+    ]
     if from_the_end:
         candidates.reverse()
     best: Cut | None = None
     for index in candidates:
         before, after = live[: index + 1], live[index + 1 :]
         once, many = (after, before) if from_the_end else (before, after)
-        kept = numels[index] * whole
-        peak = max(max(once) * whole, kept + max(many) * grid.area * cell + output)
+        peak = max(max(once) * whole, max(many) * grid.area * cell + output)
         fits = peak <= bound
         if best is None or fits:
             best = Cut(tuple(order[: index + 1]), scales[index], fits)
@@ -99,13 +101,3 @@ def _is_beyond(index: int, scales: list[Fraction], lowest: Fraction, from_the_en
     if from_the_end:
         return all(scale > lowest for scale in scales[:index])
     return all(scale > lowest for scale in scales[index + 1 :])
-
-
-def _chain(course: Course) -> list[int]:
-    """The stages in order, up to the first that does not turn one tensor into one at each call."""
-    chain = []
-    for stage, shapes in course.outputs.items():
-        if stage in course.odd or len(shapes) != course.calls:
-            break
-        chain.append(stage)
-    return chain

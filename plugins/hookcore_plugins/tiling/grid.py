@@ -119,20 +119,25 @@ class Grid:
         """All tiles, the last first: it tells how large the whole output is."""
         return [Tile(row, column) for row in reversed(self.rows) for column in reversed(self.columns)]
 
-    def core_of(self, tile: Tile, tensor: Tensor) -> Tensor:
-        """The part of a tile's tensor `(..., height, width)` that is nearer to its middle than to others'.
+    def core_of(self, tile: Tile) -> Tile:
+        """What of a tile is nearer to its middle than to others'; all cores together cover the image once."""
+        return Tile(_core(tile.rows, self.rows), _core(tile.columns, self.columns))
 
-        All cores together cover the image once. A tensor without height and width is taken as it is.
-        """
+    def in_core(self, tile: Tile, tensor: Tensor) -> Tensor:
+        """The core's part of a tile's tensor; one without height and width is taken as it is."""
         if tensor.ndim < 4:
             return tensor
-        cores = (
-            _core(span, spans, length)
-            for span, spans, length in zip(
-                (tile.rows, tile.columns), (self.rows, self.columns), tensor.shape[-2:], strict=True
+        core = self.core_of(tile)
+        rows, columns = (
+            _within(part, span, spans[-1].stop, length)
+            for part, span, spans, length in zip(
+                (core.rows, core.columns),
+                (tile.rows, tile.columns),
+                (self.rows, self.columns),
+                tensor.shape[-2:],
+                strict=True,
             )
         )
-        rows, columns = cores
         return tensor[..., rows, columns]
 
     @staticmethod
@@ -146,15 +151,51 @@ class Grid:
         return self.rows[0].length * self.columns[0].length
 
 
-def _core(span: Span, spans: Sequence[Span], length: int) -> slice:
-    """The pixels of a tile that lie between the middles of what it has in common with its neighbours."""
+def _core(span: Span, spans: Sequence[Span]) -> Span:
+    """The cells of a tile that lie between the middles of what it has in common with its neighbours."""
     index = spans.index(span)
+    start = span.start if index == 0 else (span.start + spans[index - 1].stop) // 2
+    stop = span.stop if index == len(spans) - 1 else (spans[index + 1].start + span.stop) // 2
+    return Span(start, stop)
+
+
+def _within(part: Span, span: Span, cells: int, length: int) -> slice:
+    """The pixels of a part of a tile that has so many; the image's last cell has what is left over."""
     pixels = length // span.length
-    start = 0 if index == 0 else (span.start + spans[index - 1].stop) // 2 - span.start
-    if index == len(spans) - 1:
-        return slice(start * pixels, None)
-    stop = (spans[index + 1].start + span.stop) // 2 - span.start
-    return slice(start * pixels, stop * pixels)
+    stop = length if part.stop == cells else (part.stop - span.start) * pixels
+    return slice((part.start - span.start) * pixels, stop)
+
+
+class Mosaic:
+    """What stages put out for a whole image, put together of the cores of tiles.
+
+    It is made when the first tile comes, which has to be the grid's last.
+
+    Args:
+        grid: The tiles.
+        scale: Pixels of a cell.
+        device: Where it lies.
+    """
+
+    def __init__(self, grid: Grid, scale: int, device: torch.device) -> None:
+        self._grid = grid
+        self._scale = scale
+        self._device = device
+        self.whole: Tensor | None = None
+
+    def add(self, tile: Tile, pixels: Tensor) -> None:
+        """Adds what came out for a tile, `(..., height, width)`."""
+        if self.whole is None:
+            height, width = (
+                span.start * self._scale + length
+                for span, length in zip((tile.rows, tile.columns), pixels.shape[-2:], strict=True)
+            )
+            self.whole = torch.empty(
+                (*pixels.shape[:-2], height, width), dtype=pixels.dtype, device=self._device
+            )
+        core, part = self._grid.core_of(tile), self._grid.in_core(tile, pixels)
+        top, left = core.rows.start * self._scale, core.columns.start * self._scale
+        self.whole[..., top : top + part.shape[-2], left : left + part.shape[-1]] = part
 
 
 class Canvas:

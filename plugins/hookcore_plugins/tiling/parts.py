@@ -31,7 +31,7 @@ class Parts:
         point: FQN and entry of what is called once for each tile: outside of loops over frames with their
             caches, inside of what makes a distribution of the latents.
         spine: FQN of the encoder or decoder.
-        stages: FQNs of its children, elements of lists singly.
+        stages: FQNs of its children and of what blocks among them consist of, elements of lists singly.
     """
 
     method: str
@@ -83,9 +83,16 @@ def _parts(component: Component, method: str, name: str) -> Parts:
     return Parts(method, point, spine, tuple(_stages(component, spine)))
 
 
-def _stages(component: Component, spine: str) -> list[str]:
+def _stages(component: Component, fqn: str) -> list[str]:
     found = []
-    for child in component.modules[spine].children():
-        singly = list(child) if isinstance(child, nn.ModuleList) else [child]
-        found += [component.fqns[stage][0] for stage in singly]
+    for child in component.modules[fqn].children():
+        for part in list(child) if isinstance(child, nn.ModuleList) else [child]:
+            if part is None:  # a block without attention, say
+                continue
+            stage = component.fqns[part][0]
+            found.append(stage)
+            if isinstance(part, nn.Sequential) or any(
+                isinstance(it, nn.ModuleList) for it in part.children()
+            ):
+                found += _stages(component, stage)
     return list(dict.fromkeys(found))

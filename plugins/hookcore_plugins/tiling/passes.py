@@ -12,40 +12,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
-from torch import Tensor
 
 from hookcore import Hook
+from hookcore_plugins.tiling.course import Course, image_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from fractions import Fraction
 
-    from torch import nn
+    from torch import Tensor, nn
 
-    Shape = tuple[int, ...]
+    from hookcore_plugins.tiling.course import Shape
 
 
 class _Ended(Exception):  # noqa: N818 -- no error: it ends a pass
-    """Leaves the spine after the last stage that is wanted."""
-
-
-@define
-class Course:
-    """What a pass was seen to do.
-
-    Attributes:
-        outputs: By stage, in the order of their calls, the shapes of what it put out at each call.
-        results: What the spine put out at each call.
-        calls: How often the spine was called.
-        mask: Numbers in the largest mask that attention was given; it grows with the square of the image.
-        odd: Stages that put out something other than a tensor of as many dimensions as the input.
-    """
-
-    outputs: dict[int, list[Shape]] = field(factory=dict)
-    results: list[Shape] = field(factory=list)
-    calls: int = 0
-    mask: int = 0
-    odd: set[int] = field(factory=set)
+    """Leaves the spine before the first stage that is not wanted."""
 
 
 @define
@@ -53,25 +33,29 @@ class _Pass:
     """The state of a pass under way.
 
     Attributes:
-        stages: The stages that are left out, in order, or after the last of which the pass ends.
-        features: What that last one puts out, at each call of the spine.
-        keeps: Whether the pass ends there; it begins there otherwise.
+        skipped: The stages that are left out, in order.
+        given: What the last of them would put out, at each call of the spine.
+        last: The stage after which the pass ends; None: it goes on to the end.
+        kept: What that one puts out, at each call of the spine.
+        rests: What stages keep of these frames.
         course: What a whole pass does, to stand in for what is left out.
-        sizes: Height and width of the pass's input, as multiples of those of the course's.
+        size: Height and width of the pass's input.
         call: Number of the spine's call.
     """
 
-    stages: Sequence[int]
-    features: list[Tensor]
-    keeps: bool
+    skipped: Sequence[int]
+    given: Sequence[Tensor]
+    last: int | None
     course: Course
-    sizes: tuple[Fraction, Fraction]
+    size: tuple[int, int]
+    kept: list[Tensor] = field(factory=list)
+    rests: dict[int, Any] = field(factory=dict)
     call: int = -1
 
-    def stand_in(self, like: Tensor, shape: Shape) -> Tensor:
-        """A tensor of the right shape that takes no memory."""
-        height, width = (int(size * times) for size, times in zip(shape[-2:], self.sizes, strict=True))
-        return like.new_zeros(()).expand(*shape[:-2], height, width)
+
+def _stand_in(like: Tensor, shape: Shape) -> Tensor:
+    """A tensor of a shape that takes no memory."""
+    return like.new_zeros(()).expand(shape)
 
 
 class Passes(threading.local):
@@ -96,29 +80,29 @@ class Passes(threading.local):
             self.watching = None
 
     @contextmanager
-    def ending(
-        self, stages: Sequence[int], course: Course, sizes: tuple[Fraction, Fraction]
-    ) -> Iterator[list[Tensor]]:
-        """Ends the pass in this block after these stages; gives what the last of them puts out."""
-        features: list[Tensor] = []
-        self.under_way = _Pass(stages, features, True, course, sizes)
-        try:
-            yield features
-        finally:
-            self.under_way = None
-
-    @contextmanager
-    def beginning(
+    def between(
         self,
-        stages: Sequence[int],
-        features: list[Tensor],
+        skipped: Sequence[int],
+        given: Sequence[Tensor],
+        last: int | None,
         course: Course,
-        sizes: tuple[Fraction, Fraction],
-    ) -> Iterator[None]:
-        """Has the pass in this block begin after these stages with what the last of them has put out."""
-        self.under_way = _Pass(stages, features, False, course, sizes)
+        size: tuple[int, int],
+    ) -> Iterator[list[Tensor]]:
+        """Has the pass in this block begin after some stages, end after some other, or both.
+
+        Args:
+            skipped: Stages to leave out, in order.
+            given: What the last of them would put out, at each call of the spine.
+            last: The stage after which the pass ends; None: it goes on to the end.
+            course: What a whole pass does.
+            size: Height and width of the pass's input.
+
+        Returns:
+            A context manager that gives what the last stage puts out, at each call of the spine.
+        """
+        self.under_way = _Pass(skipped, given, last, course, size)
         try:
-            yield
+            yield self.under_way.kept
         finally:
             self.under_way = None
 
@@ -135,9 +119,8 @@ class SpineHook(Hook):
         """Returns a stand-in for what a pass that ended does not put out."""
         course, under_way = self._passes.watching, self._passes.under_way
         if course is not None:
-            course.calls += 1
             output = call(*args, **kwargs)
-            course.results.append(output.shape if isinstance(output, Tensor) else ())
+            course.returned(output)
             return output
         if under_way is None:
             return call(*args, **kwargs)
@@ -145,8 +128,9 @@ class SpineHook(Hook):
         try:
             return call(*args, **kwargs)
         except _Ended:
-            shape = under_way.course.results[under_way.call]
-            return under_way.stand_in(under_way.features[-1], shape)
+            course = under_way.course
+            image = _stand_in(under_way.kept[-1], course.result(under_way.call, under_way.size))
+            return image if course.memory is None else (image, course.remembered(under_way.rests))
 
 
 class StageHook(Hook):
@@ -167,26 +151,27 @@ class StageHook(Hook):
         """Calls on where the pass has nothing else to do here."""
         course, under_way = self._passes.watching, self._passes.under_way
         if course is not None:
+            course.entered(args[0] if args else None)
             output = call(*args, **kwargs)
-            self._note(course, args, output)
+            course.left(self._number, module, output)
             return output
-        if under_way is None or self._number not in under_way.stages:
+        if under_way is None:
             return call(*args, **kwargs)
-        is_last = self._number == under_way.stages[-1]
-        if under_way.keeps:
-            output = call(*args, **kwargs)
-            if is_last:
-                under_way.features.append(output)
-                raise _Ended
-            return output
-        features = under_way.features[under_way.call]
-        if is_last:
-            return features
-        return under_way.stand_in(features, under_way.course.outputs[self._number][under_way.call])
+        if len(under_way.kept) > under_way.call:
+            raise _Ended  # not sooner: a model may note what a stage was given after the stage returns
+        if self._number in under_way.skipped:
+            return self._skipped(under_way)
+        output = call(*args, **kwargs)
+        if self._number in under_way.course.pairs:
+            under_way.rests[self._number] = output[1]
+        if self._number == under_way.last:
+            image = image_of(output)
+            assert image is not None  # noqa: S101 -- it is of the course's chain
+            under_way.kept.append(image)
+        return output
 
-    def _note(self, course: Course, args: Sequence[Any], output: Any) -> None:
-        taken = args[0] if args else None
-        fits = isinstance(output, Tensor) and isinstance(taken, Tensor) and output.ndim == taken.ndim >= 4
-        if not fits:
-            course.odd.add(self._number)
-        course.outputs.setdefault(self._number, []).append(tuple(output.shape) if fits else ())
+    def _skipped(self, under_way: _Pass) -> Any:
+        course, image = under_way.course, under_way.given[under_way.call]
+        if self._number != under_way.skipped[-1]:
+            image = _stand_in(image, course.shape(self._number, under_way.call, under_way.size))
+        return (image, None) if self._number in course.pairs else image

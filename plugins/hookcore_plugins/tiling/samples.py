@@ -8,7 +8,7 @@ import torch
 from attrs import frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 _BANDS = 3
 """Along each axis. More of them are more alike to the whole; fewer have fewer seams, which it has not."""
 
-_SHARE = 6
+_SHARE = 4
 """All samples together have about one of so many pixels of the image."""
+
+_SEAM = 1
+"""Pixels at a patch's border that are not measured: what was computed there has looked at another patch."""
 
 _GOLDEN = 0.618034  # steps of it are spread evenly, however many there are
 
@@ -55,6 +58,15 @@ class Sample:
         scale = deviation.to(wide) / own_deviation.to(wide).clamp_min(torch.finfo(wide).tiny)
         return ((part.to(wide) - own_mean.to(wide)) * scale + mean.to(wide)).to(tensor.dtype)
 
+    def in_patches(self, tensor: Tensor) -> Tensor:
+        """What of a tensor `(B, C, ..., height, width)` of the sample's lies well inside of the patches."""
+        if tensor.ndim < 4:
+            return tensor
+        for dim, chosen in ((-2, self.rows), (-1, self.columns)):
+            index = torch.tensor(_inside(chosen, tensor.shape[dim]))
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+        return tensor
+
     @property
     def cells(self) -> Size:
         """Height and width of the sample in cells."""
@@ -78,3 +90,20 @@ def _bands(cells: int, most: int, phase: float) -> tuple[int, ...]:
     starts = (round(part * band + phase * (part - length)) for band in range(_BANDS))
     found = {cell for start in starts for cell in range(start, start + length) if cell < cells}
     return tuple(sorted(found))
+
+
+def _inside(chosen: Sequence[int], length: int) -> list[int]:
+    """The pixels of an axis that lie well inside of its bands; all of a band that is narrow."""
+    pixels = length // len(chosen)
+    ends = [
+        *(index for index in range(1, len(chosen)) if chosen[index] != chosen[index - 1] + 1),
+        len(chosen),
+    ]
+    found: list[int] = []
+    start = 0
+    for end in ends:
+        band = range(start * pixels, end * pixels)
+        seam = min(_SEAM, max(0, (len(band) - 2) // 2))
+        found += band[seam : len(band) - seam]
+        start = end
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,27 +19,33 @@ Moments = tuple["Tensor", "Tensor"]
 
 
 class Recorded(TorchFunctionMode):
-    """Notes the statistics of every group norm that is computed while this is active.
+    """Notes the statistics of every group norm that is computed while this is active, and has it use them.
 
     It sees the function, whichever module calls it: norms inside of other norms need no names.
+
+    Args:
+        core: Takes the part out of what is normalized that is to be measured; None: all of it.
 
     Attributes:
         moments: The statistics, in the order of the calls.
         mask: Numbers in the largest mask that any attention was given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, core: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.moments: list[Moments] = []
         self.mask = 0
+        self._core = core
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.group_norm:
-            x, groups, *_ = _arguments(*args, **(kwargs or {}))
-            self.moments.append(_moments(x, groups))
-        elif func is F.scaled_dot_product_attention:
+            given = _arguments(*args, **(kwargs or {}))
+            x, groups, *_ = given
+            self.moments.append(_moments(x if self._core is None else self._core(x), groups))
+            return _normalised(self.moments[-1], *given)
+        if func is F.scaled_dot_product_attention:
             mask = (kwargs or {}).get("attn_mask", args[3] if len(args) > 3 else None)
             self.mask = max(self.mask, 0 if mask is None else mask.shape[-2:].numel())
         return func(*args, **(kwargs or {}))
@@ -117,10 +124,13 @@ def averaged(samples: Sequence[Moments], weights: Sequence[float] | None = None)
 
 
 def _moments(x: Tensor, groups: int) -> Moments:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    grouped = x.detach().to(wide).reshape(x.shape[0], groups, -1)
-    variance, mean = torch.var_mean(grouped, dim=2, correction=0)
-    return mean, variance
+    """Those of torch's own kernel, which is many times as fast as `var_mean` on a CPU."""
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    rows, channels, *size = wide.shape
+    _, mean, deviation = torch.native_group_norm(
+        wide, None, None, rows, channels, math.prod(size), groups, 0.0
+    )
+    return mean, deviation.reciprocal().square()
 
 
 def _arguments(
@@ -139,10 +149,10 @@ def _normalised(  # noqa: PLR0917 -- those of the function that it stands in for
     """Group norm with given statistics: torch's batch norm, whose channels are those of all rows."""
     rows, channels = x.shape[:2]
     mean, variance = (it.repeat_interleave(channels // groups, dim=1).flatten() for it in moments)
-    if weight is not None:
-        weight = weight.to(mean.dtype).repeat(rows)
-    if bias is not None:
-        bias = bias.to(mean.dtype).repeat(rows)
+    weight, bias = (
+        it if it is None or (rows == 1 and it.dtype == mean.dtype) else it.to(mean.dtype).repeat(rows)
+        for it in (weight, bias)
+    )
     flat = x.reshape(1, rows * channels, *x.shape[2:])
     normal = F.batch_norm(flat, mean, variance, weight, bias, training=False, eps=eps)
     return normal.reshape(x.shape)

@@ -47,10 +47,11 @@ class Tiling(Technique):
         overlap: How many pixels neighbours have in common at least, likewise. None: a quarter of a tile.
         context: What a tile is computed with besides itself. "global": what is cheap for the whole image is
             computed for the whole image (the part of the model at low resolution, with its attention), and
-            group norms use statistics of the whole image, estimated on samples of it. "exact": the same, but
-            these statistics are measured, tile by tile, in a pass up to each norm. "tile": nothing, as in
-            diffusers.
-        offload_device: Where a decoded image is put together; None: where the model computes.
+            group norms use statistics of the whole image, estimated on samples of it. "exact": every stage is
+            computed for all tiles before the next, with what the whole image has there: the untiled image up
+            to rounding, in more time and host memory. "tile": nothing, as in diffusers.
+        offload_device: Where a decoded image is put together; None: where the model computes. What lies
+            between stages is kept there, too; None: on the CPU.
     """
 
     name: ClassVar[str] = "tiling"

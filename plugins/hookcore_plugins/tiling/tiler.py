@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from attrs import frozen
 
 from hookcore import PlanError
@@ -16,29 +16,31 @@ from hookcore_plugins.tiling.grid import Canvas, Grid, cut
 from hookcore_plugins.tiling.parts import CLEAR
 from hookcore_plugins.tiling.samples import samples
 from hookcore_plugins.tiling.statistics import Measured, Measuring, Recorded, Replayed, averaged
+from hookcore_plugins.tiling.steps import Features, step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
     from hookcore_plugins.tiling.calls import Size
+    from hookcore_plugins.tiling.course import Course
     from hookcore_plugins.tiling.grid import Tile
-    from hookcore_plugins.tiling.passes import Course, Passes
+    from hookcore_plugins.tiling.passes import Passes
     from hookcore_plugins.tiling.samples import Sample
     from hookcore_plugins.tiling.statistics import Moments
     from hookcore_plugins.tiling.technique import Tiling
 
-_PROBE = {"encode": 64, "decode": 8}  # pixels, latents
+_PROBE = {"encode": (128, 64), "decode": (16, 8)}  # pixels, latents; no square, to tell height from width
 _TILE = 512
 
-# How much of an overlap is blended. What tiles disagree about is spread over all of it; where they agree but
-# for what lies behind their borders, they have come closest in its middle.
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Sizes of tiles to choose from, as shares of the one that was asked for."""
 
 _BLENDED = {"tile": 1.0, "global": 0.5, "exact": 0.5}
+"""How much of an overlap is blended. What tiles disagree about is spread over all of it; where they agree but
+for what lies behind their borders, they have come closest in its middle."""
 
 
 @frozen
@@ -48,13 +50,11 @@ class _Learned:
     Attributes:
         scale: How many times as large the output is.
         course: What the stages did.
-        size: Height and width of that part.
         norms: How many group norms there are.
     """
 
     scale: Fraction
     course: Course
-    size: Size
     norms: int
 
 
@@ -76,6 +76,7 @@ class Tiler:
         self._passes = passes
         self._tile_size = options.tile_size or _trained_size(module)
         self._forget_frames = getattr(module, CLEAR, None)
+        self._aside = options.offload_device or torch.device("cpu")
         self._blended = _BLENDED[options.context]
         self._learned: dict[Any, _Learned] = {}
 
@@ -108,27 +109,84 @@ class Tiler:
     def _decode(self, whole: ImageCall, learned: _Learned) -> Any:
         """Begins with the whole image, and goes on tile by tile where that would take more memory."""
         grid, taken = self._planned(whole, learned, from_the_end=False)
-        features: list[Tensor] = []
+        features = _nothing(whole)
         if taken is not None:
-            with self._ending(taken, learned, whole.size) as features:
-                whole.whole()
+            features = self._together(whole, learned, taken)
+        if self._options.context == "exact":
+            features = self._stepped(whole, learned, features, learned.course.chain()[:-1])
+        return self._ended(whole, learned, grid, features)
 
-        def begun(size: Size, part: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
-            if taken is None:
-                return nullcontext()
-            parts = [part(it) for it in features]
-            return self._passes.beginning(taken.stages, parts, learned.course, _ratio(size, learned.size))
+    def _encode(self, whole: ImageCall, learned: _Learned) -> Any:
+        """Begins tile by tile, and goes on with the whole image where that takes little memory."""
+        grid, taken = self._planned(whole, learned, from_the_end=True)
+        features = _nothing(whole)
+        if self._options.context == "exact":
+            stages = learned.course.chain()[:-1] if taken is None else taken.stages
+            features = self._stepped(whole, learned, features, stages)
+        elif taken is not None:
+            features = self._begun(whole, learned, grid, taken)
+        if taken is None:
+            return self._ended(whole, learned, grid, features)
+        device = whole.device
+        together = [it.to(device) for it in features.tensors]
+        stages = features.stages
+        del features
+        with self._passes.between(stages, together, None, learned.course, whole.size):
+            return whole.whole()
+
+    def _together(self, whole: ImageCall, learned: _Learned, taken: Cut) -> Features:
+        """What the stages before a cut put out for the whole image.
+
+        Each is a pass of its own: blocks hold on to what they were given as long as they compute.
+        """
+        given: list[Tensor] = []
+        done = 0
+        for number, stage in enumerate(taken.stages, 1):
+            if not learned.course.can_be_cut(stage):
+                continue
+            with self._passes.between(taken.stages[:done], given, stage, learned.course, whole.size) as kept:
+                whole.whole()
+            given, done = kept, number
+        aside = tuple(it.to(self._aside) for it in given)
+        return Features(taken.stages, aside, int(taken.scale), whole.cells)
+
+    def _begun(self, whole: ImageCall, learned: _Learned, grid: Grid, taken: Cut) -> Features:
+        """What the stages before a cut put out, tile by tile."""
+        last, nothing = taken.stages[-1], _nothing(whole)
 
         def on_sample(sample: Sample) -> None:
-            with begun(whole.sample_size(sample), sample.of):
+            with self._between(learned, whole.sample_size(sample), nothing, [], last):
+                whole.sample(sample)
+
+        moments = self._estimated(whole, grid, learned, on_sample)
+        scale = int(taken.scale * whole.scale.denominator)
+        canvases = [Canvas(grid, scale, self._blended, self._aside) for _ in range(learned.course.calls)]
+        for tile in grid.tiles:
+            with Replayed(moments), self._between(learned, whole.tile_size(tile), nothing, [], last) as kept:
+                whole.tile(tile)
+            for canvas, feature in zip(canvases, kept, strict=True):
+                self._add(canvas, tile, feature)
+        tensors = tuple(canvas.whole for canvas in canvases if canvas.whole is not None)
+        return Features(taken.stages, tensors, scale, whole.cells)
+
+    def _ended(self, whole: ImageCall, learned: _Learned, grid: Grid, features: Features) -> Any:
+        """What a pass puts out that begins with these features, tile by tile."""
+
+        def on_sample(sample: Sample) -> None:
+            parts = [sample.of(it).to(device) for it in features.tensors]
+            with self._between(learned, whole.sample_size(sample), features, parts, None):
                 whole.sample(sample)
 
         def on_tile(tile: Tile) -> Any:
-            scale = Fraction(1) if taken is None else taken.scale
-            with begun(whole.tile_size(tile), lambda feature: tile.of(feature, scale)):
+            parts = features.of(tile, device)
+            with self._between(learned, whole.tile_size(tile), features, parts, None):
                 return whole.tile(tile)
 
-        moments = self._moments(whole, grid, learned, on_sample, on_tile)
+        device = whole.device
+        if self._options.context == "exact":
+            moments = self._measured(grid, on_tile)
+        else:
+            moments = self._estimated(whole, grid, learned, on_sample)
 
         def computed(tile: Tile) -> Any:
             with Replayed(moments):
@@ -136,40 +194,37 @@ class Tiler:
 
         return self._by_tiles(whole, grid, computed)
 
-    def _encode(self, whole: ImageCall, learned: _Learned) -> Any:
-        """Begins tile by tile, and goes on with the whole image where that takes little memory."""
-        grid, taken = self._planned(whole, learned, from_the_end=True)
+    def _stepped(
+        self, whole: ImageCall, learned: _Learned, features: Features, stages: Sequence[int]
+    ) -> Features:
+        """What the last of these stages puts out, if they are computed one after the other."""
+        device = whole.device
 
-        def ended(size: Size) -> AbstractContextManager[list[Tensor]]:
-            return nullcontext([]) if taken is None else self._ending(taken, learned, size)
+        def between(before: Features, tile: Tile, last: int | None) -> AbstractContextManager[list[Tensor]]:
+            return self._between(learned, whole.tile_size(tile), before, before.of(tile, device), last)
 
-        def on_sample(sample: Sample) -> None:
-            with ended(whole.sample_size(sample)):
-                whole.sample(sample)
+        pending: tuple[int, ...] = ()
+        for stage in stages[len(features.stages) :]:
+            pending = (*pending, stage)
+            if not learned.course.can_be_cut(stage):
+                continue
+            features = step(
+                features,
+                pending,
+                whole=whole,
+                course=learned.course,
+                tile=self._nominal(whole),
+                device=self._aside,
+                between=between,
+                forget=self._forget_frames,
+            )
+            pending = ()
+        return features
 
-        def on_tile(tile: Tile) -> tuple[Any, list[Tensor]]:
-            with ended(whole.tile_size(tile)) as features:
-                output = whole.tile(tile)
-            return output, features
-
-        moments = self._moments(whole, grid, learned, on_sample, on_tile)
-
-        def computed(tile: Tile) -> tuple[Any, list[Tensor]]:
-            with Replayed(moments):
-                return on_tile(tile)
-
-        if taken is None:
-            return self._by_tiles(whole, grid, lambda tile: computed(tile)[0])
-        scale = int(taken.scale * whole.scale.denominator)
-        canvases = [Canvas(grid, scale, self._blended, None) for _ in range(learned.course.calls)]
-        for tile in grid.tiles:
-            for canvas, feature in zip(canvases, computed(tile)[1], strict=True):
-                self._add(canvas, tile, feature)
-        together = [canvas.whole for canvas in canvases if canvas.whole is not None]
-        del canvases
-        times = _ratio(whole.size, learned.size)
-        with self._passes.beginning(taken.stages, together, learned.course, times):
-            return whole.whole()
+    def _between(
+        self, learned: _Learned, size: Size, before: Features, parts: Sequence[Tensor], last: int | None
+    ) -> AbstractContextManager[list[Tensor]]:
+        return self._passes.between(before.stages, parts, last, learned.course, size)
 
     def _by_tiles(self, whole: ImageCall, grid: Grid, computed: Callable[[Tile], Any]) -> Any:
         # Latents are small, and the model goes on with them.
@@ -181,9 +236,6 @@ class Tiler:
         assert canvas.whole is not None  # noqa: S101 -- there are tiles
         return with_tensor(output, canvas.whole)
 
-    def _ending(self, taken: Cut, learned: _Learned, size: Size) -> AbstractContextManager[list[Tensor]]:
-        return self._passes.ending(taken.stages, learned.course, _ratio(size, learned.size))
-
     def _add(self, canvas: Canvas, tile: Tile, pixels: Tensor) -> None:
         try:
             canvas.add(tile, pixels)
@@ -192,22 +244,15 @@ class Tiler:
 
     # Statistics
 
-    def _moments(
-        self,
-        whole: ImageCall,
-        grid: Grid,
-        learned: _Learned,
-        on_sample: Callable[[Sample], object],
-        on_tile: Callable[[Tile], object],
+    def _estimated(
+        self, whole: ImageCall, grid: Grid, learned: _Learned, on_sample: Callable[[Sample], object]
     ) -> list[Moments]:
-        """Statistics of the whole image for the norms in tiles."""
+        """Statistics of the whole image for the norms in tiles, from samples of it."""
         if not learned.norms:
             return []
-        if self._options.context == "exact":
-            return self._measured(grid, on_tile)
         found = []
         for sample in samples(whole.cells, grid):
-            with Recorded() as seen:
+            with Recorded(sample.in_patches) as seen:
                 on_sample(sample)
             found.append(seen.moments)
         return [averaged(moments) for moments in zip(*found, strict=True)]
@@ -222,7 +267,7 @@ class Tiler:
             parts: list[tuple[Moments, int]] = []  # not the exceptions, which hold a tile's activations
             for tile in grid.tiles:
                 try:
-                    with Measuring(found, partial(grid.core_of, tile)):
+                    with Measuring(found, partial(grid.in_core, tile)):
                         on_tile(tile)
                 except Measured as part:
                     parts.append((part.moments, part.pixels))
@@ -239,16 +284,18 @@ class Tiler:
     ) -> _Learned:
         key = (image.shape[:-2], image.dtype)
         if key not in self._learned:
-            probe = _PROBE[self._method]
-            height, width = _size_of(image)
-            small = ImageCall(call, args, kwargs, (height, width), Fraction(1))
+            small = ImageCall(call, args, kwargs, _size_of(image), Fraction(1))
             # Powers of two, so that nothing is left over where it is made smaller.
-            corner = Grid.corner(*(min(probe, 1 << it.bit_length() - 1) for it in (height, width)))
+            height, width = (
+                min(probe, 1 << it.bit_length() - 1)
+                for probe, it in zip(_PROBE[self._method], small.size, strict=True)
+            )
+            corner = Grid.corner(height, width if width != height else max(1, width // 2))
             with self._passes.watch() as course, Recorded() as seen:
                 output = self._tensor(small.tile(corner))
             course.mask = seen.mask
-            size = small.tile_size(corner)
-            self._learned[key] = _Learned(self._scale(size, output), course, size, len(seen.moments))
+            course.size = small.tile_size(corner)
+            self._learned[key] = _Learned(self._scale(course.size, output), course, len(seen.moments))
         return self._learned[key]
 
     def _scale(self, size: Size, output: Tensor) -> Fraction:
@@ -307,7 +354,7 @@ class Tiler:
         best = None
         for share in _SHARES:
             grid = self._grid(whole, share)
-            taken = choose_cut(learned.course, learned.size, grid, nominal, from_the_end=from_the_end)
+            taken = choose_cut(learned.course, grid, nominal, from_the_end=from_the_end)
             if taken is None:
                 return grid, None
             left = len(taken.stages) if from_the_end else -len(taken.stages)
@@ -323,8 +370,9 @@ def _size_of(image: Tensor) -> Size:
     return height, width
 
 
-def _ratio(size: Size, other: Size) -> tuple[Fraction, Fraction]:
-    return Fraction(size[0], other[0]), Fraction(size[1], other[1])
+def _nothing(whole: ImageCall) -> Features:
+    """What there is before the first stage."""
+    return Features((), (), whole.scale.denominator, whole.cells)
 
 
 def _trained_size(module: nn.Module) -> Size:

@@ -35,6 +35,14 @@ def test_memory_is_locked_to_the_byte_and_within_the_limit(sim, sizes, limit):
     assert sim.pinned_bytes() == before
 
 
+@pytest.mark.parametrize("nbytes", [0, 8])
+def test_nothing_is_asked_for_where_nothing_can_be_locked(nbytes):
+    """Without an accelerator torch refuses to make locked memory, also of no bytes."""
+    with patch.object(torch, "empty", wraps=torch.empty) as empty:
+        HostMemory(torch.device("cpu"), 0).make(nbytes)
+    assert not empty.call_args.kwargs["pin_memory"]
+
+
 class Runtime:
     """A runtime that locks memory where it is."""
 

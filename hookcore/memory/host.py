@@ -85,7 +85,7 @@ class HostMemory:
     def lock(self, memory: torch.Tensor) -> None:
         """Locks memory that `make` made, if there is no reason not to."""
         address = memory.data_ptr()
-        if self._runtime is not None and memory.nbytes and self._may_lock(memory.nbytes):
+        if self._runtime is not None and self._may_lock(memory.nbytes):
             # What cannot be locked is copied all the same, only slower and with the host waiting.
             self._runtime.cudaHostRegister(address, memory.nbytes, 0)
             unlock = self._runtime.cudaHostUnregister
@@ -100,7 +100,7 @@ class HostMemory:
             self._unlock.pop(memory.data_ptr(), lambda: None)()
 
     def _may_lock(self, nbytes: int) -> bool:
-        return self.locked + nbytes <= self._limit
+        return 0 < nbytes <= self._limit - self.locked
 
 
 class Staging:

@@ -68,6 +68,7 @@ class Twins:
         *,
         home: str,
         when: str,
+        device: str | None = None,
     ) -> None:
         """Calls the model and its bare twin; their outputs have to be the same.
 
@@ -76,11 +77,12 @@ class Twins:
             models: The model and the bare one.
             entry: What to call.
             seed: Seeds the inputs.
-            home: Where the model's inputs lie; the bare one's lie on the device.
+            home: Where the model's inputs lie.
             when: At which point of the test, for the message.
+            device: Where the inputs of the bare one lie; None for the device of this test.
         """
         got = case.call(models[0], entry, seed, device=home)
-        expected = case.call(models[1], entry, seed, device=self.device)
+        expected = case.call(models[1], entry, seed, device=self.device if device is None else device)
         what = f"{entry}() gives the outputs of the bare model, {when}"
         promise(len(got) == len(expected), what)
         promise(all(map(self.same, got, expected)), what)

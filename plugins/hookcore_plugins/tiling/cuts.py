@@ -61,7 +61,10 @@ def choose_cut(course: Course, grid: Grid, tile: Size, *, from_the_end: bool) ->
     whole = grid.rows[-1].stop * grid.columns[-1].stop * cell
     output = sum(math.prod(shape) for shape in course.results) / area * whole
     bound = _MARGIN * (max(live) * tile[0] * tile[1] * cell + output)
-    if course.mask * float(whole / area) ** 2 > bound:
+    held = (
+        _MARGIN * max(live) / _INSIDE * tile[0] * tile[1] * cell
+    )  # what a block was given, while it computes
+    if course.mask * float(whole / area) ** 2 > bound + held:
         return None  # a mask over the whole image would take more than all else, as in HunyuanVideo
     lowest = min(scales)
     candidates = [

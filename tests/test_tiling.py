@@ -488,8 +488,14 @@ def test_what_turns_out_not_to_be_local_is_told_at_the_call():
 def test_the_peers_tiling_is_refused():
     model = autoencoder()
     model.enable_tiling()
-    with pytest.raises(PlanError, match=r"Call `model.disable_tiling\(\)` before tiling is applied"):
+    refused = pytest.raises(PlanError, match=r"tiles its images itself\. Call `model.disable_tiling\(\)`, or")
+    with refused:
         hookcore.apply(model, [Tiling()])
+    model.disable_tiling()
+    hookcore.apply(model, [Tiling(32)])
+    model.enable_tiling()
+    with refused:
+        model.decode(torch.zeros(1, 4, 20, 20))
 
 
 @pytest.mark.parametrize(

@@ -213,8 +213,10 @@ class Room:
 
     def following(self, mover: StreamMover) -> StreamMover | None:
         """Whose weights are needed after a mover's call: perhaps its own; None if they have no room."""
+        if not self.is_shared or len(self._running) > 1:
+            return mover
         expected = self._rounds.expected
-        if not self.is_shared or expected in (None, mover.number) or len(self._running) > 1:
+        if expected in (None, mover.number):
             return mover
         found = self._movers.get(expected)
         if found is None or not self._suits(found, _COMFORT if self._chosen is None else 1):

@@ -66,12 +66,20 @@ def find_parts(component: Component) -> list[Parts]:
     label = component.label("")
     if reason := why_not(component):
         raise PlanError(f"{label!r} cannot be tiled: {reason}. Leave it out")
-    if getattr(component.module, "use_tiling", False) is True:
-        raise PlanError(
-            f"{label!r} already tiles its images itself. Call `model.disable_tiling()` before tiling is "
-            "applied"
-        )
+    check_not_tiling(component.module, label)
     return [_parts(component, method, spine) for method, spine in CODING.items()]
+
+
+def check_not_tiling(module: nn.Module, label: str) -> None:
+    """Refuses an autoencoder whose own tiling is on.
+
+    Raises:
+        PlanError: It is.
+    """
+    if getattr(module, "use_tiling", False) is True:
+        raise PlanError(
+            f"{label!r} tiles its images itself. Call `model.disable_tiling()`, or take this tiling off"
+        )
 
 
 def _parts(component: Component, method: str, name: str) -> Parts:

@@ -13,7 +13,7 @@ from hookcore import PlanError
 from hookcore_plugins.tiling.calls import ImageCall, image_in, tensor_of, with_tensor
 from hookcore_plugins.tiling.cuts import Cut, choose_cut
 from hookcore_plugins.tiling.grid import Canvas, Grid, cut
-from hookcore_plugins.tiling.parts import CLEAR
+from hookcore_plugins.tiling.parts import CLEAR, check_not_tiling
 from hookcore_plugins.tiling.samples import samples
 from hookcore_plugins.tiling.statistics import Measured, Measuring, Recorded, Replayed, averaged
 from hookcore_plugins.tiling.steps import Features, step
@@ -71,6 +71,7 @@ class Tiler:
 
     def __init__(self, options: Tiling, label: str, method: str, module: nn.Module, passes: Passes) -> None:
         self._options = options
+        self._module = module
         self._label = label
         self._method = method
         self._passes = passes
@@ -88,11 +89,13 @@ class Tiler:
         """Calls with one tile after the other.
 
         Raises:
-            PlanError: The output of a tile is not what a spatially local model puts out.
+            PlanError: The output of a tile is not what a spatially local model puts out, or the model has
+                begun to tile by itself.
         """
         image = image_in(args, kwargs)
         if image is None or self._is_small(image):
             return call(*args, **kwargs)
+        check_not_tiling(self._module, self._label)
         learned = self._learn(call, args, kwargs, image)
         whole = ImageCall(call, args, kwargs, _size_of(image), learned.scale)
         grid = self._grid(whole)

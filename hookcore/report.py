@@ -74,7 +74,7 @@ def _placed(item: Attachment) -> str:
     total: Counter[str] = Counter()
     for module, binding in item.overriding("report"):
         total.update(binding.hook.report(module))
-    return ", ".join(f"{format_bytes(size)} {label}" for label, size in total.items())
+    return ", ".join(f"{format_bytes(size)} {label}" for label, size in sorted(total.items()))
 
 
 def _skipped(placed: Sequence[Placed]) -> Iterator[str]:

@@ -133,3 +133,16 @@ def test_what_importing_hookcore_brings_along():
         "from hookcore_plugins import DiskOffload, LayerwiseCasting"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_looking_for_plugins_brings_along_no_compiler_and_no_library():
+    program = (
+        "import sys, hookcore\n"
+        "hookcore.plugins.plugins()\n"
+        "print([it for it in ('torch._dynamo', 'sympy', 'diffusers', 'transformers', 'accelerate') "
+        "if it in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]"

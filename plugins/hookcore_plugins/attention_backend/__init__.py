@@ -36,7 +36,7 @@ def hookcore_review_plan(plan: Plan) -> None:
     Raises:
         PlanError: Each was left alone.
     """
-    taken = {step.technique for step in plan.steps}
+    taken = [step.technique for step in plan.steps]
     for step in plan.left_alone:
         if isinstance(step.technique, AttentionBackend) and step.technique not in taken:
             raise PlanError(

@@ -9,6 +9,7 @@ from attrs import frozen
 
 from hookcore import Objection
 from hookcore_plugins.attention_backend.errors import AttentionError
+from hookcore_plugins.attention_backend.untraced import untraced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +116,7 @@ def _casts_automatically(device: str) -> bool:
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@untraced
 def _has_autocast(device: str) -> bool:  # which torch.compile cannot ask before torch 2.13
     return torch.amp.is_autocast_available(device)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from attrs import field, frozen
 
+from hookcore_plugins.attention_backend.untraced import untraced
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -96,6 +98,6 @@ class CompiledTally(Tally):
         elif reason:
             self._note(f"compiled: {reason}")
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @untraced
     def _note(self, reason: str) -> None:  # called as the code is traced, and not in it
         self._tally.note(reason)

@@ -324,6 +324,24 @@ def test_attention_with_a_mask_sees_the_whole_only_where_the_mask_is_small(sim):
     assert tiled <= 1.05 * (tile + output)
 
 
+def test_where_nothing_sees_the_whole_image_an_encoder_computes_tile_by_tile():
+    """Statistics that are estimated for every stage, on samples, would be worse than a tile's own."""
+    make, _, _, _ = FAMILIES["hunyuanvideo"]
+    torch.manual_seed(1)
+    model, video = make().eval(), torch.randn(1, 3, 5, 288, 288)
+
+    def encoded():
+        with torch.no_grad():
+            return model.encode(video).latent_dist.mean
+
+    whole = encoded()
+    far = {}
+    for context in ("tile", "global"):
+        with hookcore.apply(model, [Tiling(96, 24, context=context)]):
+            far[context] = float((encoded() - whole).abs().mean())
+    assert 0 < far["global"] < 1.05 * far["tile"]
+
+
 def test_gradients_flow_through_tiles():
     model = PointwiseAutoencoder(4)
     x = torch.randn(1, 3, 24, 24, requires_grad=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookcore.errors import ConflictError
-from hookcore.memory.own_class import give_class_back, give_own_class, models_with
+from hookcore.memory.own_class import call_own_to, give_class_back, give_own_class, models_with
 from hookcore.memory.reads import only_looking
 
 if TYPE_CHECKING:
@@ -78,11 +78,6 @@ def _mover(answered: torch.device) -> Callable[..., nn.Module]:
                 f"{str(answered)!r}, where its weights come by themselves. Nothing was moved. Call "
                 "hookcore.remove() on the model or the pipeline first, or leave the move out"
             )
-        kept: dict[str, Any] = {}
-        if dtype is not None:
-            kept["dtype"] = dtype
-        if memory_format is not None:
-            kept["memory_format"] = memory_format
-        return own(self, non_blocking=non_blocking, **kept) if kept else self
+        return call_own_to(self, own, non_blocking=non_blocking, dtype=dtype, memory_format=memory_format)
 
     return to

@@ -13,7 +13,7 @@ import torch
 
 from hookcore.errors import ConflictError
 from hookcore.hook import Hook
-from hookcore.memory.own_class import give_class_back, give_own_class, models_with
+from hookcore.memory.own_class import call_own_to, give_class_back, give_own_class, models_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +56,4 @@ class ModelDtypeHook(Hook):
                 "hookcore.remove() first, and apply with the other dtype (compute_dtype=, or torch_dtype= "
                 "where it is loaded)"
             )
-        kept = {"device": device, "memory_format": memory_format}
-        kept = {name: value for name, value in kept.items() if value is not None}
-        return own(model, non_blocking=non_blocking, **kept) if kept else model
+        return call_own_to(model, own, non_blocking=non_blocking, device=device, memory_format=memory_format)

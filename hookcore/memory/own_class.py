@@ -64,6 +64,14 @@ def give_class_back(model: nn.Module) -> None:
     object.__setattr__(model, "__class__", type(model).__bases__[0])
 
 
+def call_own_to(
+    model: nn.Module, own: Callable[..., nn.Module], *, non_blocking: bool, **options: Any
+) -> nn.Module:
+    """Calls the `to` of a model's own class with those options that are not None, if there are any."""
+    kept = {name: value for name, value in options.items() if value is not None}
+    return own(model, non_blocking=non_blocking, **kept) if kept else model
+
+
 def _answer(attribute: Any, function: Callable[..., Any], reference: weakref.ref[nn.Module]) -> Any:
     """Puts a function in the place of a property or a method, for one instance."""
     is_property = isinstance(attribute, property)

@@ -188,10 +188,9 @@ def _flex(  # noqa: PLR0917
     enable_gqa: bool = False,
 ) -> Tensor:
     """FlexAttention of torch, compiled except on the CPU."""
-    if query.dim() != 4:
-        raise NotImplementedError(f"it takes tensors of 4 dimensions, found {query.dim()}")
+    _take_four(query)
     on_cpu = query.device.type == "cpu"
-    if on_cpu and torch.is_grad_enabled() and any(it.requires_grad for it in (query, key, value)):
+    if on_cpu and _has_gradients(query, key, value):
         raise NotImplementedError("it has no gradients on the CPU")
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     mask = None if attn_mask is None else attn_mask.expand(shape)

@@ -432,6 +432,20 @@ def test_what_a_call_changed_is_copied_ahead_again(sim):
     assert found[-1] == found[5]
 
 
+def test_what_is_kept_is_copied_anew_after_a_change_that_torch_does_not_count(sim):
+    models, _, applied = two(0.6)
+    bare = build([[2] * 6] * 3)
+    for factor in (0.5, 2):
+        for _ in range(4):
+            for name in models:
+                assert same_bits(call(models[name]).cpu(), call(bare[name], "cpu"))
+        assert room_of(applied).slab.kept
+        for name in models:
+            for both in (models, bare):
+                for layer in (*both[name].up, *both[name].down):
+                    layer.weight.data *= factor
+
+
 def test_what_a_component_kept_makes_way_and_comes_again(sim):
     models = build([[8], [1], [2] * 8])
     nbytes = sum(map(weights, models.values()))

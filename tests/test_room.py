@@ -377,10 +377,10 @@ def test_what_a_call_holds_throughout_has_room_of_its_own(sim):
 class Outer(nn.Module):
     """Holds a large weight for the whole call, in which another component is called."""
 
-    def __init__(self, inner):
+    def __init__(self, inner, layers=3):
         super().__init__()
         self.table = nn.Parameter(torch.linspace(-1, 1, 16 * WIDTH**2).reshape(WIDTH, -1) / WIDTH)
-        self.layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3)))
+        self.layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
         self.inner = (inner,)
 
     def forward(self, x):
@@ -403,6 +403,21 @@ def test_what_an_outer_call_uses_is_there_until_it_ends(sim):
     hookcore.apply(models, [GroupOffload("sim", memory_budget=budget)])
     for _ in range(3):
         assert same_bits(call(outer).cpu(), call(bare["outer"], "cpu"))
+
+
+def test_what_is_held_is_no_part_of_what_is_divided(sim):
+    """It is larger than the room for all else, in which two thirds of that can stay."""
+    models = {name: Outer(nn.Identity(), 12) for name in ("control", "unet")}
+    tables = sum(it.table.nbytes for it in models.values())
+    layers = sum(map(weights, models.values())) - tables
+    applied = hookcore.apply(models, [GroupOffload("sim", memory_budget=tables + int(0.8 * layers))])
+    copied = []
+    for _ in range(6):
+        before = moved(applied)
+        for model in models.values():
+            call(model)
+        copied.append(moved(applied) - before)
+    assert copied[-1] <= layers // 3
 
 
 class Drifting(nn.Linear):

@@ -449,7 +449,7 @@ def test_a_component_that_nobody_keeps_goes_away_with_its_memory(sim):
     assert same_bits(found.cpu(), call(build([[2] * 6] * 3)["control"], "cpu"))
     (mover,) = room._movers.values()
     lying = [*room.slab.kept, *(load.packed for load in mover._ahead.values())]
-    assert room.slab.ranges.lent == sum(packed.nbytes for packed in lying)  # what the other had is free
+    assert room.slab.lender.lent == sum(packed.nbytes for packed in lying)  # what the other had is free
 
 
 def test_one_thread_at_a_time(sim):

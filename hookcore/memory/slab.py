@@ -43,7 +43,7 @@ class Lending:
     Attributes:
         device: Where it is.
         size: Bytes.
-        kept: Groups that have room of their own, with where that starts; the one that had it first is the first.
+        kept: Groups that have room of their own, the one that had it first first, and where that starts.
         left: The room of groups that went away with their model, to be collected.
         lender: Its room, lent and free.
     """

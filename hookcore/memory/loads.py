@@ -64,36 +64,37 @@ class Loads:
 
     # Uses
 
-    def note(self, group: Group) -> None:
-        """Is told that a group is used now."""
-        if self.order.note(group):
-            self._reach = max(self._reach - 1, 0)
-        else:
-            self._drop_unexpected(group)
-
     def bring(self, group: Group, member: Member) -> Load | None:
-        """The copy of a group's values as they are now, which may be under way; None if there is no room.
+        """The copy, which may be under way, of the values of a group that is used now; None without room.
 
         While gradients are recorded there is none, as no memory is used again.
         """
-        load = self.get(group)
-        is_home = member.packed.is_home
-        if load is not None and (torch.is_grad_enabled() or not is_home or member.packed.is_changed):
+        if not self.order.note(group):
+            self._drop_unexpected(group)
+        elif self._reach:
+            self._reach -= 1
+        packed, needs_memory = member.packed, torch.is_grad_enabled()
+        load = self.ahead.get(group) or self.kept.get(group)
+        if load is not None:
+            if packed.is_untouched(packed.addresses) and not needs_memory:
+                self.ahead.pop(group, None)
+                if load.is_new:
+                    load.is_new = False
+                    self.counts.hits += 1
+                return load
             self.give_back(group, load)
-            load = None
+        return None if needs_memory else self._bring_at_once(group, member)
+
+    def _bring_at_once(self, group: Group, member: Member) -> Load | None:
+        """Begins to copy a group that is needed now; None if there is no room."""
+        if not member.packed.is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
+            self.pack_again(member)
+        load = self._make_room_for(member.packed)
         if load is not None:
-            self.ahead.pop(group, None)
-            self.counts.hits += load.is_new
-        elif not torch.is_grad_enabled():
-            if not is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
-                self.pack_again(member)
-            load = self._make_room_for(member.packed)
-            if load is not None:
-                if member.packed in self.engine.slab.kept:
-                    self.kept[group] = load
-                self.engine.copy([load])
-                self.count_demand(member.packed.nbytes)
-        if load is not None:
+            if member.packed in self.engine.slab.kept:
+                self.kept[group] = load
+            self.engine.copy([load])
+            self.count_demand(member.packed.nbytes)
             load.is_new = False
         return load
 
@@ -123,7 +124,7 @@ class Loads:
 
     # Ahead of use
 
-    def prefetch(self, *, wraps: bool, is_guess: bool = False) -> bool:
+    def prefetch(self, *, wraps: bool = True, is_guess: bool = False) -> bool:
         """Begins to copy what is used next, as far as there is room; says whether that was all of a pass.
 
         Args:
@@ -132,10 +133,11 @@ class Loads:
         """
         loads: list[Load] = []
         nbytes = 0
-        engine, order, ahead, kept = self.engine, self.order, self.ahead, self.kept
-        guessed = _AHEAD_OF_A_GUESS if is_guess or order.is_guess else None
-        limits = [it for it in (self.most_ahead, guessed) if it is not None]
-        most = min(limits, default=len(self._members.groups))
+        engine, members = self.engine, self._members.groups
+        order, ahead, kept = self.order, self.ahead, self.kept
+        most = len(members) if self.most_ahead is None else self.most_ahead
+        if is_guess or order.is_guess:
+            most = min(most, _AHEAD_OF_A_GUESS)
         known = set() if self._reach else set(ahead)
         while (group := order.ahead(self._reach, wraps=wraps)) is not None:
             if group in known:
@@ -143,7 +145,7 @@ class Loads:
             elif group not in kept:
                 if group in ahead or len(ahead) >= most:
                     break
-                member = self._members.groups[group]
+                member = members[group]
                 load = None if member.in_use else engine.take(member.packed)
                 if load is None:
                     break

@@ -245,8 +245,8 @@ class StreamMover(GroupMover):
             if self.recorder is not None:
                 member.used = self._engine.mark()
             return
-        asked = self._engine.mark()
-        self._loads.note(group)
+        engine = self._engine
+        asked = None if engine.marker is None else engine.mark()
         load = self._loads.bring(group, member)
         if load is None:
             self._own.store.bring(member.packed, self._device)
@@ -254,7 +254,7 @@ class StreamMover(GroupMover):
             return
         load.asked = asked
         try:
-            self._engine.wait_for(load)
+            engine.wait_for(load)
         except BaseException:  # reading its file failed
             self._loads.give_back(group, load)
             self.drop_ahead()
@@ -278,8 +278,13 @@ class StreamMover(GroupMover):
                 self._engine.used(member.packed, member.used)
                 member.used = None
             return
-        self._end_use(group, member.packed, load)
-        del load  # memory of its own is free before more is allocated
+        packed, place = member.packed, load.place
+        if packed.is_untouched(place.addresses):
+            packed.show_host()
+            self._engine.leave(load)
+        else:
+            self._keep_changes(group, packed, load)
+        del load, place  # memory of its own is free before more is allocated
         self._prefetch()
 
     # What the room asks
@@ -422,7 +427,8 @@ class StreamMover(GroupMover):
 
     # How it is done
 
-    def _end_use(self, group: Group, packed: Packed, load: Load) -> None:
+    def _keep_changes(self, group: Group, packed: Packed, load: Load) -> None:
+        """Ends a use that has changed a group, or given it other data."""
         place = load.place
         changed, replaced = packed.is_changed, packed.replaced(place.addresses)
         packed.show_host()
@@ -449,6 +455,9 @@ class StreamMover(GroupMover):
     def _prefetch(self) -> None:
         """Begins to copy what is used next, as far as there is room."""
         if torch.is_grad_enabled():
+            return
+        if not self._room.is_shared:
+            self._loads.prefetch()
             return
         following, is_sure = self._room.following(self), self._room.is_sure
         at_end = self._loads.prefetch(wraps=is_sure and following is self)

@@ -469,6 +469,25 @@ def test_no_more_groups_are_there_than_may_be_copied_ahead_and_the_one_in_use(si
 
 
 @FOR_EACH_EXAMPLE
+@given(widths, st.floats(1, 3))
+def test_a_budget_for_few_groups_is_kept_to_while_one_goes_and_another_comes(sim, widths, times):
+    model = chain(widths)
+    sizes = [it.nbytes for it in model.parameters()]
+    budget = max(int(times * max(sizes)), max(sizes) + min(sizes))
+    module = torch.get_device_module("sim")
+    x = torch.ones(1, widths[0], device="sim")
+    before = module.memory_allocated()
+    applied = hookcore.apply(model, [GroupOffload("sim", memory_budget=budget)])
+    module.reset_peak_memory_stats()
+    with torch.no_grad():
+        for _ in range(4):
+            model(x)
+    activations = 4 * 2 * max(widths)  # an input, and that of the one before
+    assert module.max_memory_allocated() - before <= budget + activations
+    applied.remove()
+
+
+@FOR_EACH_EXAMPLE
 @given(widths, st.integers(0, 3), st.floats(0.5, 0.95))
 def test_no_more_groups_are_copied_ahead_than_asked_for_however_much_room_there_is(
     sim, widths, prefetch, share

@@ -739,6 +739,21 @@ def test_shared_weights_stay_when_another_component_takes_over(sim):
     assert counts_of(applied)["denoiser"].moved_bytes == own
 
 
+def test_shared_weights_are_taken_once_and_given_back_to_where_they_were(sim):
+    there, first = tied()
+    for model in there.values():
+        model.to("sim")
+    before = sim.pinned_bytes()
+    applied = hookcore.apply(there, [ModelOffload("sim")])
+    assert first.weight.device.type == "cpu"
+    every = {id(it): -(-it.nbytes // 64) * 64 for model in there.values() for it in model.parameters()}
+    assert sim.pinned_bytes() - before == sum(every.values())
+    call_tied(there["vae"])
+    applied.remove()
+    assert {it.device.type for model in there.values() for it in model.parameters()} == {"sim"}
+    assert sim.pinned_bytes() == before
+
+
 def test_a_component_that_is_given_back_has_shared_weights_on_the_host(sim):
     there = stacks((2, 2))
     there["denoiser"][0].weight = there["text"][0].weight

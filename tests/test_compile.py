@@ -74,6 +74,11 @@ class CallHook(Hook):
         self.calls.append(type(module).__name__)
 
 
+class PreparingHook(CallHook):
+    def attach(self, module):
+        self.calls.append("attach")
+
+
 class Watch(Technique):
     """Watches calls of one module."""
 
@@ -86,6 +91,15 @@ class Watch(Technique):
 
     def bind(self, component):
         yield Binding(self.fqn, CallHook(self.calls))
+
+
+class Prepare(Watch):
+    """Does something to a module, which what stands outside is taken off for, and put on again."""
+
+    name = "prepare"
+
+    def bind(self, component):
+        yield Binding(self.fqn, PreparingHook(self.calls))
 
 
 @pytest.fixture(autouse=True)
@@ -406,7 +420,8 @@ def test_torchs_marks_on_tensors_go_and_the_users_own_stay():
     before = ModelSnapshot.take(model)
     with hookcore.apply(model, [compiled()]):
         model(torch.randn(2, 4))
-        with hookcore.apply(model, [ChannelsLast(), LayerwiseCasting("bfloat16", keep_originals=True)]):
+        inside = [Prepare("stem"), ChannelsLast(), LayerwiseCasting("bfloat16", keep_originals=True)]
+        with hookcore.apply(model, inside):
             model(torch.randn(2, 4))
     before.assert_restored(model, same_storage=True)
 

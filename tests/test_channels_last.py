@@ -178,3 +178,30 @@ def test_weights_from_disk_are_left_as_they_lie_there(tmp_path):
         assert torch.allclose(case.call(model)[0], case.call(bare)[0], atol=1e-5)
     hookcore.remove(model)
     before.assert_restored(model)
+
+
+def test_inputs_lie_as_weights_do():
+    seen = []
+
+    class Looking(nn.Conv2d):
+        def forward(self, x):
+            seen.append(x.is_contiguous(memory_format=torch.channels_last))
+            return super().forward(x)
+
+    model, x = Looking(2, 2, 3), torch.randn(1, 2, 5, 5)
+    model(x)
+    hookcore.apply(model, [ChannelsLast()])
+    model(x)
+    model(x=x)
+    assert seen == [False, True, True]
+
+
+def test_parameters_that_share_memory_go_on_sharing_it():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3))
+    first, second = model
+    second.weight = nn.Parameter(first.weight.data)
+    with hookcore.apply(model, [ChannelsLast()]):
+        assert first.weight.data_ptr() == second.weight.data_ptr()
+        assert second.weight.is_contiguous(memory_format=torch.channels_last)
+    assert first.weight.data_ptr() == second.weight.data_ptr()
+    assert first.weight.is_contiguous()

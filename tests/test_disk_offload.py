@@ -87,13 +87,14 @@ def watching_memory():
     """Fails as soon as a mover takes more memory than it may."""
 
     def check(mover):
-        arena = mover._arena
-        taken = arena.lent()  # first, as it takes back what nobody looks at any more
-        loads = (*mover._in_use.values(), *mover._resident.values(), *mover._ahead.values())
-        pieces = [piece for load in loads for piece in (load.read, load.converted) if piece is not None]
-        pieces += [*(piece for _, piece in mover._leaving), *arena._looked_at]
-        assert taken == sum(piece.nbytes for piece in pieces if piece._memory is arena._memory)
-        assert sum(load.nbytes for load in mover._ahead.values()) <= mover._read_ahead_limit
+        room = mover._room
+        taken = room.arena.lent()  # first, as it takes back what nobody looks at any more
+        pieces = [*(piece for _, piece in room._leaving), *room.arena._looked_at, *room._left_behind]
+        for it in room._movers.values():
+            for loads in (it._in_use, it._resident, it._ahead, it._kept):
+                pieces += [piece for load in loads.values() for piece in load.pieces]
+            assert sum(load.nbytes for load in it._ahead.values()) <= room.read_ahead
+        assert taken == sum(piece.nbytes for piece in pieces if piece._memory is room.arena._memory)
 
     def checked(name):
         original = getattr(DiskMover, name)
@@ -103,7 +104,7 @@ def watching_memory():
             check(mover)
             if name == "end":
                 assert not mover._in_use
-                assert not mover._leaving
+                assert not mover._room.is_leaving
 
         return patch.object(DiskMover, name, method)
 
@@ -377,7 +378,7 @@ def test_memory_for_direct_reads_is_used_again(folder):
             for _ in range(5):
                 call(streamed)
     largest = max(it.nbytes for it in mover_of(streamed)._streamed.values())
-    assert len(mover_of(streamed)._arena._memory) <= rounded(largest)
+    assert mover_of(streamed)._room.arena.nbytes <= rounded(largest)
 
 
 def test_the_second_call_finds_everything_read_ahead_also_the_first_of_it(folder):
@@ -921,7 +922,7 @@ def test_no_later_layer_computes_once_a_file_has_changed_during_a_call(how, way,
 
 
 @each_way
-@pytest.mark.parametrize("step", ["_place_of", "is_cached"])
+@pytest.mark.parametrize("step", ["place_of", "is_cached"])
 def test_a_group_that_cannot_be_brought_is_let_go_and_brought_the_next_time(way, step, folder):
     expected = call(hookcore.load(Wide, folder))
 

@@ -25,6 +25,7 @@ from hookcore.memory import (
     Checkpoint,
     DeviceMover,
     DiskMover,
+    DiskRoom,
     FileOrigins,
     FileStore,
     Group,
@@ -288,9 +289,9 @@ class GroupOffload(Technique):
             beside = DeviceMover(here, here)
             yield from Placement(component, [], resident, beside, here).bindings()
             resident = []
-            room = max((group.nbytes for group in groups), default=0) + _READ_AHEAD
-            whole = sum(group.nbytes for group in groups)
-            mover = DiskMover(groups, origins, here, room, _READ_AHEAD, whole=whole)
+            room = DiskRoom.of(component, self, None, _READ_AHEAD)
+            costs = {group: group.nbytes for group in groups}
+            mover = DiskMover(groups, origins, here, room, costs=costs, what=component.label(""))
         placement = Placement(component, groups, resident, mover, here, exclude_kwargs=self.exclude_kwargs)
         yield from placement.bindings()
 

@@ -326,6 +326,23 @@ def test_what_repeats_has_the_budget(way, tmp_path):
     assert sum(brought[9:15]) <= 6 * 3 + 2
 
 
+def test_a_component_that_runs_once_is_read_ahead_too(tmp_path):
+    """Groups that another one keeps make way for that, no more of them than it takes."""
+    parts = Parts(tmp_path, (4, 1, 8))
+    applied = parts.apply(8 * LAYER, read_ahead=2 * LAYER)
+    for _ in range(5):
+        parts.call("unet")
+    assert kept(applied)["unet"] == 8
+    ahead = []
+    mover = movers_of(applied)["text"]
+    for layer in parts.ours["text"].layers:
+        layer.register_forward_pre_hook(lambda *_: ahead.append(len(mover._ahead)))
+    for _ in range(2):
+        parts.call("text")
+    assert ahead[:3] == [2, 2, 2]
+    assert kept(applied)["unet"] == 5
+
+
 def test_components_in_turn_divide_the_budget(tmp_path):
     parts = Parts(tmp_path, (2, 6, 6))
     applied = parts.apply(7 * LAYER, read_ahead=LAYER)

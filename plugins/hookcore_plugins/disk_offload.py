@@ -74,9 +74,9 @@ class DiskOffload(Technique):
         checkpoint: A safetensors file, an index, or a folder, as `save_pretrained` writes it. None for a
             model that `hookcore.load` makes, which knows.
         execution_device: Where the model computes; inputs are moved there.
-        memory_budget: Bytes, or text such as "512MiB", that all weights together may take in memory, or on
-            an execution device with streams, there. As many as it has room for stay. None: as little as one
-            call needs, and `read_ahead`, or a few layers on the device.
+        memory_budget: Bytes, or text such as "512MiB", that all weights of all components together may take
+            in memory, or on an execution device with streams, there. As many as it has room for stay. None:
+            as little as one call needs, and `read_ahead`, or a few layers on the device.
         read_ahead: Bytes of host memory for weights that are read ahead of their use.
     """
 

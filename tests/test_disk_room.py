@@ -474,11 +474,13 @@ def test_a_changed_file_of_one_component_is_no_matter_of_the_others(how, tmp_pat
         applied.remove()
 
 
-def test_components_share_a_device_wherever_their_files_are(sim, tmp_path):
+@pytest.mark.parametrize("technique", [DiskOffload, GroupOffload])
+def test_components_share_a_device_wherever_their_files_are(sim, technique, tmp_path):
     parts = Parts(tmp_path, (4, 1, 4))
     weights = sum(it.nbytes for model in parts.ours.values() for it in model.parameters())
+    device = {"execution_device" if technique is DiskOffload else "onload_device": "sim"}
     techniques = {
-        name: [DiskOffload(folder, execution_device="sim", memory_budget=weights // 2)]
+        name: [technique(checkpoint=folder, memory_budget=weights // 2, **device)]
         for name, folder in parts.folders.items()
     }
     assert sum(hookcore.plan(parts.ours, techniques).needs.values()) <= weights // 2

@@ -434,7 +434,9 @@ class DiskMover(GroupMover):
         for group in self._order.upcoming(wraps=wraps):
             if group in self._ahead or group in self._in_use or group in self._kept:
                 continue
-            ahead += self._streamed[group].nbytes
+            if (streamed := self._streamed.get(group)) is None:
+                return  # another thread is taking it off
+            ahead += streamed.nbytes
             if ahead > self._room.read_ahead or not self._start_ahead(group):
                 break
 

@@ -124,7 +124,7 @@ class DiskRoom:
         if not self._lock.acquire(blocking=False):
             raise ConcurrentCallError(
                 "cannot change what is offloaded while another thread calls a component that shares its "
-                "memory_budget. Do it after the call has returned"
+                "memory. Do it after the call has returned"
             )
         try:
             yield
@@ -149,8 +149,8 @@ class DiskRoom:
         """
         if not self._lock.acquire(blocking=False):
             raise ConcurrentCallError(
-                f"called {mover.where[1]!r} while another thread calls a component that shares its "
-                "memory_budget. Put a lock round the calls, or give each thread a pipeline of its own"
+                f"called {mover.where[1]!r} while another thread calls a component that shares its memory. "
+                "Put a lock round the calls, or give each thread a pipeline of its own"
             )
         try:
             self._begin(mover)

@@ -13,10 +13,20 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from checkpoints import Wide, X, damage, edit, edits, save, stored_tensors
+from checkpoints import (
+    Wide,
+    X,
+    damage,
+    edit,
+    edits,
+    reading,
+    save,
+    stored_tensors,
+    watching_memory,
+    ways,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_disk_offload import reading, watching_memory, ways
 
 import hookcore
 from hookcore import BudgetError, CheckpointError, ConcurrentCallError
@@ -261,6 +271,35 @@ def test_data_given_to_what_is_kept_are_used_as_calls_find_them(tmp_path):
     parts.ours["text"].layers[0].weight.data = given.bfloat16()  # as it is stored
     parts.bare["text"].layers[0].weight.data = given
     parts.call("text")
+
+
+def test_what_makes_way_in_inference_mode_outlives_it(tmp_path):
+    parts = Parts(tmp_path, (2, 2, 6), torch.bfloat16)
+    with reading("read"):
+        parts.apply(8 * LAYER)
+        for _ in range(4):
+            parts.call("unet")
+        for both in (parts.bare, parts.ours):
+            for layer in both["unet"].layers:
+                layer.weight.data[5] += 1
+        with torch.inference_mode():
+            for _ in range(4):
+                parts.call("text")
+        gradients(parts, "unet")
+
+
+@pytest.mark.usefixtures("directly")
+def test_what_an_outer_call_keeps_makes_way_for_an_inner_one(tmp_path):
+    parts = Parts(tmp_path, (1, 2, 8))
+    applied = parts.apply(6 * LAYER)
+    for _ in range(4):
+        parts.call("unet")
+    assert kept(applied)["unet"] == 5
+    for both in (parts.bare, parts.ours):
+        both["unet"].inner = (both["control"],)
+    with patch.object(disk, "piece_beside", nothing_beside):
+        for _ in range(2):
+            parts.call("unet")
 
 
 # Budget

@@ -280,6 +280,7 @@ class DiskMover(GroupMover):
         """Gives up a group that is kept and not in use; False if there is none that can be."""
         return any(self._give_up(group) for group in reversed(list(self._kept)))
 
+    @torch.inference_mode(False)  # what was edited outlives the mode
     def _give_up(self, group: Group) -> bool:
         load = self._kept[group]
         try:

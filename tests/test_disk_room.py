@@ -276,15 +276,18 @@ def test_data_given_to_what_is_kept_are_used_as_calls_find_them(tmp_path):
 def test_what_makes_way_in_inference_mode_outlives_it(tmp_path):
     parts = Parts(tmp_path, (2, 2, 6), torch.bfloat16)
     with reading("read"):
-        parts.apply(8 * LAYER)
+        whole = hookcore.plan(parts.ours["unet"], parts.techniques("1GiB")["unet"]).needs["cpu"]
+        applied = parts.apply(whole)
         for _ in range(4):
             parts.call("unet")
+        assert kept(applied)["unet"] == 6  # and so they are edited in the dtype of calls
         for both in (parts.bare, parts.ours):
             for layer in both["unet"].layers:
                 layer.weight.data[5] += 1
         with torch.inference_mode():
-            for _ in range(4):
-                parts.call("text")
+            while room_of(applied).make_way():
+                pass
+        assert kept(applied)["unet"] == 0
         gradients(parts, "unet")
 
 

@@ -249,9 +249,7 @@ def test_a_cache_to_write_into_is_refused_and_one_that_is_made_is_joined():
         with hookcore.apply(model, [Slicing(2)]):
             found = model(tokens)
             assert torch.equal(model.generate(tokens, **more, use_cache=False), text)
-            with pytest.raises(
-                HookcoreError, match=r"split the DynamicCache that .* `use_cache=False`, which"
-            ):
+            with pytest.raises(HookcoreError, match="split the DynamicCache that .* `use_cache=False`"):
                 model.generate(tokens, **more)
     torch.testing.assert_close(found.logits, expected.logits)
     (layer,), (other,) = found.past_key_values.layers, expected.past_key_values.layers

@@ -13,6 +13,7 @@ from hookcore import PlanError
 from hookcore_plugins.tiling.calls import ImageCall, image_in, tensor_of, with_tensor
 from hookcore_plugins.tiling.cuts import Cut, choose_cut
 from hookcore_plugins.tiling.grid import Canvas, Grid, cut
+from hookcore_plugins.tiling.masks import Deferring
 from hookcore_plugins.tiling.parts import CLEAR, check_not_tiling
 from hookcore_plugins.tiling.samples import samples
 from hookcore_plugins.tiling.statistics import Measured, Measuring, Recorded, Replayed, averaged
@@ -137,7 +138,7 @@ class Tiler:
         together = [it.to(device) for it in features.tensors]
         stages = features.stages
         del features
-        with self._passes.between(stages, together, None, learned.course, whole.size):
+        with Deferring(), self._passes.between(stages, together, None, learned.course, whole.size):
             return whole.whole()
 
     def _together(self, whole: ImageCall, learned: _Learned, taken: Cut) -> Features:
@@ -150,7 +151,8 @@ class Tiler:
         for number, stage in enumerate(taken.stages, 1):
             if not learned.course.can_be_cut(stage):
                 continue
-            with self._passes.between(taken.stages[:done], given, stage, learned.course, whole.size) as kept:
+            between = self._passes.between(taken.stages[:done], given, stage, learned.course, whole.size)
+            with Deferring(), between as kept:
                 whole.whole()
             given, done = kept, number
         aside = tuple(it.to(self._aside) for it in given)
@@ -257,7 +259,7 @@ class Tiler:
         if not learned.norms:
             return []
         found = []
-        for sample in samples(whole.cells, grid):
+        for sample in samples(whole.cells, grid, self._method):
             with Recorded(sample.in_patches) as seen:
                 on_sample(sample)
             found.append(seen.moments)
@@ -297,7 +299,7 @@ class Tiler:
                 for probe, it in zip(_PROBE[self._method], small.size, strict=True)
             )
             corner = Grid.corner(height, width if width != height else max(1, width // 2))
-            with self._passes.watch() as course, Recorded() as seen:
+            with self._passes.watch() as course, Recorded() as seen, Deferring():
                 output = self._tensor(small.tile(corner))
             course.mask = seen.mask
             course.size = small.tile_size(corner)

@@ -20,7 +20,7 @@ import hookcore
 from hookcore import PlanError
 from hookcore.testing.cases import tensors_in
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
-from hookcore_plugins import ChannelsLast, GroupOffload, LayerwiseCasting, Slicing, Tiling
+from hookcore_plugins import ChannelsLast, Compile, GroupOffload, LayerwiseCasting, Slicing, Tiling
 from hookcore_plugins.tiling.course import Course
 from hookcore_plugins.tiling.grid import Canvas, Grid, cut, ramps
 from hookcore_plugins.tiling.samples import samples
@@ -367,6 +367,49 @@ def test_where_nothing_sees_the_whole_image_an_encoder_computes_tile_by_tile():
         with hookcore.apply(model, [Tiling(96, 24, context=context)]):
             far[context] = float((encoded() - whole).abs().mean())
     assert 0 < far["global"] < 1.05 * far["tile"]
+
+
+@pytest.fixture
+def _compiling_anew():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs_of(model):
+    """How many graphs torch has made of a model's blocks."""
+    (found,) = (it.counted for it in hookcore.status(model).run_report().entries if it.technique == "compile")
+    return found.graphs
+
+
+@pytest.mark.usefixtures("_compiling_anew")
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_are_compiled_for_one_tile_and_no_other(method):
+    """Tiles are of one size; what is learned from is of another, and with statistics taken."""
+    run, channels, pixels = METHODS[method]
+    image = smooth(channels, 34 * pixels, 23 * pixels)
+    tile = image[..., : 12 * pixels, : 12 * pixels].contiguous()  # as large as those below
+    single, model = autoencoder(), autoencoder()
+    hookcore.apply(single, [Compile(backend="eager")])
+    run(single, tile)
+    torch._dynamo.reset()
+    expected = run(model, image)
+    hookcore.apply(model, [Tiling(48, 4, context="tile"), Compile(backend="eager")])
+    assert 0 < difference(run(model, image), expected) < 1
+    assert graphs_of(model) == graphs_of(single) > 0
+
+
+@pytest.mark.usefixtures("_compiling_anew")
+@pytest.mark.parametrize("context", ["global", "exact"])
+def test_nothing_is_compiled_for_statistics_from_outside(context):
+    model, compiled = autoencoder(), autoencoder()
+    latents = smooth(4, 24, 24)
+    hookcore.apply(model, [Tiling(48, 16, context=context)])
+    hookcore.apply(compiled, [Tiling(48, 16, context=context), Compile(backend="eager")])
+    assert torch.equal(decoded(compiled, latents), decoded(model, latents))
+    assert graphs_of(compiled) == 0
+    decoded(compiled, latents[..., :12, :12].contiguous())
+    assert graphs_of(compiled) > 0
 
 
 def test_gradients_flow_through_tiles():

@@ -109,7 +109,7 @@ class Checked:
         return sum(group.nbytes for group in {*self.there, *self.slab.kept})
 
     def check(self):
-        lent = self.slab.ranges.lent if isinstance(self.slab, Slab) else self.slab.allocated
+        lent = self.slab.lender.lent
         assert lent == self.taken() <= SIZE
         if isinstance(self.slab, Slab):
             starts = {group: place.start for group, place in self.there.items()} | self.slab.kept

@@ -59,8 +59,7 @@ class CopyEngine:
 
     Attributes:
         slab: The memory.
-        times: Where uses and copies are timed; None for nowhere.
-        timeline: Where they are recorded for people; None for nowhere.
+        marker: Makes events that are timed, for `times` or `timeline`; None if neither wants any.
         staging: Through which memory that isn't locked is copied; None if all of it is.
 
     Raises:
@@ -75,8 +74,9 @@ class CopyEngine:
         self._left = self._module.Event()
         self._in_pieces = in_pieces
         self.slab = self._make_slab(nbytes)
-        self.times: PassTimes | None = None
-        self.timeline: Recorder | None = None
+        self._times: PassTimes | None = None
+        self._timeline: Recorder | None = None
+        self.marker: PassTimes | Recorder | None = None
         self.staging: Staging | None = None
 
     def replace_slab(self, nbytes: int, large: int | None = None) -> None:
@@ -96,6 +96,26 @@ class CopyEngine:
         slab = Slab(self._device, nbytes, large)
         self._left.record(self._computing)  # for which it was allocated
         return slab
+
+    @property
+    def times(self) -> PassTimes | None:
+        """Where uses and copies are timed; None for nowhere."""
+        return self._times
+
+    @times.setter
+    def times(self, times: PassTimes | None) -> None:
+        self._times = times
+        self.marker = times or self._timeline
+
+    @property
+    def timeline(self) -> Recorder | None:
+        """Where uses and copies are recorded for people; None for nowhere."""
+        return self._timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Recorder | None) -> None:
+        self._timeline = timeline
+        self.marker = self._times or timeline
 
     def measure(self) -> None:
         """Times uses and copies from now on."""
@@ -121,12 +141,14 @@ class CopyEngine:
 
     def take(self, packed: Packed) -> Load | None:
         """Finds room for a group, whose copy is not begun yet; None if there is none."""
-        place = self.slab.take(packed)
+        slab = self.slab
+        if packed.nbytes > slab.lender.free and packed not in slab.kept:  # most often so
+            return None
+        place = slab.take(packed)
         if place is None:
             return None
-        is_timed = self.times is not None or self.timeline is not None
-        if packed.copied is None or is_timed:
-            packed.copied = self._module.Event(enable_timing=is_timed)
+        if packed.copied is None or self.marker is not None:
+            packed.copied = self._module.Event(enable_timing=self.marker is not None)
         return Load(packed, place, packed.copied, self._computing)
 
     def give_back(self, load: Load) -> None:
@@ -137,8 +159,7 @@ class CopyEngine:
 
     def copy(self, loads: Iterable[Load]) -> None:
         """Begins copies, after all use so far of the memory that they fill."""
-        copying, times, timeline = self._copying, self.times, self.timeline
-        marker = times or timeline
+        copying, times, timeline, marker = self._copying, self._times, self._timeline, self.marker
         if self.slab.is_shared:  # with what was computed until this moment
             self._left.record(self._computing)
         copying.wait_event(self._left)
@@ -146,7 +167,7 @@ class CopyEngine:
             for load in loads:
                 packed = load.packed
                 begun = marker and marker.mark(copying)
-                staging = self._staging_for(packed)
+                staging = None if packed.is_locked else self._staging_for(packed)
                 source = packed.host if staging is None else staging.fill(packed.host)
                 load.place.memory.copy_(source, non_blocking=True)
                 load.ready.record(copying)
@@ -159,22 +180,23 @@ class CopyEngine:
                     timeline.add("copy", packed.name, begun, load.ready)
 
     def _staging_for(self, packed: Packed) -> Staging | None:
-        """What a group has to be copied through, if it has to be and has room there."""
-        staging = None if packed.is_locked else self.staging
+        """What a group that isn't locked is copied through, if it has room there."""
+        staging = self.staging
         return None if staging is None or staging.nbytes < packed.nbytes else staging
 
     def wait_for(self, load: Load) -> None:
         """Has what is computed from now on come after a copy."""
         self._computing.wait_event(load.ready)
-        load.used = self.mark()
+        if self.marker is not None:
+            load.used = self.mark()
 
     def leave(self, load: Load) -> None:
         """Has all later copies come after what was computed so far, with this load among others."""
         self._left.record(self._computing)
-        if self.times is not None:
-            self.times.use(load.packed, load.asked, load.used, self.times.mark(self._computing))
-        if self.timeline is not None:
-            self.timeline.add("stall", load.packed.name, load.asked, load.used)
+        if self._times is not None:
+            self._times.use(load.packed, load.asked, load.used, self._times.mark(self._computing))
+        if self._timeline is not None:
+            self._timeline.add("stall", load.packed.name, load.asked, load.used)
             self.used(load.packed, load.used)
         if self.slab.is_shared and load.lent_to != self._computing:
             load.lent_to.wait_stream(self._computing)
@@ -182,8 +204,7 @@ class CopyEngine:
 
     def mark(self) -> Any:
         """An event on the computing stream, where times are measured or a timeline is recorded."""
-        marker = self.times or self.timeline
-        return None if marker is None else marker.mark(self._computing)
+        return None if self.marker is None else self.marker.mark(self._computing)
 
     def used(self, packed: Packed, begun: Any) -> None:
         """Takes down, if a timeline is recorded, that a group was used from an event until now."""

@@ -53,7 +53,7 @@ class FilePacked(Packed):
         """Gives each home a place: tied objects share memory until one is given other data."""
         origin = weight.origin
         places: dict[int, int] = {}
-        for tensor, home in zip(weight.tensors, weight.homes, strict=True):
+        for home in weight.homes:
             if id(home) not in places:
                 places[id(home)] = len(self.targets)
                 dtype = origin.dtype if is_as_stored(home, origin) else home.dtype
@@ -61,7 +61,8 @@ class FilePacked(Packed):
                 self.targets.append(target)
                 self.nbytes += rounded(max(target.nbytes, 1))
             self._target_of.append(places[id(home)])
-            self._homes.append((tensor, home, home.data_ptr()))
+            self.homes.append(home)
+            self.addresses.append(home.data_ptr())
 
     @property
     def is_outdated(self) -> bool:

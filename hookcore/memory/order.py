@@ -75,13 +75,14 @@ class LearnedOrder(Generic[T]):
             distance: How many others.
             wraps: Whether the next pass is expected to be like this one; if not, its end is an end, too.
         """
-        length = len(self._order)
-        if distance >= length or self.is_lost:
+        order = self._order
+        length = len(order)
+        if distance >= length or self._misses_in_a_row >= _MISSES_TO_STOP:
             return None
         at = self._position + distance
         if not wraps and (at >= length or (self._recorded and not self._position)):
             return None
-        return self._order[at % length]
+        return order[at if at < length else at - length]
 
     @property
     def is_lost(self) -> bool:

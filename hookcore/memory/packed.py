@@ -95,14 +95,17 @@ class Packed:
         is_locked: Whether a device can copy from it by itself.
         copied: An event after the last copy of it; None before the first.
         read_seconds: How long it takes until its bytes can be copied, if they have to be read first.
+        homes: What each tensor is in host memory.
+        addresses: Of these.
     """
 
     __slots__ = (
         "_dtypes",
-        "_homes",
         "_parts",
         "_versions",
+        "addresses",
         "copied",
+        "homes",
         "host",
         "is_locked",
         "name",
@@ -120,7 +123,8 @@ class Packed:
         self.is_locked = False
         self.copied: Any = None
         self.read_seconds = 0.0
-        self._homes: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self.homes: list[torch.Tensor] = []
+        self.addresses: list[int] = []
         self._versions: list[int] = []
 
     @torch.inference_mode(False)  # what is made here outlives the mode
@@ -137,17 +141,15 @@ class Packed:
                 )
                 host[part.start : part.start + part.span].view(part.tensor.dtype).copy_(flat)
         self.host = host
-        homes = self.views(host)
-        self.show(homes)
-        self._homes = [
-            (tensor, home, home.data_ptr()) for tensor, home in zip(self.tensors, homes, strict=True)
-        ]
+        self.homes = self.views(host)
+        self.addresses = [home.data_ptr() for home in self.homes]
+        self.show_host()
         self.note_versions()
 
     def let_go(self) -> torch.Tensor:
         """Gives the host memory away; the tensors must be shown elsewhere."""
         host, self.host = self.host, torch.empty(0, dtype=torch.uint8)
-        self._homes = []
+        self.homes, self.addresses = [], []
         return host
 
     @torch.inference_mode(False)
@@ -164,16 +166,20 @@ class Packed:
 
     def show_host(self) -> None:
         """Has the tensors hold host memory again."""
-        for tensor, home, _ in self._homes:
+        for tensor, home in zip(self.tensors, self.homes):  # noqa: B905
             tensor.data = home
+
+    def is_untouched(self, addresses: Sequence[int]) -> bool:
+        """Whether all tensors hold the data at these addresses, and none is changed."""
+        for tensor, address, version in zip(self.tensors, addresses, self._versions):  # noqa: B905
+            if tensor.data_ptr() != address or tensor._version != version:
+                return False
+        return True
 
     @property
     def is_home(self) -> bool:
         """Whether all tensors hold the host memory, and none was given other data."""
-        for tensor, _, address in self._homes:  # noqa: SIM110 -- twice as fast as all()
-            if tensor.data_ptr() != address:
-                return False
-        return True
+        return not self.homes or not self.replaced(self.addresses)
 
     @property
     def is_outdated(self) -> bool:
@@ -199,7 +205,7 @@ class Packed:
 
     def keep(self, views: Sequence[torch.Tensor]) -> None:
         """Copies these to host memory, and waits for it."""
-        for (_, home, _), view in zip(self._homes, views, strict=True):
+        for home, view in zip(self.homes, views, strict=True):
             home.copy_(view)
 
     def bring_given(self, device: torch.device) -> None:

@@ -141,7 +141,7 @@ class Placement:
             for group in reversed(done):
                 self._take(group)
             raise
-        watch(self._watched, self._calls, self._before_read)
+        watch(self._watched, self._calls, self._before_read, self._uses)
         self._told.attach()
 
     def detach(self) -> None:
@@ -213,7 +213,8 @@ class Placement:
         self, groups: tuple[Group, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begins a call that holds these groups; returns the inputs of the outermost one, moved."""
-        self._calls.append([])
+        held: list[Group] = []
+        self._calls.append(held)
         try:
             if len(self._calls) == 1:
                 self.mover.begin()
@@ -222,7 +223,7 @@ class Placement:
                 if group in self._uses:
                     self._hold(group)
             for group in groups:
-                if group not in self._calls[-1]:
+                if group not in held:
                     self._hold(group)
             if len(self._calls) == 1:
                 return moved(args, self._onload_device), self._moved_kwargs(kwargs)

@@ -17,19 +17,20 @@ class Ranges:
     Attributes:
         size: As given.
         large: Likewise, as a number.
+        free: How much of it is not lent.
     """
 
-    __slots__ = ("_free", "large", "size")
+    __slots__ = ("_free", "free", "large", "size")
 
     def __init__(self, size: int, large: int | None = None) -> None:
-        self.size = size
+        self.size = self.free = size
         self.large = size + 1 if large is None else large
         self._free = [(0, size)] if size else []  # start and stop, sorted, no two touching
 
     @property
     def lent(self) -> int:
         """How much of it is not free."""
-        return self.size - sum(stop - start for start, stop in self._free)
+        return self.size - self.free
 
     def take(self, size: int) -> int | None:
         """Lends a range, and returns where it starts; None where no free one is long enough."""
@@ -39,22 +40,26 @@ class Ranges:
                 start, stop = free[index]
                 if stop - start >= size:
                     free[index : index + 1] = [(start, stop - size)] if start + size < stop else []
+                    self.free -= size
                     return stop - size
             return None
         for index, (start, stop) in enumerate(free):
             if stop - start >= size:
                 free[index : index + 1] = [(start + size, stop)] if start + size < stop else []
+                self.free -= size
                 return start
         return None
 
     def take_from(self, start: int) -> None:
         """Lends what is free from somewhere on, up to where something else is lent."""
         index = bisect.bisect(self._free, (start, self.size)) - 1
-        first, _ = self._free[index]
+        first, stop = self._free[index]
+        self.free -= stop - start
         self._free[index : index + 1] = [(first, start)] if first < start else []
 
     def give_back(self, start: int, size: int) -> None:
         """Takes a range back that was lent."""
+        self.free += size
         stop = start + size
         index = bisect.bisect(self._free, (start, stop))
         if index < len(self._free) and self._free[index][0] == stop:
@@ -70,21 +75,29 @@ class Quota:
 
     Args:
         size: How much there is.
+
+    Attributes:
+        size: As given.
+        free: How much of it is not lent.
     """
 
-    __slots__ = ("lent", "size")
+    __slots__ = ("free", "size")
 
     def __init__(self, size: int) -> None:
-        self.size = size
-        self.lent = 0
+        self.size = self.free = size
+
+    @property
+    def lent(self) -> int:
+        """How much of it is not free."""
+        return self.size - self.free
 
     def take(self, size: int) -> int | None:
         """Lends so much, and returns 0; None where less is left."""
-        if self.lent + size > self.size:
+        if size > self.free:
             return None
-        self.lent += size
+        self.free -= size
         return 0
 
     def give_back(self, _start: int, size: int) -> None:
         """Takes back what was lent."""
-        self.lent -= size
+        self.free += size

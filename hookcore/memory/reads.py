@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,10 +52,11 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
         original: What it stands in for; up to date again after `give_back`.
         groups: The group of each name that is watched.
         calls: The calls under way.
-        before_read: Called before a tensor of the group is handed out.
+        before_read: Called before a tensor of a group is handed out that no call holds.
+        uses: How many calls hold each group, as far as that is known.
     """
 
-    __slots__ = ("_before_read", "_calls", "_groups", "_original")
+    __slots__ = ("_before_read", "_calls", "_groups", "_original", "_uses")
 
     def __init__(
         self,
@@ -62,11 +64,13 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
         groups: Mapping[str, Group],
         calls: Sized,
         before_read: Callable[[Group], None],
+        uses: Mapping[Group, int],
     ) -> None:
         super().__init__(original)
         self._original = original
         self._groups = groups
         self._calls = calls
+        self._uses = uses
         self._before_read = before_read
 
     def give_back(self) -> dict[str, torch.Tensor | None]:
@@ -76,9 +80,9 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
         return self._original
 
     def __getitem__(self, name: str) -> torch.Tensor | None:
-        if not is_compiling() and name in self._groups:
-            self._before_read(self._groups[name])
-        return super().__getitem__(name)
+        if not is_compiling() and (group := self._groups.get(name)) is not None and not self._uses.get(group):
+            self._before_read(group)
+        return dict.__getitem__(self, name)
 
     def values(self) -> Any:
         """As `dict.values`."""
@@ -103,8 +107,13 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
         return dict, (dict(self),)
 
 
-def watch(groups: Iterable[Group], calls: Sized, before_read: Callable[[Group], None]) -> None:
-    """Has all reads of the groups' tensors through their modules be watched."""
+def watch(
+    groups: Iterable[Group],
+    calls: Sized,
+    before_read: Callable[[Group], None],
+    uses: Mapping[Group, int] = MappingProxyType({}),
+) -> None:
+    """Has all reads of the groups' tensors through their modules be watched, as `WatchedTensors` says."""
     by_module: dict[nn.Module, dict[str, Group]] = {}
     for group in groups:
         for slot in group.slots:
@@ -114,7 +123,7 @@ def watch(groups: Iterable[Group], calls: Sized, before_read: Callable[[Group], 
         for kind in _KINDS:
             original = module.__dict__[kind]
             if not group_of.keys().isdisjoint(original):
-                module.__dict__[kind] = WatchedTensors(original, group_of, calls, before_read)
+                module.__dict__[kind] = WatchedTensors(original, group_of, calls, before_read, uses)
 
 
 def stop_watching(groups: Iterable[Group]) -> None:

@@ -1,7 +1,7 @@
 """Groups copied ahead of use, on a stream of their own, into device memory that is allocated once.
 
 Weights lie in a store (see `store`), which is host memory or files, and are never copied back. The order of
-use is learned; whatever is expected next is copied as soon as there is room for it (see `engine`).
+use is learned; whatever is expected next is copied as soon as there is room for it (see `loads`).
 
 Once a pass has shown the order and the times of use, the memory that streaming doesn't need goes to groups
 that stay (see `layout`). Of a component that has the memory for itself, these have their home on the device
@@ -22,7 +22,8 @@ from attrs import evolve
 
 from hookcore.memory.counts import StreamReport
 from hookcore.memory.layout import choose_layout
-from hookcore.memory.members import Member, Members
+from hookcore.memory.loads import Loads
+from hookcore.memory.members import Members
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
 from hookcore.memory.room import Room, with_index
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from hookcore.memory.timing import PassTimes
 
 _CPU = torch.device("cpu")
-_AHEAD_OF_A_GUESS = 4  # groups; modules are often registered in another order than they run
 
 
 def has_streams(device: torch.device) -> bool:
@@ -95,17 +95,13 @@ class StreamMover(GroupMover):
             MemoryStore(self._device, lock_limit) if store is None else store, self._device, prefetch
         )
         self.number = self._room.number()
-        self.allowed_ahead = self._most_ahead = most_ahead
+        self.allowed_ahead = most_ahead
         self.in_pieces = in_pieces
         self.recorder: Recorder | None = None
-        self._order: LearnedOrder[Group] = LearnedOrder(())
-        self._ahead: dict[Group, Load] = {}  # in the order in which they are expected
-        self._kept: dict[Group, Load] = {}  # those that are there to stay, until they are given up
-        self._reach = 0  # how many of what is expected next are there; 0 if that has to be found out
+        self._loads = Loads(self._own, self._room, most_ahead)
         self._exposed: set[Group] = set()
         self._times: PassTimes | None = None
         self._is_divided = False  # by what they showed, where the memory is its own
-        self._counts = StreamReport()
 
     def __del__(self) -> None:
         # A model that goes away with its hooks on: copies to memory that goes with it may still be under way.
@@ -114,7 +110,7 @@ class StreamMover(GroupMover):
         if engine is not None and not sys.is_finalizing():
             engine.synchronize()
             for group, member in self._own.groups.items():
-                load = self._ahead.get(group) or self._kept.get(group) or member.in_use
+                load = self._loads.get(group) or member.in_use
                 engine.slab.leave(member.packed, None if load is None else load.place)
 
     # Between calls
@@ -144,8 +140,8 @@ class StreamMover(GroupMover):
 
     def reset(self) -> None:
         """Forgets the order of use and what was counted; all that others don't use is copied anew."""
-        self._counts = StreamReport()
-        self._order.forget()
+        self._loads.counts = StreamReport()
+        self._loads.order.forget()
         self._room.forget()
         if self._room.is_shared:
             self._times = None
@@ -180,7 +176,7 @@ class StreamMover(GroupMover):
                 ring = engine.slab.allocated - sum(packed.nbytes for packed in kept)
                 staged = 0 if engine.staging is None else engine.staging.nbytes
         return evolve(
-            self._counts,
+            self._loads.counts,
             resident_bytes=resident,
             ring_bytes=ring,
             locked_bytes=self._own.store.locked + staged,
@@ -191,15 +187,16 @@ class StreamMover(GroupMover):
         """Times copies, uses and stalls until the end of the block."""
         recorder = self.recorder = Recorder(self._device)
         timeline.recorders.append(recorder)
-        passes = self._counts.passes
+        passes = self._loads.counts.passes
         try:
             yield
         finally:
             self.recorder = None
             self._room.stop_recording(recorder)
             recorder.close()
-            self._counts.timed_passes += self._counts.passes - passes
-            self._counts.stalled_seconds = (self._counts.stalled_seconds or 0.0) + recorder.stalled
+            counts = self._loads.counts
+            counts.timed_passes += counts.passes - passes
+            counts.stalled_seconds = (counts.stalled_seconds or 0.0) + recorder.stalled
 
     def expose(self, group: Group) -> None:
         """Sees to it that a group's tensors can be changed: no copy reads them, and none has read them."""
@@ -231,8 +228,8 @@ class StreamMover(GroupMover):
         Raises:
             CheckpointError: A file has changed, so that the call may have used wrong weights.
         """
-        self._counts.passes += 1
-        self._order.end_pass()
+        self._loads.counts.passes += 1
+        self._loads.order.end_pass()
         self._room.leave(self)
         self._verify()
 
@@ -241,33 +238,30 @@ class StreamMover(GroupMover):
         member = self._own.groups.get(group)
         if member is None:
             self._own.plain.onload(group)
-            self._count_demand(group.nbytes)
+            self._loads.count_demand(group.nbytes)
             return
         if member.stays:
             member.packed.bring_given(self._device)
             if self.recorder is not None:
                 member.used = self._engine.mark()
             return
-        asked = self._engine.mark()
-        if self._order.note(group):
-            self._reach = max(self._reach - 1, 0)
-        else:
-            self._drop_unexpected(group)
-        load = self._load_of(group, member)
+        engine = self._engine
+        asked = None if engine.marker is None else engine.mark()
+        load = self._loads.bring(group, member)
         if load is None:
             self._own.store.bring(member.packed, self._device)
-            self._count_demand(member.packed.nbytes)
+            self._loads.count_demand(member.packed.nbytes)
             return
         load.asked = asked
         try:
-            self._engine.wait_for(load)
+            engine.wait_for(load)
         except BaseException:  # reading its file failed
-            self._give_back(group, load)
+            self._loads.give_back(group, load)
             self.drop_ahead()
             raise
         member.packed.show(load.place.views)
         member.in_use = load
-        if self._most_ahead:  # one less is ahead now
+        if self._loads.most_ahead:  # one less is ahead now
             self._prefetch()
 
     def offload(self, group: Group) -> None:
@@ -284,8 +278,13 @@ class StreamMover(GroupMover):
                 self._engine.used(member.packed, member.used)
                 member.used = None
             return
-        self._end_use(group, member.packed, load)
-        del load  # memory of its own is free before more is allocated
+        packed, place = member.packed, load.place
+        if packed.is_untouched(place.addresses):
+            packed.show_host()
+            self._engine.leave(load)
+        else:
+            self._keep_changes(group, packed, load)
+        del load, place  # memory of its own is free before more is allocated
         self._prefetch()
 
     # What the room asks
@@ -341,14 +340,16 @@ class StreamMover(GroupMover):
         mine = [group for group in share.sizes if group in staying]
         self._own.keep_on_device(mine)
         self.lingers = lingers
-        self._most_ahead = 0 if one_by_one else self.allowed_ahead
-        self._order = LearnedOrder([group for group in share.sizes if group not in staying])
+        self._loads.most_ahead = 0 if one_by_one else self.allowed_ahead
+        self._loads.order = LearnedOrder([group for group in share.sizes if group not in staying])
         self._times = None
         self._is_divided = False
 
     def begin_measuring(self, engine: CopyEngine) -> bool:
         """Times this pass if there is a use for that, and none has been; says whether it does."""
-        if self._times is not None or self._room.budget is None or self._most_ahead == 0 or not self.largest:
+        if self._times is not None or self._room.budget is None or self._loads.most_ahead == 0:
+            return False
+        if not self.largest:
             return False
         self.drop_loads()  # so that all is copied in this pass
         engine.measure()
@@ -383,52 +384,51 @@ class StreamMover(GroupMover):
         self.drop_ahead()
         for member in self._own.groups.values():
             if not member.stays and not member.packed.is_home:
-                self._pack_again(member)
+                self._loads.pack_again(member)
         passing = {self._own.groups[group].packed: group for group in self._own.coming}
         uses = self.measured_uses()
         unseen = passing.keys() - {use.group for use in uses}
         room, least = self._engine.slab.size, max((it.nbytes for it in unseen), default=0)
         layout = choose_layout(
-            uses, room, least, ahead=self._most_ahead, anywhere=self._engine.slab.is_shared
+            uses, room, least, ahead=self._loads.most_ahead, anywhere=self._engine.slab.is_shared
         )
         if layout is not None and (layout.resident or layout.large):
             self._engine.replace_slab(0)
             self._own.keep_on_device([passing[packed] for packed in layout.resident])
             ring = room - sum(packed.nbytes for packed in layout.resident)
             self._engine.replace_slab(ring, layout.large)
-            self._order.leave_out({passing[packed] for packed in layout.resident})
+            self._loads.order.leave_out({passing[packed] for packed in layout.resident})
 
     def drop_exposed(self) -> None:
         """Drops what may be other than it is in its home by now."""
-        for group in self._exposed:
-            load = self._ahead.get(group) or self._kept.get(group)
-            if load is not None:
-                self._give_back(group, load)
+        self._loads.drop(self._exposed)
         self._exposed.clear()
 
     def drop_ahead(self) -> None:
         """Drops what was copied ahead of use."""
-        for group, load in list(self._ahead.items()):
-            self._give_back(group, load)
+        self._loads.drop_ahead()
 
     def drop_loads(self) -> None:
         """Drops all that is there, used or not."""
-        self.drop_ahead()
-        for group, load in list(self._kept.items()):
-            self._give_back(group, load)
+        self._loads.drop_all()
 
     def give_up(self, leaving: Collection[Packed]) -> bool:
         """Drops what it keeps of these groups, but for what is in use; says whether nothing is."""
-        found = [group for group, load in self._kept.items() if load.packed in leaving]
-        if any(self._own.groups[group].in_use for group in found):
-            return False
-        for group in found:
-            self._give_back(group, self._kept[group])
-        return True
+        return self._loads.give_up(leaving)
+
+    def copy_ahead(self, *, wraps: bool, is_guess: bool) -> None:
+        """Begins to copy what it will use first, though others run as yet.
+
+        Args:
+            wraps: Whether it will be called twice.
+            is_guess: Whether it is not sure that it comes next.
+        """
+        self._loads.prefetch(wraps=wraps, is_guess=is_guess)
 
     # How it is done
 
-    def _end_use(self, group: Group, packed: Packed, load: Load) -> None:
+    def _keep_changes(self, group: Group, packed: Packed, load: Load) -> None:
+        """Ends a use that has changed a group, or given it other data."""
         place = load.place
         changed, replaced = packed.is_changed, packed.replaced(place.addresses)
         packed.show_host()
@@ -437,14 +437,12 @@ class StreamMover(GroupMover):
         for tensor, data in replaced:  # the call gave it other data, as `weight.data = ...` does
             tensor.data = data.to(_CPU)
         self._engine.leave(load)
-        if (changed or replaced) and group in self._kept:
-            self._give_back(group, load)
+        if (changed or replaced) and group in self._loads.kept:
+            self._loads.give_back(group, load)
 
     @property
     def _engine(self) -> CopyEngine:
-        if self._room.engine is None:
-            raise RuntimeError("groups can be moved during a call only")
-        return self._room.engine
+        return self._loads.engine
 
     def _verify(self) -> None:
         """Has the store look whether all is as it was; if not, what was copied ahead isn't used either."""
@@ -454,110 +452,14 @@ class StreamMover(GroupMover):
             self.drop_loads()
             raise
 
-    def _load_of(self, group: Group, member: Member) -> Load | None:
-        """The copy of a group's values as they are now; None if the plain mover has to bring it."""
-        load = self._ahead.get(group) or self._kept.get(group)
-        is_home = member.packed.is_home
-        if load is not None and (torch.is_grad_enabled() or not is_home or member.packed.is_changed):
-            self._give_back(group, load)
-            load = None
-        if load is not None:
-            self._ahead.pop(group, None)
-            self._counts.hits += load.is_new
-        elif not torch.is_grad_enabled():
-            if not is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
-                self._pack_again(member)
-            load = self._make_room_for(member.packed)
-            if load is not None:
-                if member.packed in self._engine.slab.kept:
-                    self._kept[group] = load
-                self._engine.copy([load])
-                self._count_demand(member.packed.nbytes)
-        if load is not None:
-            load.is_new = False
-        return load
-
-    def _make_room_for(self, packed: Packed) -> Load | None:
-        """Finds room for a group that is needed now; None if all else is in use."""
-        load = self._engine.take(packed)
-        if load is None:
-            self._room.drop_ahead()
-            load = self._engine.take(packed)
-        while load is None and self._room.make_way():
-            load = self._engine.take(packed)
-        return load
-
-    def _count_demand(self, nbytes: int) -> None:
-        counts = self._counts
-        counts.on_demand += 1
-        counts.copies += 1
-        counts.moved_bytes += nbytes
-
-    def _pack_again(self, member: Member) -> None:
-        """Takes the data over that tensors were given."""
-        if member.packed.copied is not None:
-            member.packed.copied.synchronize()
-        self._engine.slab.forget(member.packed)
-        member.packed = self._own.store.take_again(member.packed)
-
     def _prefetch(self) -> None:
         """Begins to copy what is used next, as far as there is room."""
         if torch.is_grad_enabled():
             return
+        if not self._room.is_shared:
+            self._loads.prefetch()
+            return
         following, is_sure = self._room.following(self), self._room.is_sure
-        at_end = self._copy_ahead(wraps=is_sure and following is self)
+        at_end = self._loads.prefetch(wraps=is_sure and following is self)
         if at_end and following is not None and not (is_sure and following is self):
-            following._copy_ahead(wraps=following is self, most=None if is_sure else _AHEAD_OF_A_GUESS)
-
-    def _copy_ahead(self, *, wraps: bool, most: int | None = None) -> bool:
-        """Begins to copy what is used next in its calls; says whether the end of the order was reached.
-
-        Args:
-            wraps: Whether another pass like this one follows.
-            most: How many groups may be copied ahead of use; None for as many as there is room for.
-        """
-        loads: list[Load] = []
-        nbytes = 0
-        engine, order, ahead, kept = self._engine, self._order, self._ahead, self._kept
-        limits = (most, self._most_ahead, _AHEAD_OF_A_GUESS if order.is_guess else None)
-        most = min((it for it in limits if it is not None), default=len(self._own.groups))
-        known = set() if self._reach else set(ahead)
-        while (group := order.ahead(self._reach, wraps=wraps)) is not None:
-            if group in known:
-                known.remove(group)
-            elif group not in kept:
-                if group in ahead or len(ahead) >= most:
-                    break
-                member = self._own.groups[group]
-                load = None if member.in_use else engine.take(member.packed)
-                if load is None:
-                    break
-                (kept if member.packed in engine.slab.kept else ahead)[group] = load
-                loads.append(load)
-                nbytes += member.packed.nbytes
-            self._reach += 1
-        if loads:
-            engine.copy(loads)
-            self._counts.copies += len(loads)
-            self._counts.moved_bytes += nbytes
-        return group is None and not order.is_lost
-
-    def _give_back(self, group: Group, load: Load) -> None:
-        """Drops a group's copy, which nobody uses."""
-        self._ahead.pop(group, None)
-        self._kept.pop(group, None)
-        self._reach = 0
-        self._engine.give_back(load)
-
-    def _drop_unexpected(self, used: Group) -> None:
-        """Keeps, of what was copied ahead, only what is still expected next."""
-        expected = {used}
-        distance = 0
-        while (group := self._order.ahead(distance)) is not None and (
-            group in self._kept or (group in self._ahead and group not in expected)
-        ):
-            expected.add(group)
-            distance += 1
-        for group in self._ahead.keys() - expected:
-            self._give_back(group, self._ahead[group])
-        self._reach = 0
+            following.copy_ahead(wraps=following is self, is_guess=not is_sure)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import hookcore
-from hookcore import PlanError
+from hookcore import ConflictError, PlanError
 from hookcore.testing.cases import tensors_in
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins import ChannelsLast, Compile, GroupOffload, LayerwiseCasting, Slicing, Tiling
@@ -397,6 +397,18 @@ def test_blocks_are_compiled_for_one_tile_and_no_other(method):
     hookcore.apply(model, [Tiling(48, 4, context="tile"), Compile(backend="eager")])
     assert 0 < difference(run(model, image), expected) < 1
     assert graphs_of(model) == graphs_of(single) > 0
+
+
+@pytest.mark.parametrize("context", ["tile", "global"])
+def test_tiles_within_what_is_compiled_as_a_whole_are_refused(context):
+    """torch would have to compile the tiling itself."""
+    model = autoencoder()
+    before = ModelSnapshot.take(model)
+    techniques = [Tiling(48, context=context), Compile(regional=False)]
+    for order in (techniques, techniques[::-1]):
+        with pytest.raises(ConflictError, match=r"compile runs all .* tiling cannot stand at _encode\(\) of"):
+            hookcore.apply(model, order)
+    before.assert_restored(model)
 
 
 @pytest.mark.usefixtures("_compiling_anew")

@@ -115,8 +115,8 @@ FAMILIES = {
             down_block_types=("CogVideoXDownBlock3D",) * 3,
             up_block_types=("CogVideoXUpBlock3D",) * 3,
         ),
-        (1, 3, 9, 96, 96),
-        (1, 4, 3, 24, 24),
+        (1, 3, 17, 96, 96),
+        (1, 4, 5, 24, 24),
         {},
     ),
     "wan": (

@@ -150,6 +150,19 @@ def test_blocks_are_compiled_once_whatever_else_is_on_the_model(device, data, se
     assert counts(model) == once(2)
 
 
+@pytest.mark.parametrize("name", ["blocks", "leaves", "whole"])
+def test_code_is_the_same_whether_a_block_is_called_in_its_model_or_by_itself(name):
+    """It would not be if it noticed that weights are read, which is asked only outside of calls."""
+    model = Model(others=0)
+    hookcore.apply(model, [compiled(), OTHERS[name]("cpu")])
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        model(x)
+        for block in model.blocks:
+            block(x)
+    assert counts(model) == once(1)
+
+
 @pytest.mark.parametrize("make", [pytest.param(flux, marks=pytest.mark.slow), unet, autoencoder, gpt2])
 def test_real_models_compute_the_same(make):
     case = make()

@@ -545,6 +545,25 @@ def test_an_edit_that_nobody_is_told_of_is_seen(sim, way, folder):
         assert same_bits(call_wide(model).cpu(), call_wide(bare, "cpu"))
 
 
+def test_what_is_kept_is_read_anew_when_it_is_no_longer_in_use(sim, folder):
+    """After an edit that nobody is told of, while the device still computes the call before."""
+    bare, model = wide(), wide()
+    technique = DiskOffload(folder, execution_device="sim", memory_budget=9 * LAYER)
+    hookcore.apply({"model": model, "other": wide()}, [technique])
+    held = [[layer.weight for layer in it.layers] for it in (model, bare)]
+    x = W.to("sim")  # a copy of an input from the host would wait for the device
+    slow = simulator.DeviceProfile(name="slow kernels", kernel_latency=1e-2)
+    with reading("cached", likely=1.0), sim.limited(profile=slow), torch.no_grad():
+        for _ in range(4):
+            model(x)
+        for weights_of in held:
+            for weight in weights_of:
+                weight.data.mul_(2)
+        found = model(x)
+    assert len(mover_of(model)._engine.slab.kept) == 8
+    assert same_bits(found.cpu(), call_wide(bare, "cpu"))
+
+
 @pytest.mark.parametrize("budget", [None, "1MiB"])
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 def test_what_a_forward_changes_in_its_weight_is_kept(sim, budget, kept, tmp_path):

@@ -335,6 +335,26 @@ def test_the_next_component_is_there_before_it_is_called(counted, sizes):
         assert len(copied) == 2 + (len(order) > 2)
 
 
+class Told:
+    """A pipeline, as far as it tells of itself: components by name, and the order in which it calls them."""
+
+    def __init__(self, components, order):
+        self.components = components
+        self.model_cpu_offload_seq = "->".join(order)
+
+
+@FEWER
+@given(st.permutations(NAMES), st.permutations(NAMES))
+def test_the_order_that_a_pipeline_tells_is_believed_on_its_first_run(sim, registered, order):
+    made = stacks([1, 2, 3, 1])
+    pipe = Told({name: made[name] for name in registered}, order)
+    applied = hookcore.apply(pipe, [ModelOffload("sim", memory_budget="1MiB")])
+    for name in order:
+        call(made[name])
+    report = counts_of(applied)
+    assert [(report[name].hits, report[name].on_demand) for name in order] == [(0, 1), *[(1, 0)] * 3]
+
+
 def test_nothing_is_copied_back_and_each_component_comes_in_one_copy(sim):
     there = stacks([1, 3, 2])
     hookcore.apply(there, [ModelOffload("sim")])
@@ -717,6 +737,21 @@ def test_shared_weights_stay_when_another_component_takes_over(sim):
         call(model)
     own = weights_of(there["denoiser"]) - there["text"][0].weight.nbytes
     assert counts_of(applied)["denoiser"].moved_bytes == own
+
+
+def test_shared_weights_are_taken_once_and_given_back_to_where_they_were(sim):
+    there, first = tied()
+    for model in there.values():
+        model.to("sim")
+    before = sim.pinned_bytes()
+    applied = hookcore.apply(there, [ModelOffload("sim")])
+    assert first.weight.device.type == "cpu"
+    every = {id(it): -(-it.nbytes // 64) * 64 for model in there.values() for it in model.parameters()}
+    assert sim.pinned_bytes() - before == sum(every.values())
+    call_tied(there["vae"])
+    applied.remove()
+    assert {it.device.type for model in there.values() for it in model.parameters()} == {"sim"}
+    assert sim.pinned_bytes() == before
 
 
 def test_a_component_that_is_given_back_has_shared_weights_on_the_host(sim):

@@ -197,7 +197,7 @@ def test_model_offload_goes_off_at_the_end_of_a_run(sim):
 def test_the_order_of_a_pipeline_is_known_before_its_first_run(sim):
     case = pipelines.stable_diffusion_xl()
     pipe = case.build()
-    hookcore.apply(pipe, [ModelOffload("sim", memory_budget="1MiB")])
+    applied = hookcore.apply(pipe, [ModelOffload("sim", memory_budget="1MiB")])
     with torch.no_grad():
         pipe.text_encoder_2(torch.zeros(1, 12, dtype=torch.int64))
         assert {it.device.type for it in pipe.text_encoder_2.parameters()} == {"sim"}
@@ -210,6 +210,9 @@ def test_the_order_of_a_pipeline_is_known_before_its_first_run(sim):
             )
     inputs_and_what_comes_next = 5 + 1
     assert [it.engine for it in trace.spans].count("copy in") == inputs_and_what_comes_next
+    report = {entry.component: entry.counted for entry in applied.run_report().entries}
+    assert [report[name].copies for name in ("text_encoder", "text_encoder_2", "unet", "vae")] == [0, 1, 1, 1]
+    assert (report["unet"].hits, report["unet"].on_demand) == (1, 0)  # it was copied ahead
 
 
 def test_a_run_inside_of_a_call_leaves_everything_on(sim):

@@ -374,6 +374,94 @@ def test_what_a_call_holds_throughout_has_room_of_its_own(sim):
     assert seen == [1, 1]
 
 
+class Outer(nn.Module):
+    """Holds a large weight for the whole call, in which another component is called."""
+
+    def __init__(self, inner, layers=3):
+        super().__init__()
+        self.table = nn.Parameter(torch.linspace(-1, 1, 16 * WIDTH**2).reshape(WIDTH, -1) / WIDTH)
+        self.layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
+        self.inner = (inner,)
+
+    def forward(self, x):
+        x = self.inner[0](self.layers(x @ self.table @ self.table.mT))
+        return x @ self.table @ self.table.mT
+
+
+def test_what_an_outer_call_uses_is_there_until_it_ends(sim):
+    """Although it leaves no room for what an inner call needs, in the same stretch of memory."""
+
+    def made():
+        inner = build([[1], [4], [1]])["control"]
+        return {"inner": inner, "outer": Outer(inner)}
+
+    models, bare = made(), made()
+    bare["outer"].load_state_dict(models["outer"].state_dict())
+    outer = models["outer"]
+    budget = outer.table.nbytes + weights(outer.layers) + ACTIVATIONS
+    assert budget - outer.table.nbytes < weights(models["inner"].up[0])
+    hookcore.apply(models, [GroupOffload("sim", memory_budget=budget)])
+    for _ in range(3):
+        assert same_bits(call(outer).cpu(), call(bare["outer"], "cpu"))
+
+
+def test_what_is_held_is_no_part_of_what_is_divided(sim):
+    """It is larger than the room for all else, in which two thirds of that can stay."""
+    models = {name: Outer(nn.Identity(), 12) for name in ("control", "unet")}
+    tables = sum(it.table.nbytes for it in models.values())
+    layers = sum(map(weights, models.values())) - tables
+    applied = hookcore.apply(models, [GroupOffload("sim", memory_budget=tables + int(0.8 * layers))])
+    copied = []
+    with sim.limited(profile=simulator.DeviceProfile(name="slow link", host_to_device=1e6)):
+        for _ in range(6):
+            before = moved(applied)
+            for model in models.values():
+                call(model)
+            copied.append(moved(applied) - before)
+    assert copied[-1] <= layers // 3
+
+
+class Drifting(nn.Linear):
+    """Changes its weight in each call."""
+
+    def forward(self, x):
+        self.weight.mul_(0.9)
+        return super().forward(x)
+
+
+def test_what_a_call_changed_is_copied_ahead_again(sim):
+    """Also what would have been kept, and is on the device as it was before."""
+    models, bare = build([[2] * 6] * 3), build([[2] * 6] * 3)
+    for both in (models, bare):
+        del both["text"]
+        for part in both.values():
+            part.up = nn.ModuleList(Drifting(WIDTH, it.out_features) for it in part.up)
+    for name, theirs in bare.items():
+        theirs.load_state_dict(models[name].state_dict())
+    nbytes = sum(map(weights, models.values()))
+    applied = hookcore.apply(models, [GroupOffload("sim", memory_budget=int(0.6 * nbytes))])
+    found = []
+    for number in range(9):
+        for name in models:
+            assert same_bits(call(models[name]).cpu(), call(bare[name], "cpu")), (number, name)
+        found.append(sum(it.on_demand for it in counted(applied).values()))
+    assert found[-1] == found[5]
+
+
+def test_what_is_kept_is_copied_anew_after_a_change_that_torch_does_not_count(sim):
+    models, _, applied = two(0.6)
+    bare = build([[2] * 6] * 3)
+    for factor in (0.5, 2):
+        for _ in range(4):
+            for name in models:
+                assert same_bits(call(models[name]).cpu(), call(bare[name], "cpu"))
+        assert room_of(applied).slab.kept
+        for name in models:
+            for both in (models, bare):
+                for layer in (*both[name].up, *both[name].down):
+                    layer.weight.data *= factor
+
+
 def test_what_a_component_kept_makes_way_and_comes_again(sim):
     models = build([[8], [1], [2] * 8])
     nbytes = sum(map(weights, models.values()))

@@ -105,7 +105,7 @@ def techniques(device):
             ModelOffload,
             st.just(device),
             st.none() | st.permutations(["text", "unet", "vae"]),
-            memory_budget=st.none() | st.integers(1_500, 4_000) if device == "sim" else st.none(),
+            memory_budget=st.none() | st.integers(1_800, 4_000) if device == "sim" else st.none(),
         ),
         st.builds(
             GroupOffload,

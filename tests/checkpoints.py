@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import itertools
 import json
 import os
 import pickle
+import random
+import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
+
+from hookcore.memory import DiskMover, disk
 
 # Making checkpoints and models
 
@@ -188,3 +194,60 @@ def damage(path, how):
 
 
 every_damage = pytest.mark.parametrize("how", ["truncate", "append", "overwrite", "replace", "delete"])
+
+
+# Forcing a way of reading
+
+
+@contextlib.contextmanager
+def reading(way, seed=0):
+    """Has groups be mapped, or read directly, or the one or the other as a seed says."""
+    counts = {}
+    lock = threading.Lock()
+
+    def is_cached(ranges):
+        if way != "mixed":
+            return way == "mapped"
+        where = [(str(it.mapping.path.name), it.start) for it in ranges]
+        with lock:
+            number = counts[str(where)] = counts.get(str(where), 0) + 1
+        return random.Random(f"{seed} {where} {number}").random() < 0.5  # noqa: S311
+
+    with patch.object(disk, "is_cached", is_cached):
+        yield
+
+
+ways = st.sampled_from(["mapped", "read", "mixed"])
+each_way = pytest.mark.parametrize("way", ["mapped", "read"])
+
+
+@contextlib.contextmanager
+def watching_memory():
+    """Fails as soon as a mover takes more memory than it may."""
+
+    def check(mover):
+        room = mover._room
+        taken = room.arena.lent()  # first, as it takes back what nobody looks at any more
+        pieces = [*(piece for _, piece in room._leaving), *room.arena._looked_at, *room._left_behind]
+        for it in room._movers.values():
+            for loads in (it._in_use, it._resident, it._ahead, it._kept):
+                pieces += [piece for load in loads.values() for piece in load.pieces]
+            assert sum(load.nbytes for load in it._ahead.values()) <= room.read_ahead
+        assert taken == sum(piece.nbytes for piece in pieces if piece._memory is room.arena._memory)
+
+    def checked(name):
+        original = getattr(DiskMover, name)
+
+        def method(mover, *args, **kwargs):
+            original(mover, *args, **kwargs)
+            check(mover)
+            if name == "end":
+                assert not mover._in_use
+                assert not mover._room.is_leaving
+
+        return patch.object(DiskMover, name, method)
+
+    with contextlib.ExitStack() as stack:
+        for name in ("begin", "end", "onload", "offload"):
+            stack.enter_context(checked(name))
+        yield

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import random
 import struct
 import tempfile
-import threading
 import time
 from unittest.mock import patch
 
@@ -21,11 +19,15 @@ from checkpoints import (
     contents,
     copyings,
     damage,
+    each_way,
     edit,
     edits,
     every_damage,
+    reading,
     save,
     stored_tensors,
+    watching_memory,
+    ways,
     wide,
 )
 from hypothesis import assume, given, settings
@@ -55,62 +57,6 @@ def mover_of(model):
         for binding in attachment.bindings:
             return binding.hook._placement.mover
     return None
-
-
-# Forcing a way of reading
-
-
-@contextlib.contextmanager
-def reading(way, seed=0):
-    """Has groups be mapped, or read directly, or the one or the other as a seed says."""
-    counts = {}
-    lock = threading.Lock()
-
-    def is_cached(ranges):
-        if way != "mixed":
-            return way == "mapped"
-        where = [(str(it.mapping.path.name), it.start) for it in ranges]
-        with lock:
-            number = counts[str(where)] = counts.get(str(where), 0) + 1
-        return random.Random(f"{seed} {where} {number}").random() < 0.5  # noqa: S311
-
-    with patch.object(disk, "is_cached", is_cached):
-        yield
-
-
-ways = st.sampled_from(["mapped", "read", "mixed"])
-each_way = pytest.mark.parametrize("way", ["mapped", "read"])
-
-
-@contextlib.contextmanager
-def watching_memory():
-    """Fails as soon as a mover takes more memory than it may."""
-
-    def check(mover):
-        arena = mover._arena
-        taken = arena.lent()  # first, as it takes back what nobody looks at any more
-        loads = (*mover._in_use.values(), *mover._resident.values(), *mover._ahead.values())
-        pieces = [piece for load in loads for piece in (load.read, load.converted) if piece is not None]
-        pieces += [*(piece for _, piece in mover._leaving), *arena._looked_at]
-        assert taken == sum(piece.nbytes for piece in pieces if piece._memory is arena._memory)
-        assert sum(load.nbytes for load in mover._ahead.values()) <= mover._read_ahead_limit
-
-    def checked(name):
-        original = getattr(DiskMover, name)
-
-        def method(mover, *args, **kwargs):
-            original(mover, *args, **kwargs)
-            check(mover)
-            if name == "end":
-                assert not mover._in_use
-                assert not mover._leaving
-
-        return patch.object(DiskMover, name, method)
-
-    with contextlib.ExitStack() as stack:
-        for name in ("begin", "end", "onload", "offload"):
-            stack.enter_context(checked(name))
-        yield
 
 
 class BoomError(Exception):
@@ -377,7 +323,7 @@ def test_memory_for_direct_reads_is_used_again(folder):
             for _ in range(5):
                 call(streamed)
     largest = max(it.nbytes for it in mover_of(streamed)._streamed.values())
-    assert len(mover_of(streamed)._arena._memory) <= rounded(largest)
+    assert mover_of(streamed)._room.arena.nbytes <= rounded(largest)
 
 
 def test_the_second_call_finds_everything_read_ahead_also_the_first_of_it(folder):
@@ -921,7 +867,7 @@ def test_no_later_layer_computes_once_a_file_has_changed_during_a_call(how, way,
 
 
 @each_way
-@pytest.mark.parametrize("step", ["_place_of", "is_cached"])
+@pytest.mark.parametrize("step", ["place_of", "is_cached"])
 def test_a_group_that_cannot_be_brought_is_let_go_and_brought_the_next_time(way, step, folder):
     expected = call(hookcore.load(Wide, folder))
 

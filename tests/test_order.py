@@ -87,7 +87,9 @@ def test_a_pass_that_is_repeated_has_no_misses_and_is_known_at_each_step(guess, 
         for position, used in enumerate(uses):
             # All of the pass, each thing once for each of its uses, from here on round into the next one.
             assert list(order.upcoming()) == uses[position:] + uses[:position]
+            assert list(order.upcoming(wraps=False)) == uses[position:]
             order.note(used)
+        assert list(order.upcoming(wraps=False)) == []
         order.end_pass()
     assert order.misses == misses
 

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -125,15 +125,19 @@ def test_a_model_that_goes_to_a_device_is_traced_there(sim):
 @given(
     rows=st.integers(1, 3),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    shown=st.sampled_from([1, 2, 3, None]),
     factor=st.sampled_from([1, 2, 1.0, None]),
     modes=st.tuples(*[st.booleans()] * 4),
 )
-def test_a_call_that_is_not_like_the_example_runs_untraced(rows, dtype, factor, modes):
+@example(rows=2, dtype=torch.float32, shown=3, factor=2, modes=(False,) * 4)
+@example(rows=2, dtype=torch.float32, shown=None, factor=None, modes=(False, True, False, False))
+def test_a_call_that_is_not_like_the_example_runs_untraced(rows, dtype, shown, factor, modes):
     as_dict, training, by_name, gradients = modes
     torch.manual_seed(0)
     model = Model().eval()
     bare = copy.deepcopy(model)
-    hookcore.apply(model, [Trace(torch.randn(2, 4))])
+    inputs = (torch.randn(2, 4),) if shown is None else (torch.randn(2, 4), shown)
+    hookcore.apply(model, [Trace(inputs)])
     for it in (model, bare):
         it.train(training).to(dtype)
     x = torch.randn(rows, 4, dtype=dtype)
@@ -146,8 +150,8 @@ def test_a_call_that_is_not_like_the_example_runs_untraced(rows, dtype, factor, 
         assert got.pop("factor") is expected.pop("factor")
     assert all(map(torch.equal, tensors_in(got), tensors_in(expected)))
     assert [it.requires_grad for it in tensors_in(got)] == [gradients]
-    is_like = rows == 2 and not as_dict and type(factor) in (int, type(None)) and factor in (1, None)
-    is_traced = is_like and dtype is torch.float32
+    same_factor = type(factor) is not float and (factor or 1) == (shown or 1)
+    is_traced = rows == 2 and not as_dict and same_factor and dtype is torch.float32
     assert count(model)[1:] == (is_traced, not is_traced)
 
 

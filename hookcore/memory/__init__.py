@@ -7,6 +7,7 @@ from hookcore.memory.checkpoint import Checkpoint, TensorEntry
 from hookcore.memory.counts import StreamReport
 from hookcore.memory.device import DeviceMover
 from hookcore.memory.disk import DiskMover
+from hookcore.memory.disk_room import DiskRoom
 from hookcore.memory.file_origins import (
     FileOrigins,
     check_ties,
@@ -53,6 +54,7 @@ __all__ = [
     "Checkpoint",
     "DeviceMover",
     "DiskMover",
+    "DiskRoom",
     "FileOrigins",
     "FileStore",
     "Group",

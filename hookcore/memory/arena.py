@@ -60,10 +60,13 @@ class Arena:
 
     Args:
         nbytes: Its length; rounded up to whole pages.
+
+    Attributes:
+        nbytes: As given, rounded up.
     """
 
     def __init__(self, nbytes: int) -> None:
-        size = rounded(max(nbytes, 1))
+        self.nbytes = size = rounded(max(nbytes, 1))
         self._memory = _memory(size)
         self._ranges = Ranges(size)
         self._looked_at: list[Piece] = []

@@ -62,14 +62,38 @@ def choose_residents(
     least, fqn = largest_held(costs)
     if budget is None:
         return []
+    check_budget(budget, least, fqn, what)
+    if sum(costs.values()) <= budget:
+        return list(costs)  # nothing is streamed, so nothing needs room to come and go
+    return spread_residents(costs, budget - min(budget, least + read_ahead))
+
+
+def check_budget(budget: int, least: int, fqn: str, what: str) -> None:
+    """Refuses a budget that is less than one call holds at once.
+
+    Args:
+        budget: Bytes for all weights together.
+        least: What the call holds, in bytes.
+        fqn: The module that is called.
+        what: Its component.
+
+    Raises:
+        BudgetError: It is; names the least that works.
+    """
     if budget < least:
         raise BudgetError(
             f"memory_budget is {format_bytes(budget)}, but the call of {fqn!r} in {what!r} needs "
             f"{format_bytes(least)} of weights at once. The smallest budget that works is {least} bytes"
         )
-    if sum(costs.values()) <= budget:
-        return list(costs)  # nothing is streamed, so nothing needs room to come and go
-    spare = budget - min(budget, least + read_ahead)
+
+
+def spread_residents(costs: Mapping[Group, int], spare: int) -> list[Group]:
+    """Chooses as many groups as there is room for; see `choose_residents`.
+
+    Args:
+        costs: Bytes that each group takes in memory, in the order of their use.
+        spare: Bytes for those that stay.
+    """
     tiny = spare // 1000
     residents = _fill([group for group in costs if costs[group] <= tiny], costs, spare)
     spare -= sum(costs[group] for group in residents)

@@ -13,83 +13,34 @@ idea of taking weights from a mapping is safetensors'; that of learning the orde
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
-from attrs import define, field
 
 from hookcore.errors import CheckpointError
 from hookcore.memory import file_weights
-from hookcore.memory.arena import Arena, Piece, piece_beside, rounded
+from hookcore.memory.arena import Piece, piece_beside, rounded
+from hookcore.memory.budget import largest_held
 from hookcore.memory.direct import DirectReader, aligned_span
-from hookcore.memory.file_ranges import (
-    FileRange,
-    are_aligned,
-    cost,
-    drop,
-    is_cached,
-    merged,
-    was_written,
-)
+from hookcore.memory.file_loads import Load, Streamed, place_of
+from hookcore.memory.file_ranges import drop, is_cached, was_written
 from hookcore.memory.file_weights import FileWeight, is_as_stored
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from hookcore.memory.checkpoint import Checkpoint
+    from hookcore.memory.disk_room import DiskRoom
     from hookcore.memory.grouping import Group
+    from hookcore.memory.mover import Needed
     from hookcore.memory.origins import Origin
     from hookcore.target import TensorSlot
 
 _WORKERS = 2  # one reads the next group while the other lets go of the last
-
-
-class _Streamed:
-    """What there is to bring for a group: its weights, their places in files, the memory that takes."""
-
-    def __init__(self, weights: list[FileWeight]) -> None:
-        self.weights = weights
-        origins = [weight.origin for weight in weights if not weight.edited]
-        self.ranges = merged(origins)
-        self.aligned = are_aligned(origins)
-        self.read_bytes = sum(aligned_span(it.start, it.stop) for it in self.ranges)
-        self.converted_bytes = cost(origins) - self.read_bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory in all."""
-        return self.read_bytes + self.converted_bytes
-
-
-@define(eq=False)
-class _Load:
-    """A group on its way into memory, or there."""
-
-    ranges: tuple[FileRange, ...]
-    aligned: bool
-    """Whether they may be read into a buffer."""
-    nbytes: int
-    """Bytes of memory that it takes."""
-    during_call: int
-    """In which call of the component it was begun."""
-    read: Piece | None
-    """Memory to read it into; nothing lies there if it is used where it is mapped."""
-    converted: Piece | None
-    """Memory for what is converted."""
-    positions: list[int] = field(factory=list)
-    """Where each range begins in `read`; none if it is mapped."""
-    converted_used: int = 0
-    shown: list[tuple[FileWeight, list[torch.Tensor], list[int]]] = field(factory=list)
-    """What the parameters of which weight hold now, and how often torch had counted a change of each."""
-    done: Future[None] = field(factory=Future)
-
-    def wait(self) -> None:
-        """Waits until it is in memory; raises what reading it raised."""
-        self.done.result()
 
 
 class DiskMover(GroupMover):
@@ -98,13 +49,23 @@ class DiskMover(GroupMover):
     What a user edits between calls is kept: a mapping copies the pages written, and these are never let go.
     A file that changes is found before its weights are used, and again when the outermost call ends.
 
+    Several components have the memory in turn (see `disk_room`). What stays of one is shown to its parameters
+    until it is given up for another.
+
     Args:
         groups: The groups that come and go, in the order in which they are probably used.
         origins: Where the values of each parameter lie, by slot.
         device: The execution device.
-        budget: Bytes that all groups, also the resident ones, may take in memory together.
-        read_ahead: Bytes of them that may be ahead of use.
-        whole: Bytes that all groups would take together, for the plan.
+        room: The memory, which several movers may have in turn.
+        costs: Bytes of memory that each group takes, also the resident ones.
+        what: The component, for messages.
+
+    Attributes:
+        number: Its number in the room.
+        costs: As given.
+        whole: Bytes that all groups would take together.
+        least: The most bytes that one call holds at once.
+        where: The module where that is, and the component.
     """
 
     def __init__(
@@ -112,29 +73,42 @@ class DiskMover(GroupMover):
         groups: Sequence[Group],
         origins: Mapping[TensorSlot, Origin],
         device: torch.device,
-        budget: int,
-        read_ahead: int,
+        room: DiskRoom,
         *,
-        whole: int,
+        costs: Mapping[Group, int],
+        what: str,
     ) -> None:
+        self._room = room
+        self._resident: dict[Group, Load] = {}
+        self._in_use: dict[Group, Load] = {}
+        self._ahead: dict[Group, Load] = {}
+        self._kept: dict[Group, Load] = {}  # not in use, but there until they are given up
+        self._to_stay: list[Group] = []  # residents that the next call brings
+        self._to_keep: frozenset[Group] = frozenset()  # those that are kept after their next use
         self._origins = origins
         self._device = device
-        self._budget = budget
-        self._read_ahead_limit = read_ahead
-        self._whole = whole
+        self.number = room.number()
+        self.costs = costs
+        self.whole = sum(costs.values())
+        self.least, fqn = largest_held(costs)
+        self.where = fqn, what
         self._order: LearnedOrder[Group] = LearnedOrder(groups)
-        self._streamed: dict[Group, _Streamed] = {}
-        self._to_stay: list[Group] = []  # residents that the next call brings
-        self._resident: dict[Group, _Load] = {}
-        self._in_use: dict[Group, _Load] = {}
-        self._ahead: dict[Group, _Load] = {}
-        self._leaving: list[tuple[Future[None], Piece]] = []  # mapped pages that are being let go
+        self._streamed: dict[Group, Streamed] = {}
         self._calls = 0
-        self._arena = Arena(budget)
+        self._is_running = False
         self._files: dict[Path, Checkpoint] = {}
         self._readers: dict[Path, DirectReader] = {}
         self._reader_lock = threading.Lock()
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="hookcore-disk")
+
+    def __del__(self) -> None:
+        # A model that goes away with its hooks on. What is being read keeps it alive until that is done.
+        loads = (self._resident, self._in_use, self._ahead, self._kept)
+        self._room.leave_behind(piece for them in loads for load in them.values() for piece in load.pieces)
+
+    def expect(self, needed: Needed) -> None:
+        """Tells the room of the component."""
+        self._room.expect(needed.component, self)
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Has the group's parameters show the checkpoint's tensors; a resident one is read by the next call.
@@ -142,13 +116,14 @@ class DiskMover(GroupMover):
         Raises:
             CheckpointError: A parameter in memory differs from the checkpoint.
         """
-        streamed = _Streamed([FileWeight.compare(slot, self._origins[slot]) for slot in group.slots])
+        streamed = Streamed([FileWeight.compare(slot, self._origins[slot]) for slot in group.slots])
         for weight in streamed.weights:
             weight.take_over()
             self._files[weight.origin.entry.path] = weight.origin.checkpoint
         self._streamed[group] = streamed
         if resident:
             self._to_stay.append(group)
+        self._room.register(self)
 
     @torch.inference_mode(False)  # what is made here outlives the mode
     def detach(self, group: Group) -> None:
@@ -156,13 +131,19 @@ class DiskMover(GroupMover):
 
         Raises:
             CheckpointError: Values have to be read, and a file has changed.
+            ConcurrentCallError: Another thread calls a component that shares the memory.
         """
+        with self._room.changing():
+            self._detach(group)
+
+    def _detach(self, group: Group) -> None:
         weights = self._streamed[group].weights
-        load = self._resident.get(group)
+        staying = self._kept if group in self._kept else self._resident
+        load = staying.get(group)
         shown = []
         if load is not None:
             self._verify()
-            _keep_edits(load, compare=True)
+            load.keep_edits(compare=True)
             shown = [weight for weight, _, _ in load.shown]
         for weight in weights:
             if weight not in shown:
@@ -170,10 +151,10 @@ class DiskMover(GroupMover):
         try:
             found = [weight.values_to_give_back() for weight in weights]
         except CheckpointError:
-            self._discard_all()
+            self.discard_ahead()
             raise
         if load is not None:
-            self._let_go(self._resident.pop(group))
+            self._let_go(staying.pop(group))
         for weight, values in zip(weights, found, strict=True):
             weight.give_back(values)
         del self._streamed[group]
@@ -181,6 +162,7 @@ class DiskMover(GroupMover):
             self._to_stay.remove(group)
         if not self._streamed:
             self._close()
+            self._room.unregister(self)
 
     def settle(self, group: Group) -> None:
         """Has parameters lie in memory, or simply show the checkpoint's tensor, after the last `detach`.
@@ -191,15 +173,23 @@ class DiskMover(GroupMover):
         file_weights.settle(group.slots)
 
     def needs(self) -> dict[str, int]:
-        """As much memory as groups may take, or all of them do."""
-        return {str(self._device): min(self._budget, self._whole)}
+        """As much memory as groups of all components may take, said by the first of them.
+
+        Raises:
+            BudgetError: The budget is too small.
+        """
+        nbytes = self._room.needs(self)
+        return {str(self._device): nbytes} if nbytes else {}
 
     def begin(self) -> None:
         """Begins an outermost call.
 
         Raises:
             CheckpointError: A file has changed.
+            ConcurrentCallError: Another thread calls a component that shares the memory.
         """
+        self._room.enter(self)
+        self._is_running = True
         self._calls += 1
         self._verify()
         for group in self._to_stay:
@@ -208,7 +198,7 @@ class DiskMover(GroupMover):
             group = self._to_stay[-1]
             self._resident[group] = self._bring(group, self._load_of(group))
             self._to_stay.pop()
-        self._read_ahead()
+        self.read_ahead()
 
     def end(self) -> None:
         """Ends an outermost call; what the next one needs first is read meanwhile.
@@ -216,10 +206,19 @@ class DiskMover(GroupMover):
         Raises:
             CheckpointError: A file has changed, so that the call may have used wrong weights.
         """
-        self._order.end_pass()
-        self._wait_for_leaving()
-        self._verify()
-        self._read_ahead()
+        if not self._is_running:
+            return  # its begin was refused
+        try:
+            self._order.end_pass()
+            following = self._room.following(self)
+            if following is not self:
+                self.discard_ahead()
+            self._room.wait_for_leaving()
+            self._verify()
+            following.read_ahead()
+        finally:
+            self._is_running = False
+            self._room.leave()
 
     def onload(self, group: Group) -> None:
         """Has the group's parameters hold their values on the execution device, in the dtype wanted.
@@ -227,26 +226,77 @@ class DiskMover(GroupMover):
         Raises:
             CheckpointError: A file has changed, or cannot be read.
         """
+        load = self._kept.pop(group, None)
+        if load is not None and not load.is_replaced:
+            self._in_use[group] = load
+            self._order.note(group)
+            return
+        if load is not None:
+            self._let_go(load)
         self._in_use[group] = self._bring(group, self._load_of(group))
         self._order.note(group)
-        self._read_ahead()
+        self.read_ahead()
 
     def offload(self, group: Group) -> None:
-        """Has the group's parameters show the checkpoint's tensors again."""
-        self._let_go(self._in_use.pop(group))
-        self._read_ahead()
+        """Has the group's parameters show the checkpoint's tensors again, unless it is to stay."""
+        load = self._in_use.pop(group)
+        if group in self._to_keep:
+            self._kept[group] = load
+        else:
+            self._let_go(load)
+            self.read_ahead()
 
     def reset(self) -> None:
         """Forgets the order of use."""
         self._order.forget()
+        self._room.forget()
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
         """Where the bytes of the group lie."""
+        there = resident or group in self._kept
         return file_weights.report(
-            self._streamed[group].weights, f"resident on {self._device}" if resident else None
+            self._streamed[group].weights, f"resident on {self._device}" if there else None
         )
 
-    def _bring(self, group: Group, load: _Load) -> _Load:
+    # What the room asks
+
+    @property
+    def kept(self) -> dict[Group, int]:
+        """The groups that are kept, and their bytes of memory."""
+        return {group: self.costs[group] for group in self._kept}
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes of memory of what was read ahead."""
+        return sum(load.nbytes for load in self._ahead.values())
+
+    def keep(self, groups: Collection[Group]) -> None:
+        """Is told what is to stay from now on: of the groups of all components."""
+        self._to_keep = frozenset(group for group in self.costs if group in groups)
+        for group in [group for group in self._kept if group not in self._to_keep]:
+            self._give_up(group)
+
+    def give_up_one(self) -> bool:
+        """Gives up a group that is kept and not in use; False if there is none that can be."""
+        return any(self._give_up(group) for group in reversed(list(self._kept)))
+
+    @torch.inference_mode(False)  # what was edited outlives the mode
+    def _give_up(self, group: Group) -> bool:
+        load = self._kept[group]
+        try:
+            self._verify()
+        except CheckpointError:
+            return False  # nobody could tell what was edited; its next call says so
+        load.keep_edits(compare=True)
+        for weight, _, _ in load.shown:  # compared with the file
+            weight.origin.mapping.drop(weight.origin.entry.offset, weight.origin.entry.nbytes)
+        self._let_go(self._kept.pop(group))
+        self._room.wait_for_leaving()
+        return True
+
+    # How it is done
+
+    def _bring(self, group: Group, load: Load) -> Load:
         """Waits for a load and shows it."""
         try:
             load.wait()
@@ -263,13 +313,13 @@ class DiskMover(GroupMover):
         return load
 
     @torch.inference_mode(False)  # as parameters take over from data whether it was made in the mode
-    def _show(self, group: Group, load: _Load) -> None:
+    def _show(self, group: Group, load: Load) -> None:
         """Rebinds the parameters of a group that is in memory."""
         copies = self._device.type != "cpu"
         weights = self._streamed[group].weights
         for weight in weights:
             weight.adopt()
-            place = _place_of(weight, load)
+            place = place_of(weight, load)
             data: list[torch.Tensor] = []
             made: dict[int, torch.Tensor] = {}  # tied objects go on sharing memory
             for home in weight.homes:
@@ -286,7 +336,7 @@ class DiskMover(GroupMover):
         if copies or all(weight.converts for weight in weights):
             self._release_read(load)
 
-    def _converted(self, data: torch.Tensor, dtype: torch.dtype, load: _Load) -> torch.Tensor:
+    def _converted(self, data: torch.Tensor, dtype: torch.dtype, load: Load) -> torch.Tensor:
         if self._device.type != "cpu" or not data.numel():
             return data.to(self._device, dtype, copy=True)
         nbytes = data.numel() * dtype.itemsize
@@ -297,72 +347,60 @@ class DiskMover(GroupMover):
         return target.copy_(data)
 
     @torch.inference_mode(False)
-    def _let_go(self, load: _Load) -> None:
+    def _let_go(self, load: Load) -> None:
         """Unbinds a group and gives back its memory."""
         if any(weight.versions != versions for weight, _, versions in load.shown):
-            self._wait_for_leaving()  # what is written must not be let go at that moment
-        _unbind(load)
+            self._room.wait_for_leaving()  # what is written must not be let go at that moment
+        load.unbind()
         self._release_read(load)
         if load.converted is not None:
-            self._arena.give_back(load.converted)
+            self._room.give_back(load.converted)
             load.converted = None
 
-    def _release_read(self, load: _Load) -> None:
+    def _release_read(self, load: Load) -> None:
         """Gives back the memory of what was read, once it is not needed any more."""
         if load.read is not None:
             if load.positions or load.done.cancelled():
-                self._arena.give_back(load.read)
+                self._room.give_back(load.read)
             else:
-                self._leaving.append((self._workers.submit(drop, load.ranges), load.read))
+                self._room.give_back_after(self._workers.submit(drop, load.ranges), load.read)
             load.nbytes -= load.read.nbytes
         load.read = None
         load.positions.clear()
         load.ranges = ()
 
-    def _load_of(self, group: Group) -> _Load:
+    def _load_of(self, group: Group) -> Load:
         """The load that was begun ahead, or one that begins now."""
         return self._ahead.pop(group) if group in self._ahead else self._start(group)
 
-    def _start(self, group: Group) -> _Load:
+    def _start(self, group: Group) -> Load:
         """Has a worker bring a group that is needed now, after making room for it."""
         streamed = self._streamed[group]
-        while (room := self._room(streamed)) is None:
+        sizes = (streamed.read_bytes, streamed.converted_bytes)
+        while (pieces := self._room.take(sizes)) is None:
             if self._ahead:
                 self._discard()
-            elif self._leaving:
-                self._wait_for_leaving()
-            else:  # what calls need at once, or what outputs still show, is more than the budget
-                sizes = (streamed.read_bytes, streamed.converted_bytes)
-                room = [piece_beside(nbytes) if nbytes else None for nbytes in sizes]
+            elif self._room.is_leaving:
+                self._room.wait_for_leaving()
+            elif not self._room.make_way():
+                # What calls need at once, or what outputs still show, is more than the budget.
+                pieces = [piece_beside(nbytes) if nbytes else None for nbytes in sizes]
                 break
-        return self._submit(streamed, room)
+        return self._submit(streamed, pieces)
 
     def _start_ahead(self, group: Group) -> bool:
         """Has a worker bring a group that is needed later, if there is room."""
         if group not in self._ahead:
-            room = self._room(self._streamed[group])
-            if room is None:
+            streamed = self._streamed[group]
+            pieces = self._room.take((streamed.read_bytes, streamed.converted_bytes))
+            if pieces is None:
                 return False
-            self._ahead[group] = self._submit(self._streamed[group], room)
+            self._ahead[group] = self._submit(streamed, pieces)
         return True
 
-    def _room(self, streamed: _Streamed) -> list[Piece | None] | None:
-        """Memory for reading a group and for converting it; None if there is not enough."""
-        self._give_back_what_left()
-        pieces: list[Piece | None] = []
-        for nbytes in (streamed.read_bytes, streamed.converted_bytes):
-            piece = self._arena.take(nbytes) if nbytes else None
-            if nbytes and piece is None:
-                for taken in pieces:
-                    if taken is not None:
-                        self._arena.give_back(taken)
-                return None
-            pieces.append(piece)
-        return pieces
-
-    def _submit(self, streamed: _Streamed, room: list[Piece | None]) -> _Load:
-        read, converted = room
-        load = _Load(streamed.ranges, streamed.aligned, streamed.nbytes, self._calls, read, converted)
+    def _submit(self, streamed: Streamed, pieces: list[Piece | None]) -> Load:
+        read, converted = pieces
+        load = Load(streamed.ranges, streamed.aligned, streamed.nbytes, self._calls, read, converted)
         load.done = self._workers.submit(self._fetch, load)
         return load
 
@@ -373,7 +411,8 @@ class DiskMover(GroupMover):
             load.done.exception()  # waits for it
         self._let_go(load)
 
-    def _discard_all(self) -> None:
+    def discard_ahead(self) -> None:
+        """Gives up all that was read ahead."""
         while self._ahead:
             self._discard()
 
@@ -386,35 +425,23 @@ class DiskMover(GroupMover):
             else:
                 self._files[path].verify_file(path)
         except CheckpointError:
-            self._discard_all()
+            self.discard_ahead()
             raise
 
-    def _wait_for_leaving(self) -> None:
-        """Waits for pages to be let go: until then nobody may write to them."""
-        for future, _ in self._leaving:
-            future.result()
-        self._give_back_what_left()
-
-    def _give_back_what_left(self) -> None:
-        still = []
-        for future, piece in self._leaving:
-            if future.done():
-                self._arena.give_back(piece)
-            else:
-                still.append((future, piece))
-        self._leaving = still
-
-    def _read_ahead(self) -> None:
+    def read_ahead(self) -> None:
         """Starts reading what is used next, as far as there is room."""
-        ahead = sum(load.nbytes for load in self._ahead.values())
-        for group in self._order.upcoming():
-            if group in self._ahead or group in self._in_use:
+        ahead = self.ahead_bytes
+        wraps = self._room.following(self) is self
+        for group in self._order.upcoming(wraps=wraps):
+            if group in self._ahead or group in self._in_use or group in self._kept:
                 continue
-            ahead += self._streamed[group].nbytes
-            if ahead > self._read_ahead_limit or not self._start_ahead(group):
+            if (streamed := self._streamed.get(group)) is None:
+                return  # another thread is taking it off
+            ahead += streamed.nbytes
+            if ahead > self._room.read_ahead or not self._start_ahead(group):
                 break
 
-    def _fetch(self, load: _Load) -> None:
+    def _fetch(self, load: Load) -> None:
         """Brings a group's bytes into memory, the faster way. Runs in a worker."""
         if load.read is None:
             return
@@ -438,33 +465,8 @@ class DiskMover(GroupMover):
             return self._readers[path]
 
     def _close(self) -> None:
-        self._discard_all()
-        self._wait_for_leaving()
+        self.discard_ahead()
+        self._room.wait_for_leaving()
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
-
-
-def _place_of(weight: FileWeight, load: _Load) -> torch.Tensor:
-    """The tensor that holds a weight's bytes: in a buffer it was read into, or in the mapping."""
-    origin = weight.origin
-    start, nbytes = origin.entry.offset, origin.entry.nbytes
-    for it, position in zip(load.ranges, load.positions, strict=False):  # no positions if it is mapped
-        if load.read is not None and it.mapping is origin.mapping and it.start <= start < it.stop:
-            begin = position + start - it.start
-            return load.read.tensor[begin : begin + nbytes].view(origin.entry.dtype).view(origin.entry.shape)
-    return origin.raw
-
-
-def _unbind(load: _Load) -> None:
-    """Has parameters show their homes again. A function, as its names would keep buffers in use."""
-    _keep_edits(load, compare=False)
-    for weight, _, _ in load.shown:
-        weight.show(weight.homes)
-    load.shown.clear()
-
-
-def _keep_edits(load: _Load, *, compare: bool) -> None:
-    """Gives what a group that is in memory was edited to a home."""
-    for weight, data, versions in load.shown:
-        weight.keep_edits(data, versions, compare=compare)

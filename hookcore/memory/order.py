@@ -62,10 +62,16 @@ class LearnedOrder(Generic[T]):
             self._known = [*self._known[1 - _KNOWN :], self._order]
         self._start()
 
-    def upcoming(self) -> Iterator[T]:
-        """What is expected next, on into the next pass, once round; nothing after misses in a row."""
-        if not self.is_lost:
-            yield from self._order[self._position :]
+    def upcoming(self, *, wraps: bool = True) -> Iterator[T]:
+        """What is expected next, on into the next pass, once round; nothing after misses in a row.
+
+        Args:
+            wraps: Whether the next pass is expected to be like this one; if not, its end is an end, too.
+        """
+        if self.is_lost or (not wraps and self._recorded and not self._position):
+            return
+        yield from self._order[self._position :]
+        if wraps:
             yield from self._order[: self._position]
 
     def ahead(self, distance: int, *, wraps: bool = True) -> T | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from hookcore import (
     Binding,
@@ -23,6 +23,7 @@ from hookcore.memory import (
     Checkpoint,
     DeviceMover,
     DiskMover,
+    DiskRoom,
     FileStore,
     Group,
     Origin,
@@ -36,7 +37,6 @@ from hookcore.memory import (
     dtype_hooks,
     has_streams,
     known_origins,
-    largest_held,
     leaf_units,
     make_groups,
     origins_in,
@@ -74,9 +74,9 @@ class DiskOffload(Technique):
         checkpoint: A safetensors file, an index, or a folder, as `save_pretrained` writes it. None for a
             model that `hookcore.load` makes, which knows.
         execution_device: Where the model computes; inputs are moved there.
-        memory_budget: Bytes, or text such as "512MiB", that all weights together may take in memory, or on
-            an execution device with streams, there. As many as it has room for stay. None: as little as one
-            call needs, and `read_ahead`, or a few layers on the device.
+        memory_budget: Bytes, or text such as "512MiB", that all weights of all components together may take
+            in memory, or on an execution device with streams, there. As many as it has room for stay. None:
+            as little as one call needs, and `read_ahead`, or a few layers on the device.
         read_ahead: Bytes of host memory for weights that are read ahead of their use.
     """
 
@@ -124,7 +124,7 @@ class DiskOffload(Technique):
         """Has groups be read ahead of use, and copied to the device while others compute."""
         here = self.execution_device
         store = FileStore(origins, self.read_ahead)
-        room = Room.of(component, self, here, self.memory_budget)
+        room = Room.of(component, self._without_checkpoint, here, self.memory_budget)
         mover = StreamMover(here, prefetch=_GROUPS_AHEAD, store=store, room=room)
         return Placement(component, groups, [], mover, here).bindings()
 
@@ -133,14 +133,19 @@ class DiskOffload(Technique):
     ) -> Iterator[Binding]:
         """Has groups be brought into host memory, where the CPU uses them."""
         costs = {group: cost([origins[slot] for slot in group.slots]) for group in groups}
-        budget, what = self.memory_budget, component.label("")
-        resident = choose_residents(costs, budget, self.read_ahead, what)
+        room = DiskRoom.of(component, self._without_checkpoint, self.memory_budget, self.read_ahead)
+        resident: list[Group] = []
+        if not room.is_shared:
+            resident = choose_residents(costs, self.memory_budget, self.read_ahead, component.label(""))
         streamed = [group for group in groups if group not in set(resident)]
-        if budget is None:
-            budget = largest_held(costs)[0] + self.read_ahead
-        whole = sum(costs.values())
-        mover = DiskMover(streamed, origins, self.execution_device, budget, self.read_ahead, whole=whole)
-        return Placement(component, streamed, resident, mover, self.execution_device).bindings()
+        here = self.execution_device
+        mover = DiskMover(streamed, origins, here, room, costs=costs, what=component.label(""))
+        return Placement(component, streamed, resident, mover, here).bindings()
+
+    @property
+    def _without_checkpoint(self) -> DiskOffload:
+        """What tells which components share a budget: wherever each of them lies."""
+        return evolve(self, checkpoint=None)
 
     def _origins(self, component: Component) -> dict[TensorSlot, Origin]:
         """Finds where each parameter's values lie: known from loading, or by name in the checkpoint."""

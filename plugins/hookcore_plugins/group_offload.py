@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from hookcore import (
     Phase,
@@ -25,6 +25,7 @@ from hookcore.memory import (
     Checkpoint,
     DeviceMover,
     DiskMover,
+    DiskRoom,
     FileOrigins,
     FileStore,
     Group,
@@ -288,9 +289,9 @@ class GroupOffload(Technique):
             beside = DeviceMover(here, here)
             yield from Placement(component, [], resident, beside, here).bindings()
             resident = []
-            room = max((group.nbytes for group in groups), default=0) + _READ_AHEAD
-            whole = sum(group.nbytes for group in groups)
-            mover = DiskMover(groups, origins, here, room, _READ_AHEAD, whole=whole)
+            room = DiskRoom.of(component, self._without_checkpoint, None, _READ_AHEAD)
+            costs = {group: group.nbytes for group in groups}
+            mover = DiskMover(groups, origins, here, room, costs=costs, what=component.label(""))
         placement = Placement(component, groups, resident, mover, here, exclude_kwargs=self.exclude_kwargs)
         yield from placement.bindings()
 
@@ -310,8 +311,13 @@ class GroupOffload(Technique):
             lock_limit=0 if self.low_cpu_mem_usage else None,
             store=store,
             most_ahead=self.prefetch,
-            room=Room.of(component, self, self.onload_device, self._budget),
+            room=Room.of(component, self._without_checkpoint, self.onload_device, self._budget),
         )
+
+    @property
+    def _without_checkpoint(self) -> GroupOffload:
+        """What tells which components share memory: wherever each of them lies."""
+        return evolve(self, checkpoint=None)
 
     @property
     def _budget(self) -> int | None:

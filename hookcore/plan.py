@@ -343,14 +343,18 @@ def _check_hidden(placed: Placed, binding: Binding, everything: Iterable[Placed]
         if other is placed:
             continue
         for inner in other.bindings:
-            if other.component.modules[inner.fqn] not in below:
+            at = other.component.modules[inner.fqn]
+            # A method of the module's own, such as `_decode`, is called by the one that runs as one with it.
+            its_own = binding.encloses and at is top and inner.entry.startswith("_")
+            if at not in below and not its_own:
                 continue
             if binding.encloses and not can_be_enclosed(inner.hook):
                 outer_label = placed.component.label(binding.fqn)
                 inner_label = other.component.label(inner.fqn)
+                where = f"{inner.entry}() of {inner_label!r}" if its_own else repr(inner_label)
                 raise ConflictError(
                     f"{placed.technique.name} runs all that is in {outer_label!r} as one, so that "
-                    f"{other.technique.name} cannot stand at {inner_label!r} within. Leave that module out "
+                    f"{other.technique.name} cannot stand at {where} within. Leave that module out "
                     "of one of them",
                     first=_named(placed, binding),
                     second=_named(other, inner),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 
+import diffusers
 import pytest
 import torch
+import transformers
 from autoencoders import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -175,6 +177,83 @@ def test_the_number_of_frames_of_whole_videos_makes_slices_no_larger():
         (model,) = (step.component.module for step in applied.plan.steps)
         model(torch.randn(4, 3, 2, 8, 8), num_frames=2)
     assert sizes == [1] * 4
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    videos=st.integers(1, 4),
+    frames=st.integers(1, 3),
+    size=st.integers(1, 5),
+    named=st.booleans(),
+    as_list=st.booleans(),
+)
+def test_what_is_said_of_the_rows_is_said_of_those_of_a_slice(videos, frames, size, named, as_list):
+    class Frames(nn.Module):
+        def forward(self, frames, batch_size, shape=(2, 3), *, width=4):
+            sizes.append(batch_size)
+            assert shape[0] == len(frames)
+            assert shape[1:] == type(shape)((3, width, width))
+            return frames.reshape(batch_size, -1, *shape[1:]).cumsum(1).flatten(0, 1)
+
+    sizes, model = [], Frames()
+    x = torch.randn(videos * frames, 3 * 16)
+    shape = (list if as_list else tuple)((len(x), 3, 4, 4))
+    args, kwargs = ((x,), {"batch_size": videos, "shape": shape}) if named else ((x, videos, shape), {})
+    expected = model(*args, **kwargs)
+    sizes.clear()
+    with hookcore.apply(model, [Slicing(size)]):
+        torch.testing.assert_close(model(*args, **kwargs), expected)
+    assert sizes == [size] * (videos // size) + [videos % size] * (videos % size > 0)
+
+
+def test_a_shape_that_begins_with_a_height_is_left_as_it_is():
+    class Resized(nn.Module):
+        def forward(self, x, shape):
+            return nn.functional.interpolate(x, shape)
+
+    model, x = Resized(), torch.randn(4, 3, 2, 2)
+    expected = model(x, (4, 6))
+    with hookcore.apply(model, [Slicing()]):
+        assert torch.equal(model(x, (4, 6)), expected)
+
+
+def test_codes_of_a_codebook_are_looked_up_for_the_rows_of_a_slice():
+    """`VQModel.decode` is given the shape of what codes stand for, with the length of the batch."""
+    torch.manual_seed(0)
+    model = diffusers.VQModel(
+        block_out_channels=(32,), norm_num_groups=8, num_vq_embeddings=16, lookup_from_codebook=True
+    ).eval()
+    codes = torch.randint(16, (3, 4, 5))
+    options = {"force_not_quantize": True, "shape": (3, 4, 5, 3)}
+    with torch.no_grad():
+        expected = model.decode(codes, **options).sample
+        with hookcore.apply(model, [Slicing(2)]):
+            torch.testing.assert_close(model.decode(codes, **options).sample, expected)
+
+
+def test_a_cache_to_write_into_is_refused_and_one_that_is_made_is_joined():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=8,
+        eos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.randint(8, (3, 4))
+    more = {"max_new_tokens": 2, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    with torch.no_grad():
+        expected, text = model(tokens), model.generate(tokens, **more)
+        with hookcore.apply(model, [Slicing(2)]):
+            found = model(tokens)
+            assert torch.equal(model.generate(tokens, **more, use_cache=False), text)
+            with pytest.raises(HookcoreError, match="split the DynamicCache that .* `use_cache=False`"):
+                model.generate(tokens, **more)
+    torch.testing.assert_close(found.logits, expected.logits)
+    (layer,), (other,) = found.past_key_values.layers, expected.past_key_values.layers
+    torch.testing.assert_close((layer.keys, layer.values), (other.keys, other.values))
 
 
 def test_the_loss_of_a_codebook_is_that_of_the_whole():

@@ -10,16 +10,17 @@ import torch
 from attrs import evolve
 from autoencoders import FAMILIES, PointwiseAutoencoder
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import hookcore
-from hookcore import PlanError
+from hookcore import ConflictError, PlanError
 from hookcore.testing.cases import tensors_in
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
-from hookcore_plugins import GroupOffload, LayerwiseCasting, Slicing, Tiling
+from hookcore_plugins import ChannelsLast, Compile, GroupOffload, LayerwiseCasting, Slicing, Tiling
 from hookcore_plugins.tiling.course import Course
 from hookcore_plugins.tiling.grid import Canvas, Grid, cut, ramps
 from hookcore_plugins.tiling.samples import samples
@@ -267,6 +268,19 @@ def test_it_works_beside_other_techniques(context, sim):
     applied.remove(allow_lossy=True)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("context", ["tile", "global", "exact"])
+def test_what_comes_out_lies_as_it_does_without_tiles(method, context):
+    run, channels, pixels = METHODS[method]
+    image = smooth(channels, 24 * pixels, 20 * pixels)
+    for techniques in ([], [ChannelsLast()]):
+        model = autoencoder()
+        hookcore.apply(model, techniques)
+        expected = run(model, image)
+        with hookcore.apply(model, [Tiling(64, 16, context=context)]):
+            assert run(model, image).stride() == expected.stride()
+
+
 def test_the_image_can_be_put_together_elsewhere(sim):
     model = autoencoder().to("sim")
     latents = smooth(4, 24, 24).to("sim")
@@ -307,6 +321,18 @@ def test_the_peak_is_that_of_a_tile_and_the_output(method, context, sim):
     assert tiled <= 1.05 * (tile + output)
 
 
+@pytest.fixture
+def _whole_masks(monkeypatch):
+    """Masks over all pixels that cannot be made a few rows at a time, as they are filled in place."""
+    made = autoencoder_kl_hunyuan_video.prepare_causal_attention_mask
+    monkeypatch.setattr(
+        autoencoder_kl_hunyuan_video,
+        "prepare_causal_attention_mask",
+        lambda *args, **options: 0 + made(*args, **options),
+    )
+
+
+@pytest.mark.usefixtures("_whole_masks")
 def test_attention_with_a_mask_sees_the_whole_only_where_the_mask_is_small(sim):
     """A mask has the square of the image's pixels: HunyuanVideo's would take hundreds of gigabytes."""
     make, _, _, _ = FAMILIES["hunyuanvideo"]
@@ -327,6 +353,7 @@ def test_attention_with_a_mask_sees_the_whole_only_where_the_mask_is_small(sim):
     assert tiled <= 1.05 * (tile + output)
 
 
+@pytest.mark.usefixtures("_whole_masks")
 def test_where_nothing_sees_the_whole_image_an_encoder_computes_tile_by_tile():
     """Statistics that are estimated for every stage, on samples, would be worse than a tile's own."""
     make, _, _, _ = FAMILIES["hunyuanvideo"]
@@ -343,6 +370,61 @@ def test_where_nothing_sees_the_whole_image_an_encoder_computes_tile_by_tile():
         with hookcore.apply(model, [Tiling(96, 24, context=context)]):
             far[context] = float((encoded() - whole).abs().mean())
     assert 0 < far["global"] < 1.05 * far["tile"]
+
+
+@pytest.fixture
+def _compiling_anew():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs_of(model):
+    """How many graphs torch has made of a model's blocks."""
+    (found,) = (it.counted for it in hookcore.status(model).run_report().entries if it.technique == "compile")
+    return found.graphs
+
+
+@pytest.mark.usefixtures("_compiling_anew")
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_are_compiled_for_one_tile_and_no_other(method):
+    """Tiles are of one size; what is learned from is of another, and with statistics taken."""
+    run, channels, pixels = METHODS[method]
+    image = smooth(channels, 34 * pixels, 23 * pixels)
+    tile = image[..., : 12 * pixels, : 12 * pixels].contiguous()  # as large as those below
+    single, model = autoencoder(), autoencoder()
+    hookcore.apply(single, [Compile(backend="eager")])
+    run(single, tile)
+    torch._dynamo.reset()
+    expected = run(model, image)
+    hookcore.apply(model, [Tiling(48, 4, context="tile"), Compile(backend="eager")])
+    assert 0 < difference(run(model, image), expected) < 1
+    assert graphs_of(model) == graphs_of(single) > 0
+
+
+@pytest.mark.parametrize("context", ["tile", "global"])
+def test_tiles_within_what_is_compiled_as_a_whole_are_refused(context):
+    """torch would have to compile the tiling itself."""
+    model = autoencoder()
+    before = ModelSnapshot.take(model)
+    techniques = [Tiling(48, context=context), Compile(regional=False)]
+    for order in (techniques, techniques[::-1]):
+        with pytest.raises(ConflictError, match=r"compile runs all .* tiling cannot stand at _encode\(\) of"):
+            hookcore.apply(model, order)
+    before.assert_restored(model)
+
+
+@pytest.mark.usefixtures("_compiling_anew")
+@pytest.mark.parametrize("context", ["global", "exact"])
+def test_nothing_is_compiled_for_statistics_from_outside(context):
+    model, compiled = autoencoder(), autoencoder()
+    latents = smooth(4, 24, 24)
+    hookcore.apply(model, [Tiling(48, 16, context=context)])
+    hookcore.apply(compiled, [Tiling(48, 16, context=context), Compile(backend="eager")])
+    assert torch.equal(decoded(compiled, latents), decoded(model, latents))
+    assert graphs_of(compiled) == 0
+    decoded(compiled, latents[..., :12, :12].contiguous())
+    assert graphs_of(compiled) > 0
 
 
 def test_gradients_flow_through_tiles():
@@ -370,14 +452,15 @@ def test_cores_cover_every_pixel_once():
     width=st.integers(8, 90),
     tile=st.integers(8, 24),
     pixels=st.integers(1, 3),
+    method=st.sampled_from(["encode", "decode"]),
     seed=st.integers(0, 99),
 )
 def test_samples_are_no_larger_than_a_tile_and_alike_to_the_whole(**drawn):
-    height, width, tile, pixels, seed = drawn.values()
+    height, width, tile, pixels, method, seed = drawn.values()
     grid = Grid(cut(height, tile, 2), cut(width, tile, 2))
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(2, 3, height * pixels, width * pixels, generator=generator) * 2 + 1
-    found = list(samples((height, width), grid))
+    found = list(samples((height, width), grid, method))
     assert found
     for sample in found:
         part = sample.of(image)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hookcore import Binding, Claim, Hook, HookcoreError, Phase, PlanError, Resource, Technique
+from hookcore_plugins.slicing.arguments import RowArguments
 from hookcore_plugins.slicing.nested import plain_values_in, tensors_in, with_tensors
 
 if TYPE_CHECKING:
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from hookcore import Component
 
 _CODING = ("encode", "decode")
-_FRAMES = "num_frames"
-"""What diffusers' models call their argument for how many neighbouring rows are the frames of one video."""
-
-_FRAMES_AS_IMAGES = 4  # dimensions: (frames of all videos, channels, height, width)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -41,8 +37,9 @@ class Slicing(Technique):
     Split are the tensors among the inputs, however nested, whose first dimension is as long as that of the
     first one; all others go whole to every slice. What comes out, in dataclasses, tuples, dicts and plain
     objects, is joined along the first dimension. Rows that are frames of one video stay together, where the
-    call says how many they are (`num_frames`). A number that an autoencoder returns besides, the loss of its
-    codebook, is averaged over the rows.
+    call says how many they are (`num_frames`, or `batch_size` for how many videos there are). A slice has its
+    own number of rows in an argument `batch_size` or `shape`. A number that an autoencoder returns besides,
+    the loss of its codebook, is averaged over the rows.
 
     Rows have to be computed independently of each other, as autoencoders and most other models in evaluation
     mode do.
@@ -94,7 +91,7 @@ class Slicing(Technique):
             method = getattr(component.module, entry, None)
             if not callable(method):
                 raise PlanError(f"{label!r} has no method {entry!r} whose batches could be split")
-            hook = _SlicingHook(self.batch_size, _place_of_frames(method), averages=entry in coding)
+            hook = _SlicingHook(self.batch_size, RowArguments.of(method), averages=entry in coding)
             yield Binding("", hook, entry, [Claim(Resource.BATCH_SPLIT)])
 
 
@@ -103,44 +100,41 @@ def _coding_entries(component: Component) -> tuple[str, ...]:
     return tuple(entry for entry in _CODING if entry in declared) if set(_CODING) <= set(declared) else ()
 
 
-def _place_of_frames(method: Callable[..., Any]) -> int | None:
-    """Which of a method's arguments says how many rows are one video, if there is one that does."""
-    try:
-        names = list(inspect.signature(method).parameters)
-    except ValueError:  # of what is built in
-        return None
-    return names.index(_FRAMES) if _FRAMES in names else None
-
-
 class _SlicingHook(Hook):
     """Calls an entry once for each slice of the batch.
 
     Args:
         batch_size: Length of a slice.
-        place_of_frames: Position of the argument that says how many rows are one video.
+        stated: What the entry's arguments say about rows.
         averages: Whether numbers that come out are means over the rows.
     """
 
-    def __init__(self, batch_size: int, place_of_frames: int | None, *, averages: bool) -> None:
+    def __init__(self, batch_size: int, stated: RowArguments, *, averages: bool) -> None:
         self._batch_size = batch_size
-        self._place_of_frames = place_of_frames
+        self._stated = stated
         self._averages = averages
 
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Splits, calls, and joins; a batch that is small enough is passed on as it is."""
+        """Splits, calls, and joins; a batch that is small enough is passed on as it is.
+
+        Raises:
+            HookcoreError: The call is given a cache to write into, or what comes out cannot be joined.
+        """
         first = next((it for it in tensors_in((args, kwargs)) if it.ndim), None)
-        rows = 0 if first is None else first.shape[0]
-        size = self._batch_size
-        if self._place_of_frames is not None and first is not None and first.ndim == _FRAMES_AS_IMAGES:
-            size *= self._frames_of_a_video(rows, args, kwargs)
+        if first is None:
+            return call(*args, **kwargs)
+        rows = first.shape[0]
+        size = self._batch_size * self._stated.together(rows, first.ndim, args, kwargs)
         if rows <= size:
             return call(*args, **kwargs)
+        _check_no_cache(module, (*args, *kwargs.values()))
         joined = None
         for start in range(0, rows, size):
             stop = min(start + size, rows)
-            slice_args, slice_kwargs = with_tensors((args, kwargs), _Rows(rows, start, stop))
+            own = self._stated.for_slice(rows, stop - start, args, kwargs)
+            slice_args, slice_kwargs = with_tensors(own, _Rows(rows, start, stop))
             output = call(*slice_args, **slice_kwargs)
             if joined is None:
                 joined = _Joined(module, output, rows, stop, averages=self._averages)
@@ -149,11 +143,20 @@ class _SlicingHook(Hook):
         assert joined is not None  # noqa: S101 -- there are rows
         return joined.value
 
-    def _frames_of_a_video(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """How many neighbouring rows a call takes for one video; 1 if it does not say."""
-        place = self._place_of_frames
-        frames = args[place] if place is not None and place < len(args) else kwargs.get(_FRAMES)
-        return frames if isinstance(frames, int) and frames > 0 and rows % frames == 0 else 1
+
+def _check_no_cache(module: nn.Module, values: Iterable[object]) -> None:
+    """Refuses a cache among the arguments: slices would write into it one after the other, each as if alone.
+
+    Raises:
+        HookcoreError: There is one.
+    """
+    for value in values:
+        if callable(getattr(value, "get_seq_length", None)):  # as all of transformers' have
+            raise HookcoreError(
+                f"slicing cannot split the {type(value).__name__} that {type(module).__name__} is given: "
+                "keys and values of all rows are written into it. Call without a cache and with "
+                "`use_cache=False`, which `model.generate` takes, too; or take slicing off"
+            )
 
 
 class _Rows:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 @frozen
 class Span:
     """A tile's extent along one axis, in cells."""
@@ -190,9 +193,7 @@ class Mosaic:
                 span.start * self._scale + length
                 for span, length in zip((tile.rows, tile.columns), pixels.shape[-2:], strict=True)
             )
-            self.whole = torch.empty(
-                (*pixels.shape[:-2], height, width), dtype=pixels.dtype, device=self._device
-            )
+            self.whole = _empty(pixels, (height, width), self._device)
         core, part = self._grid.core_of(tile), self._grid.in_core(tile, pixels)
         top, left = core.rows.start * self._scale, core.columns.start * self._scale
         self.whole[..., top : top + part.shape[-2], left : left + part.shape[-1]] = part
@@ -229,8 +230,7 @@ class Canvas:
         top, left = tile.rows.start * self._scale, tile.columns.start * self._scale
         height, width = pixels.shape[-2:]
         if self.whole is None:
-            shape = (*pixels.shape[:-2], top + height, left + width)
-            self.whole = pixels.new_zeros(shape, device=self._device)
+            self.whole = _empty(pixels, (top + height, left + width), self._device).zero_()
         weights = [
             _lengthened(self._rows[tile.rows], height if tile.rows == self._last.rows else None),
             _lengthened(self._columns[tile.columns], width if tile.columns == self._last.columns else None),
@@ -241,6 +241,15 @@ class Canvas:
         down, across = (weight.to(pixels.device, pixels.dtype) for weight in weights)
         weighted = pixels * (down[:, None] * across)
         self.whole[..., top : top + height, left : left + width] += weighted.to(self.whole.device)
+
+
+def _empty(pixels: Tensor, size: tuple[int, int], device: torch.device | None) -> Tensor:
+    """Memory for an image of a height and width, laid out as this part of it is."""
+    layout = _CHANNELS_LAST.get(pixels.ndim, torch.contiguous_format)
+    if pixels.is_contiguous() or not pixels.is_contiguous(memory_format=layout):
+        layout = torch.contiguous_format
+    shape = *pixels.shape[:-2], *size
+    return torch.empty(shape, dtype=pixels.dtype, device=device or pixels.device, memory_format=layout)
 
 
 def _lengthened(weight: Tensor, length: int | None) -> Tensor:

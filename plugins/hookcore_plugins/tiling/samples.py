@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 _BANDS = 3
 """Along each axis. More of them are more alike to the whole; fewer have fewer seams, which it has not."""
 
-_SHARE = 4
-"""All samples together have about one of so many pixels of the image."""
+_WIDTH = {"encode": 4, "decode": 7}
+"""Cells of a band, at least, if there is room for two: in a decoder, many layers have looked across seams."""
+
+_SHARE = {"encode": 8, "decode": 4}
+"""All samples together have about one of so many pixels of the image. A decoder begins with fewer of them."""
 
 _SEAM = 1
 """Pixels at a patch's border that are not measured: what was computed there has looked at another patch."""
@@ -73,21 +76,23 @@ class Sample:
         return len(self.rows), len(self.columns)
 
 
-def samples(cells: Size, grid: Grid) -> Iterator[Sample]:
-    """Samples that are no larger than a tile, each of other pixels."""
+def samples(cells: Size, grid: Grid, method: str) -> Iterator[Sample]:
+    """Samples that are no larger than a tile, each of other pixels, to encode or to decode."""
     tile = grid.rows[0].length, grid.columns[0].length
-    count = max(1, cells[0] * cells[1] // (tile[0] * tile[1] * _SHARE))
+    count = max(1, cells[0] * cells[1] // (tile[0] * tile[1] * _SHARE[method]))
     for number in range(count):
         phases = (number + 0.5) / count, (0.5 + number * _GOLDEN) % 1
-        rows, columns = (_bands(*it) for it in zip(cells, tile, phases, strict=True))
+        rows, columns = (_bands(*it, _WIDTH[method]) for it in zip(cells, tile, phases, strict=True))
         yield Sample(rows, columns, cells)
 
 
-def _bands(cells: int, most: int, phase: float) -> tuple[int, ...]:
+def _bands(cells: int, most: int, phase: float, width: int) -> tuple[int, ...]:
     """Some cells of an axis, in bands: one in each part of the axis, all at the same place there."""
-    part = cells / _BANDS
-    length = max(1, min(most, cells) // _BANDS)
-    starts = (round(part * band + phase * (part - length)) for band in range(_BANDS))
+    most = min(most, cells)
+    count = min(_BANDS, max(2, most // width))
+    part = cells / count
+    length = max(1, most // count)
+    starts = (round(part * band + phase * (part - length)) for band in range(count))
     found = {cell for start in starts for cell in range(start, start + length) if cell < cells}
     return tuple(sorted(found))
 

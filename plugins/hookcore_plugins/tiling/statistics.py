@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812 -- the name that all of torch's users know
 from torch.overrides import TorchFunctionMode
 
+from hookcore_plugins.tiling.masks import Mask
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -28,7 +30,7 @@ class Recorded(TorchFunctionMode):
 
     Attributes:
         moments: The statistics, in the order of the calls.
-        mask: Numbers in the largest mask that any attention was given.
+        mask: Numbers in the largest mask that attention was given, unless it is made a few rows at a time.
     """
 
     def __init__(self, core: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -47,7 +49,8 @@ class Recorded(TorchFunctionMode):
             return _normalised(self.moments[-1], *given)
         if func is F.scaled_dot_product_attention:
             mask = (kwargs or {}).get("attn_mask", args[3] if len(args) > 3 else None)
-            self.mask = max(self.mask, 0 if mask is None else mask.shape[-2:].numel())
+            if mask is not None and not isinstance(mask, Mask):
+                self.mask = max(self.mask, mask.shape[-2:].numel())
         return func(*args, **(kwargs or {}))
 
 

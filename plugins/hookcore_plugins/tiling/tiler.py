@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from hookcore import PlanError
 from hookcore_plugins.tiling.calls import ImageCall, image_in, tensor_of, with_tensor
 from hookcore_plugins.tiling.cuts import Cut, choose_cut
 from hookcore_plugins.tiling.grid import Canvas, Grid, cut
+from hookcore_plugins.tiling.masks import Deferring
 from hookcore_plugins.tiling.parts import CLEAR, check_not_tiling
 from hookcore_plugins.tiling.samples import samples
 from hookcore_plugins.tiling.statistics import Measured, Measuring, Recorded, Replayed, averaged
@@ -37,6 +40,7 @@ _TILE = 512
 
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Sizes of tiles to choose from, as shares of the one that was asked for."""
+
 
 _BLENDED = {"tile": 1.0, "global": 0.5, "exact": 0.5}
 """How much of an overlap is blended. What tiles disagree about is spread over all of it; where they agree but
@@ -103,9 +107,8 @@ class Tiler:
             return whole.whole()
         if self._options.context == "tile":
             return self._by_tiles(whole, grid, whole.tile)
-        if self._method == "encode":
-            return self._encode(whole, learned)
-        return self._decode(whole, learned)
+        with _uncompiled():
+            return self._encode(whole, learned) if self._method == "encode" else self._decode(whole, learned)
 
     # Passes
 
@@ -137,7 +140,7 @@ class Tiler:
         together = [it.to(device) for it in features.tensors]
         stages = features.stages
         del features
-        with self._passes.between(stages, together, None, learned.course, whole.size):
+        with Deferring(), self._passes.between(stages, together, None, learned.course, whole.size):
             return whole.whole()
 
     def _together(self, whole: ImageCall, learned: _Learned, taken: Cut) -> Features:
@@ -150,7 +153,8 @@ class Tiler:
         for number, stage in enumerate(taken.stages, 1):
             if not learned.course.can_be_cut(stage):
                 continue
-            with self._passes.between(taken.stages[:done], given, stage, learned.course, whole.size) as kept:
+            between = self._passes.between(taken.stages[:done], given, stage, learned.course, whole.size)
+            with Deferring(), between as kept:
                 whole.whole()
             given, done = kept, number
         aside = tuple(it.to(self._aside) for it in given)
@@ -257,7 +261,7 @@ class Tiler:
         if not learned.norms:
             return []
         found = []
-        for sample in samples(whole.cells, grid):
+        for sample in samples(whole.cells, grid, self._method):
             with Recorded(sample.in_patches) as seen:
                 on_sample(sample)
             found.append(seen.moments)
@@ -297,7 +301,7 @@ class Tiler:
                 for probe, it in zip(_PROBE[self._method], small.size, strict=True)
             )
             corner = Grid.corner(height, width if width != height else max(1, width // 2))
-            with self._passes.watch() as course, Recorded() as seen:
+            with _uncompiled(), self._passes.watch() as course, Recorded() as seen, Deferring():
                 output = self._tensor(small.tile(corner))
             course.mask = seen.mask
             course.size = small.tile_size(corner)
@@ -389,3 +393,12 @@ def _trained_size(module: nn.Module) -> Size:
     found = [height, width] if height and width else [both, both]
     rows, columns = (it if isinstance(it, int) else _TILE for it in found)
     return rows, columns
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Has compiled code leave the work to what it was compiled from.
+
+    For statistics from outside torch would compile it anew at every call, up to its limit.
+    """
+    known = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if known else contextlib.nullcontext()

@@ -664,15 +664,19 @@ def test_a_component_cannot_go_off_during_its_call(sim):
         call(there["text"])
 
 
-def test_a_budget_that_is_too_small_names_the_smallest(sim):
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_touched(sim, buffered):
     there = stacks([1, 3])
-    smallest = weights_of(there["denoiser"])
-    applied = hookcore.apply(there, [ModelOffload("sim", memory_budget=smallest - 1)])
-    call(there["text"])
-    with pytest.raises(BudgetError, match=f"'denoiser' .* with which it runs is {smallest} bytes"):
-        call(there["denoiser"])
-    applied.remove()
+    if buffered:
+        there["text"].register_buffer("shift", torch.zeros(5))
+    smallest = weights_of(there["denoiser"]) + 20 * buffered
+    for refuse in (hookcore.plan, hookcore.apply):
+        with pytest.raises(BudgetError, match=f"'denoiser' .* with which it runs is {smallest} bytes"):
+            _ = refuse(there, [ModelOffload("sim", memory_budget=smallest - 1)]).needs
+    assert not hookcore.status(there).attachments
+    assert {it.device.type for it in there["text"].buffers()} <= {"cpu"}
     hookcore.apply(there, [ModelOffload("sim", memory_budget=smallest)])
+    call(there["text"])
     call(there["denoiser"])
 
 

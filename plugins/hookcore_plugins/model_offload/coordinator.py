@@ -84,15 +84,21 @@ class Coordinator:
         """What a component's buffers take on the device; the first one says, too, what they share.
 
         This is the largest component, or a budget. Without one, the next component takes what is free.
+
+        Raises:
+            BudgetError: The budget is too small for a component.
         """
         planned = list(self._planned.values())
         nbytes = sum(part.staying for part in weights.homes)
         if weights is planned[0]:
             parts = _parts_of(planned)
             size = {part: part.size for part in parts}
-            sizes = [sum(size[part] for part in it.all_parts) for it in planned]
-            room = None if self._budget is None else self._budget - sum(part.staying for part in parts)
-            nbytes += max(sizes) if room is None else max(*sizes, min(sum(size.values()), room))
+            sizes = {it: sum(size[part] for part in it.all_parts) for it in planned}
+            largest = max(planned, key=sizes.__getitem__)
+            staying = sum(part.staying for part in parts)
+            self._check_budget(largest, sizes[largest] + staying)
+            room = sizes[largest] if self._budget is None else self._budget - staying
+            nbytes += min(sum(size.values()), room)
         return {str(self._device): nbytes}
 
     def attach(self, weights: ComponentWeights) -> None:
@@ -140,7 +146,6 @@ class Coordinator:
             parts: Those that are needed if this is within another call.
 
         Raises:
-            BudgetError: The budget is too small for it.
             torch.OutOfMemoryError: The device has no room for it.
         """
         with self._lock:
@@ -184,7 +189,6 @@ class Coordinator:
         Returns:
             Whether any of it had to be copied.
         """
-        self._check_budget(weights)
         self._order.note(weights.name)
         weights.want()
         following = self._following(weights)
@@ -235,8 +239,7 @@ class Coordinator:
         missing = sum(part.nbytes for part in parts if not part.is_loaded)
         return weights.needed + missing <= self.link.room
 
-    def _check_budget(self, weights: ComponentWeights) -> None:
-        least = weights.nbytes + self._staying()
+    def _check_budget(self, weights: ComponentWeights, least: int) -> None:
         if self._budget is not None and least > self._budget:
             raise BudgetError(
                 f"memory_budget is {format_bytes(self._budget)}, but {weights.name or 'the model'!r} and all "

@@ -119,6 +119,15 @@ def test_what_a_whole_call_needs_is_one_unit():
     assert log == [*block, "bring head:Linear", "drop head:Linear"]
 
 
+def test_what_a_whole_call_needs_is_one_unit_wherever_that_module_goes():
+    model, log = Model(), []
+    hookcore.apply(model, [Bring(log), Whole(log)])
+    model.block = nn.Sequential(model.block)
+    model(X)
+    block = ["bring block.0:Sequential", "whole", "in place", "drop block.0:Sequential"]
+    assert log == [*block, "bring head:Linear", "drop head:Linear"]
+
+
 def test_a_failure_to_bind_anew_leaves_everything_as_it_was():
     class Failing(Bring):
         name = "failing"

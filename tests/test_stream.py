@@ -225,6 +225,41 @@ def test_what_was_copied_ahead_is_used_on_another_stream(sim):
     twins.remove()
 
 
+@pytest.mark.parametrize("prefetch", [0, 1, 5])
+def test_a_change_that_torch_counts_is_seen_whoever_makes_it(sim, prefetch):
+    """Through references from before, so that nobody is told of it."""
+    model, bare = build(), build()
+    held = {name: list(it.parameters()) for name, it in (("model", model), ("bare", bare))}
+    hookcore.apply(model, [GroupOffload("sim", prefetch=prefetch)])
+    for _ in range(4):
+        assert same_bits(call(model).cpu(), call(bare, "cpu"))
+        torch.get_device_module("sim").synchronize()  # as with memory of one's own that is being copied
+        for parameters in held.values():
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.mul_(0.75)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 5])
+def test_what_a_forward_changes_in_its_weights_is_kept(sim, prefetch):
+    def count(module, _args):
+        with torch.no_grad():
+            module.weight.add_(0.25)
+
+    model, bare = build(), build()
+    for root in (model, bare):
+        for module in root.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(count)
+    applied = hookcore.apply(model, [GroupOffload("sim", prefetch=prefetch)])
+    for _ in range(4):
+        assert same_bits(call(model).cpu(), call(bare, "cpu"))
+    applied.remove()
+    assert all(
+        same_bits(here, there) for here, there in zip(model.parameters(), bare.parameters(), strict=True)
+    )
+
+
 @pytest.mark.parametrize("order", [["casting", "offload"], ["offload", "casting"]])
 @pytest.mark.parametrize("budget", [None, 12_000])
 def test_bytes_of_the_storage_dtype_travel(sim, order, budget):

@@ -241,6 +241,23 @@ def test_a_change_that_torch_counts_is_seen_whoever_makes_it(sim, prefetch):
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 5])
+def test_what_autograd_keeps_is_not_overwritten_by_later_calls(sim, prefetch):
+    model, bare = build(), build()
+    hookcore.apply(model, [GroupOffload("sim", prefetch=prefetch)])
+    outputs = []
+    for root, device in ((model, "sim"), (bare, "cpu")):
+        for _ in range(2):
+            call(root, device)  # the last one copies ahead for the next
+        outputs.append(root(X.to(device)))
+        for _ in range(2):
+            call(root, device)
+    for output in outputs:
+        output.sum().backward()
+    for here, there in zip(model.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(here.grad.cpu(), there.grad)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 5])
 def test_what_a_forward_changes_in_its_weights_is_kept(sim, prefetch):
     def count(module, _args):
         with torch.no_grad():

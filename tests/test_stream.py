@@ -607,6 +607,21 @@ def test_calls_may_come_on_one_stream_and_then_on_another(sim, prefetch):
     applied.remove()
 
 
+@pytest.mark.parametrize("prefetch", [1, 5])
+def test_a_call_on_another_stream_comes_after_the_one_before(sim, prefetch):
+    """Though nobody waits in between: both use the same memory."""
+    model, module = build(), torch.get_device_module("sim")
+    streams = [module.Stream(), module.Stream()]
+    hookcore.apply(model, [GroupOffload("sim", prefetch=prefetch)])
+    x = X.to("sim")
+    module.synchronize()
+    with simulator.limited(strict=True), torch.no_grad():
+        for number in (0, 1, 0, 1, 1, 0):
+            with module.stream(streams[number]):
+                model(x)
+        simulator.check()
+
+
 @given(blocks=st.integers(1, 4))
 @FOR_EACH_EXAMPLE
 def test_the_smallest_budget_is_named_and_works(sim, blocks):

@@ -93,9 +93,7 @@ class CopyEngine:
     def _make_slab(self, nbytes: int, large: int | None = None) -> Slab | Pieces:
         if self._in_pieces:
             return Pieces(self._device, nbytes)
-        slab = Slab(self._device, nbytes, large)
-        self._left.record(self._computing)  # for which it was allocated
-        return slab
+        return Slab(self._device, nbytes, large)
 
     @property
     def times(self) -> PassTimes | None:

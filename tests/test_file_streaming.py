@@ -538,7 +538,7 @@ def test_an_edit_that_nobody_is_told_of_is_seen(sim, way, folder):
         for _ in range(2):
             call_wide(model)
         torch.get_device_module("sim").synchronize()
-        assert len(mover_of(model)._loads.ahead) == 4  # copied for the next call
+        assert len(mover_of(model).loads.ahead) == 4  # copied for the next call
         for weights_of in held:
             for weight in weights_of:
                 weight.data.mul_(2)
@@ -761,9 +761,7 @@ def test_what_was_read_ahead_of_a_changed_file_is_never_used(sim, how, folder):
         model = streamed(folder)
         call_wide(model)
         torch.get_device_module("sim").synchronize()
-        for load in mover_of(
-            model
-        )._loads.ahead.values():  # as if it had been read while the file was damaged
+        for load in mover_of(model).loads.ahead.values():  # as if it had been read while the file was damaged
             load.place.memory.fill_(7)
         put_back = damage(file, how)
         with pytest.raises(CheckpointError):

@@ -326,10 +326,10 @@ def test_without_a_budget_what_another_component_needs_is_copied_ahead(sim):
     # Nothing is copied in vain, and the next component's first layers are on their way.
     streamed = sum(packed.nbytes for mover in movers_of(applied) for packed in mover.coming)
     assert moved(applied) - sum(it.moved_bytes for it in before.values()) <= 3 * streamed
-    assert [bool(mover._loads.ahead) for mover in movers_of(applied)] == [True, False, False]
+    assert [bool(mover.loads.ahead) for mover in movers_of(applied)] == [True, False, False]
     seen = []
     models["unet"].up[1].register_forward_pre_hook(
-        lambda *_: seen.append(movers_of(applied)[0]._loads.ahead.copy())
+        lambda *_: seen.append(movers_of(applied)[0].loads.ahead.copy())
     )
     call(models["unet"])  # another one than expected
     assert seen == [{}]
@@ -536,7 +536,7 @@ def test_a_component_that_nobody_keeps_goes_away_with_its_memory(sim):
         found = call(models["control"])
     assert same_bits(found.cpu(), call(build([[2] * 6] * 3)["control"], "cpu"))
     (mover,) = room._movers.values()
-    lying = [*room.slab.kept, *(load.packed for load in mover._loads.ahead.values())]
+    lying = [*room.slab.kept, *(load.packed for load in mover.loads.ahead.values())]
     assert room.slab.lender.lent == sum(packed.nbytes for packed in lying)  # what the other had is free
 
 

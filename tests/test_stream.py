@@ -343,7 +343,7 @@ def test_in_the_long_run_each_group_is_copied_once_a_pass_and_nothing_is_waited_
         module.synchronize()
         held = module.memory_allocated()
         mover = mover_of(applied)
-        misses = mover._loads.order.misses
+        misses = mover.loads.order.misses
         with no_waiting(), sim.traced() as trace:
             for _ in range(5):
                 output = model(x)
@@ -352,11 +352,11 @@ def test_in_the_long_run_each_group_is_copied_once_a_pass_and_nothing_is_waited_
     copies = [it for it in trace.spans if it.engine == "copy in"]
     assert not [it for it in trace.spans if it.engine == "copy out"]
     streamed = [it for it in mover.own.groups.values() if not it.stays]
-    uses = len(mover._loads.order._order)
+    uses = len(mover.loads.order._order)
     assert len(streamed) <= uses <= len(streamed) + 1  # the tied weight is used twice
     # What is in memory at the end for the pass to come was so at the beginning.
     assert len(copies) == 5 * uses
-    assert mover._loads.order.misses == misses
+    assert mover.loads.order.misses == misses
 
 
 def test_the_next_group_is_copied_while_one_computes(sim):
@@ -456,7 +456,7 @@ def test_ways_to_call_are_known_again(sim):
     for _ in range(2):
         for way in ways:
             call(model, **way)
-    order = mover_of(applied)._loads.order
+    order = mover_of(applied).loads.order
     for way in ways * 2:
         before = order.misses
         call(model, **way)

@@ -74,7 +74,7 @@ class Loads:
         elif self._reach:
             self._reach -= 1
         packed, needs_memory = member.packed, torch.is_grad_enabled()
-        load = self.ahead.get(group) or self.kept.get(group)
+        load = self.get(group)
         if load is not None:
             if packed.is_untouched(packed.addresses) and not needs_memory:
                 self.ahead.pop(group, None)

@@ -152,7 +152,7 @@ class Room:
             self._is_outdated = bool(self._running)
             if not self._running:
                 for mover in self._movers.values():
-                    mover.drop_loads()
+                    mover.loads.drop_all()
                 self.engine = self._chosen = None
                 self._kept.clear()
         finally:
@@ -226,13 +226,13 @@ class Room:
     def drop_ahead(self) -> None:
         """Gives up what was copied ahead."""
         for mover in self._movers.values():
-            mover.drop_ahead()
+            mover.loads.drop_ahead()
 
     def make_way(self) -> bool:
         """Gives up one group that is kept; False if there is none that isn't in use."""
         kept = self.slab.kept
         packed = next(reversed(kept), None)
-        if packed is None or not all(mover.give_up([packed]) for mover in self._movers.values()):
+        if packed is None or not all(mover.loads.give_up([packed]) for mover in self._movers.values()):
             return False
         self.slab.drop(packed)
         return True
@@ -259,7 +259,7 @@ class Room:
             self._rounds.note(mover.number)
             for other in self._movers.values():
                 if other is not mover:
-                    other.drop_ahead()
+                    other.loads.drop_ahead()
         mover.drop_exposed()
         if outermost:
             if not mover.begin_measuring(self.engine) and not self.is_shared:
@@ -313,7 +313,7 @@ class Room:
         self.drop_ahead()
         leaving = slab.unkept(wanted)
         for other in self._movers.values():
-            other.give_up(leaving)
+            other.loads.give_up(leaving)
         slab.keep(wanted, None if chosen is None else chosen.large)
 
     def _keepable(self, mover: StreamMover) -> list[Packed]:

@@ -75,6 +75,7 @@ class StreamMover(GroupMover):
         in_pieces: As given.
         allowed_ahead: `most_ahead`, as given.
         recorder: Times what it does; None for nothing.
+        loads: What is on the device, or on its way there.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class StreamMover(GroupMover):
         self.allowed_ahead = most_ahead
         self.in_pieces = in_pieces
         self.recorder: Recorder | None = None
-        self._loads = Loads(self._own, self._room, most_ahead)
+        self.loads = Loads(self._own, self._room, most_ahead)
         self._exposed: set[Group] = set()
         self._times: PassTimes | None = None
         self._is_divided = False  # by what they showed, where the memory is its own
@@ -110,7 +111,7 @@ class StreamMover(GroupMover):
         if engine is not None and not sys.is_finalizing():
             engine.synchronize()
             for group, member in self._own.groups.items():
-                load = self._loads.get(group) or member.in_use
+                load = self.loads.get(group) or member.in_use
                 engine.slab.leave(member.packed, None if load is None else load.place)
 
     # Between calls
@@ -132,7 +133,7 @@ class StreamMover(GroupMover):
         """Gives the memory on the device back, since what it is for changes."""
         self._room.dissolve()
         if self._room.engine is not None:  # others are being called
-            self.drop_loads()
+            self.loads.drop_all()
 
     def settle(self, group: Group) -> None:
         """Is told that the group was detached for good."""
@@ -140,12 +141,12 @@ class StreamMover(GroupMover):
 
     def reset(self) -> None:
         """Forgets the order of use and what was counted; all that others don't use is copied anew."""
-        self._loads.counts = StreamReport()
-        self._loads.order.forget()
+        self.loads.counts = StreamReport()
+        self.loads.order.forget()
         self._room.forget()
         if self._room.is_shared:
             self._times = None
-        self.drop_loads()
+        self.loads.drop_all()
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
         """Where the bytes of the group lie."""
@@ -176,7 +177,7 @@ class StreamMover(GroupMover):
                 ring = engine.slab.allocated - sum(packed.nbytes for packed in kept)
                 staged = 0 if engine.staging is None else engine.staging.nbytes
         return evolve(
-            self._loads.counts,
+            self.loads.counts,
             resident_bytes=resident,
             ring_bytes=ring,
             locked_bytes=self._own.store.locked + staged,
@@ -187,14 +188,14 @@ class StreamMover(GroupMover):
         """Times copies, uses and stalls until the end of the block."""
         recorder = self.recorder = Recorder(self._device)
         timeline.recorders.append(recorder)
-        passes = self._loads.counts.passes
+        passes = self.loads.counts.passes
         try:
             yield
         finally:
             self.recorder = None
             self._room.stop_recording(recorder)
             recorder.close()
-            counts = self._loads.counts
+            counts = self.loads.counts
             counts.timed_passes += counts.passes - passes
             counts.stalled_seconds = (counts.stalled_seconds or 0.0) + recorder.stalled
 
@@ -228,8 +229,8 @@ class StreamMover(GroupMover):
         Raises:
             CheckpointError: A file has changed, so that the call may have used wrong weights.
         """
-        self._loads.counts.passes += 1
-        self._loads.order.end_pass()
+        self.loads.counts.passes += 1
+        self.loads.order.end_pass()
         self._room.leave(self)
         self._verify()
 
@@ -238,7 +239,7 @@ class StreamMover(GroupMover):
         member = self._own.groups.get(group)
         if member is None:
             self._own.plain.onload(group)
-            self._loads.count_demand(group.nbytes)
+            self.loads.count_demand(group.nbytes)
             return
         if member.stays:
             member.packed.bring_given(self._device)
@@ -247,21 +248,21 @@ class StreamMover(GroupMover):
             return
         engine = self._engine
         asked = None if engine.marker is None else engine.mark()
-        load = self._loads.bring(group, member)
+        load = self.loads.bring(group, member)
         if load is None:
             self._own.store.bring(member.packed, self._device)
-            self._loads.count_demand(member.packed.nbytes)
+            self.loads.count_demand(member.packed.nbytes)
             return
         load.asked = asked
         try:
             engine.wait_for(load)
         except BaseException:  # reading its file failed
-            self._loads.give_back(group, load)
-            self.drop_ahead()
+            self.loads.give_back(group, load)
+            self.loads.drop_ahead()
             raise
         member.packed.show(load.place.views)
         member.in_use = load
-        if self._loads.most_ahead:  # one less is ahead now
+        if self.loads.most_ahead:  # one less is ahead now
             self._prefetch()
 
     def offload(self, group: Group) -> None:
@@ -340,18 +341,18 @@ class StreamMover(GroupMover):
         mine = [group for group in share.sizes if group in staying]
         self._own.keep_on_device(mine)
         self.lingers = lingers
-        self._loads.most_ahead = 0 if one_by_one else self.allowed_ahead
-        self._loads.order = LearnedOrder([group for group in share.sizes if group not in staying])
+        self.loads.most_ahead = 0 if one_by_one else self.allowed_ahead
+        self.loads.order = LearnedOrder([group for group in share.sizes if group not in staying])
         self._times = None
         self._is_divided = False
 
     def begin_measuring(self, engine: CopyEngine) -> bool:
         """Times this pass if there is a use for that, and none has been; says whether it does."""
-        if self._times is not None or self._room.budget is None or self._loads.most_ahead == 0:
+        if self._times is not None or self._room.budget is None or self.loads.most_ahead == 0:
             return False
         if not self.largest:
             return False
-        self.drop_loads()  # so that all is copied in this pass
+        self.loads.drop_all()  # so that all is copied in this pass
         engine.measure()
         self._times = engine.times
         return True
@@ -381,49 +382,28 @@ class StreamMover(GroupMover):
         if self._is_divided or not self.is_measured:
             return
         self._is_divided = True
-        self.drop_ahead()
+        self.loads.drop_ahead()
         for member in self._own.groups.values():
             if not member.stays and not member.packed.is_home:
-                self._loads.pack_again(member)
+                self.loads.pack_again(member)
         passing = {self._own.groups[group].packed: group for group in self._own.coming}
         uses = self.measured_uses()
         unseen = passing.keys() - {use.group for use in uses}
         room, least = self._engine.slab.size, max((it.nbytes for it in unseen), default=0)
         layout = choose_layout(
-            uses, room, least, ahead=self._loads.most_ahead, anywhere=self._engine.slab.is_shared
+            uses, room, least, ahead=self.loads.most_ahead, anywhere=self._engine.slab.is_shared
         )
         if layout is not None and (layout.resident or layout.large):
             self._engine.replace_slab(0)
             self._own.keep_on_device([passing[packed] for packed in layout.resident])
             ring = room - sum(packed.nbytes for packed in layout.resident)
             self._engine.replace_slab(ring, layout.large)
-            self._loads.order.leave_out({passing[packed] for packed in layout.resident})
+            self.loads.order.leave_out({passing[packed] for packed in layout.resident})
 
     def drop_exposed(self) -> None:
         """Drops what may be other than it is in its home by now."""
-        self._loads.drop(self._exposed)
+        self.loads.drop(self._exposed)
         self._exposed.clear()
-
-    def drop_ahead(self) -> None:
-        """Drops what was copied ahead of use."""
-        self._loads.drop_ahead()
-
-    def drop_loads(self) -> None:
-        """Drops all that is there, used or not."""
-        self._loads.drop_all()
-
-    def give_up(self, leaving: Collection[Packed]) -> bool:
-        """Drops what it keeps of these groups, but for what is in use; says whether nothing is."""
-        return self._loads.give_up(leaving)
-
-    def copy_ahead(self, *, wraps: bool, is_guess: bool) -> None:
-        """Begins to copy what it will use first, though others run as yet.
-
-        Args:
-            wraps: Whether it will be called twice.
-            is_guess: Whether it is not sure that it comes next.
-        """
-        self._loads.prefetch(wraps=wraps, is_guess=is_guess)
 
     # How it is done
 
@@ -437,19 +417,19 @@ class StreamMover(GroupMover):
         for tensor, data in replaced:  # the call gave it other data, as `weight.data = ...` does
             tensor.data = data.to(_CPU)
         self._engine.leave(load)
-        if (changed or replaced) and group in self._loads.kept:
-            self._loads.give_back(group, load)
+        if (changed or replaced) and group in self.loads.kept:
+            self.loads.give_back(group, load)
 
     @property
     def _engine(self) -> CopyEngine:
-        return self._loads.engine
+        return self.loads.engine
 
     def _verify(self) -> None:
         """Has the store look whether all is as it was; if not, what was copied ahead isn't used either."""
         try:
             self._own.store.verify()
         except BaseException:
-            self.drop_loads()
+            self.loads.drop_all()
             raise
 
     def _prefetch(self) -> None:
@@ -457,9 +437,9 @@ class StreamMover(GroupMover):
         if torch.is_grad_enabled():
             return
         if not self._room.is_shared:
-            self._loads.prefetch()
+            self.loads.prefetch()
             return
         following, is_sure = self._room.following(self), self._room.is_sure
-        at_end = self._loads.prefetch(wraps=is_sure and following is self)
+        at_end = self.loads.prefetch(wraps=is_sure and following is self)
         if at_end and following is not None and not (is_sure and following is self):
-            following.copy_ahead(wraps=following is self, is_guess=not is_sure)
+            following.loads.prefetch(wraps=following is self, is_guess=not is_sure)

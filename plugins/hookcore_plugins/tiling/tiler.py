@@ -41,7 +41,6 @@ _TILE = 512
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Sizes of tiles to choose from, as shares of the one that was asked for."""
 
-
 _BLENDED = {"tile": 1.0, "global": 0.5, "exact": 0.5}
 """How much of an overlap is blended. What tiles disagree about is spread over all of it; where they agree but
 for what lies behind their borders, they have come closest in its middle."""

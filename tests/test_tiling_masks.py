@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import hookcore
 from hookcore_plugins import Tiling
-from hookcore_plugins.tiling.masks import Deferring, Mask
+from hookcore_plugins.tiling.attention_masks import Deferring, Mask
 
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from hookcore_plugins.tiling.calls import Size
+    from hookcore_plugins.tiling.crop import Size
     from hookcore_plugins.tiling.grid import Grid
 
 _BANDS = 3

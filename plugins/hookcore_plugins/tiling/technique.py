@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from attrs import field, frozen
 
 from hookcore import Binding, Claim, Hook, Phase, Resource, Technique, parse_device
-from hookcore_plugins.tiling.parts import find_parts, why_not
-from hookcore_plugins.tiling.passes import Passes, SpineHook, StageHook
+from hookcore_plugins.tiling.discovery import find_parts, why_not
+from hookcore_plugins.tiling.partial_forward import Passes, SpineHook, StageHook
 from hookcore_plugins.tiling.tiler import Tiler
 
 if TYPE_CHECKING:

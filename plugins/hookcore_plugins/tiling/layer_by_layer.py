@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from hookcore_plugins.tiling.grid import Grid, Mosaic, cut
-from hookcore_plugins.tiling.statistics import Measured, Measuring, averaged
+from hookcore_plugins.tiling.norm_statistics import Measured, Measuring, averaged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from hookcore_plugins.tiling.calls import ImageCall, Size
-    from hookcore_plugins.tiling.course import Course
+    from hookcore_plugins.tiling.crop import ImageCall, Size
+    from hookcore_plugins.tiling.stage_trace import Course
     from hookcore_plugins.tiling.grid import Tile
-    from hookcore_plugins.tiling.statistics import Moments
+    from hookcore_plugins.tiling.norm_statistics import Moments
 
 
 @frozen

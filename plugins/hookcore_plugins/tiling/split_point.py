@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 if TYPE_CHECKING:
-    from hookcore_plugins.tiling.calls import Size
-    from hookcore_plugins.tiling.course import Course
+    from hookcore_plugins.tiling.crop import Size
+    from hookcore_plugins.tiling.stage_trace import Course
     from hookcore_plugins.tiling.grid import Grid
 
 _INSIDE = 3.0

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field
 
 from hookcore import Hook
-from hookcore_plugins.tiling.course import Course, image_of
+from hookcore_plugins.tiling.stage_trace import Course, image_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
 
-    from hookcore_plugins.tiling.course import Shape
+    from hookcore_plugins.tiling.stage_trace import Shape
 
 
 class _Ended(Exception):  # noqa: N818 -- no error: it ends a pass

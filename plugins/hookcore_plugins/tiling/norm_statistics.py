@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 -- the name that all of torch's users know
 from torch.overrides import TorchFunctionMode
 
-from hookcore_plugins.tiling.masks import Mask
+from hookcore_plugins.tiling.attention_masks import Mask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

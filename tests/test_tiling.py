@@ -21,10 +21,10 @@ from hookcore import ConflictError, PlanError
 from hookcore.testing.cases import tensors_in
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins import ChannelsLast, Compile, GroupOffload, LayerwiseCasting, Slicing, Tiling
-from hookcore_plugins.tiling.stage_trace import Course
 from hookcore_plugins.tiling.grid import Canvas, Grid, cut, ramps
-from hookcore_plugins.tiling.samples import samples
 from hookcore_plugins.tiling.norm_statistics import Recorded, Replayed, averaged
+from hookcore_plugins.tiling.samples import samples
+from hookcore_plugins.tiling.stage_trace import Course
 
 FAST = settings(deadline=None, max_examples=60)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hookcore import Binding, Claim, Hook, HookcoreError, Phase, PlanError, Resource, Technique
-from hookcore_plugins.slicing.row_arguments import RowArguments
 from hookcore_plugins.slicing.nested_tensors import plain_values_in, tensors_in, with_tensors
+from hookcore_plugins.slicing.row_arguments import RowArguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hookcore_plugins.tiling.crop import ImageCall, Size
-    from hookcore_plugins.tiling.stage_trace import Course
     from hookcore_plugins.tiling.grid import Tile
     from hookcore_plugins.tiling.norm_statistics import Moments
+    from hookcore_plugins.tiling.stage_trace import Course
 
 
 @frozen

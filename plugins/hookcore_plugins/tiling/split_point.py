@@ -10,8 +10,8 @@ from attrs import frozen
 
 if TYPE_CHECKING:
     from hookcore_plugins.tiling.crop import Size
-    from hookcore_plugins.tiling.stage_trace import Course
     from hookcore_plugins.tiling.grid import Grid
+    from hookcore_plugins.tiling.stage_trace import Course
 
 _INSIDE = 3.0
 """While a stage computes, so many tensors of its largest size are in memory: a residual, a norm of it and its

@@ -12,14 +12,14 @@ import torch
 from attrs import frozen
 
 from hookcore import PlanError
-from hookcore_plugins.tiling.crop import ImageCall, image_in, tensor_of, with_tensor
-from hookcore_plugins.tiling.split_point import Cut, choose_cut
-from hookcore_plugins.tiling.grid import Canvas, Grid, cut
 from hookcore_plugins.tiling.attention_masks import Deferring
+from hookcore_plugins.tiling.crop import ImageCall, image_in, tensor_of, with_tensor
 from hookcore_plugins.tiling.discovery import CLEAR, check_not_tiling
-from hookcore_plugins.tiling.samples import samples
-from hookcore_plugins.tiling.norm_statistics import Measured, Measuring, Recorded, Replayed, averaged
+from hookcore_plugins.tiling.grid import Canvas, Grid, cut
 from hookcore_plugins.tiling.layer_by_layer import Features, step
+from hookcore_plugins.tiling.norm_statistics import Measured, Measuring, Recorded, Replayed, averaged
+from hookcore_plugins.tiling.samples import samples
+from hookcore_plugins.tiling.split_point import Cut, choose_cut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hookcore_plugins.tiling.crop import Size
-    from hookcore_plugins.tiling.stage_trace import Course
     from hookcore_plugins.tiling.grid import Tile
+    from hookcore_plugins.tiling.norm_statistics import Moments
     from hookcore_plugins.tiling.partial_forward import Passes
     from hookcore_plugins.tiling.samples import Sample
-    from hookcore_plugins.tiling.norm_statistics import Moments
+    from hookcore_plugins.tiling.stage_trace import Course
     from hookcore_plugins.tiling.technique import Tiling
 
 _PROBE = {"encode": (128, 64), "decode": (16, 8)}  # pixels, latents; no square, to tell height from width

@@ -36,7 +36,7 @@ from hookcore.registry import HookRegistry
 from hookcore.run_report import RunEntry, RunReport
 from hookcore.stack import bare_entry
 from hookcore.target import Component, Target, TensorSlot
-from hookcore.technique import Binding, Claim, Phase, Resource, Skipped, Technique
+from hookcore.technique import Binding, Claim, JointTechnique, Phase, Resource, Skipped, Technique
 from hookcore.units import (
     format_bytes,
     parse_bytes,
@@ -63,6 +63,7 @@ __all__ = [
     "HookRegistry",
     "HookcoreError",
     "HookcoreWarning",
+    "JointTechnique",
     "LossyRemovalError",
     "ModelConventions",
     "Objection",

@@ -16,7 +16,7 @@ from hookcore.plan import (
     PlanStep,
     check_conflicts,
     left_alone,
-    make_step,
+    make_steps,
     ordered,
     with_storage,
 )
@@ -138,13 +138,15 @@ def _steps(
 ) -> list[PlanStep]:
     """Binds techniques, in their order; first those that decide what others can see."""
     places = [(name, item) for name, chosen in wanted.items() for item in chosen]
-    steps = {at: make_step(it, opened[name]) for at, (name, it) in enumerate(places) if it.encloses}
-    enclosing = [*attached, *steps.values()]
-    for at, (name, item) in enumerate(places):
-        if at not in steps:
-            component = opened[name]
-            wholes = wholes_of(component, enclosing)
-            steps[at] = make_step(item, component.afresh(wholes) if wholes else component)
+    first = [at for at, (_, item) in enumerate(places) if item.encloses]
+    enclosing = make_steps([(places[at][1], opened[places[at][0]]) for at in first])
+    seen = {}
+    for name, component in opened.items():
+        wholes = wholes_of(component, [*attached, *enclosing])
+        seen[name] = component.afresh(wholes) if wholes else component
+    then = [at for at in range(len(places)) if at not in first]
+    others = make_steps([(places[at][1], seen[places[at][0]]) for at in then])
+    steps = dict(zip([*first, *then], [*enclosing, *others], strict=True))
     return with_storage([steps[at] for at in range(len(places))])
 
 

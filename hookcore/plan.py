@@ -5,7 +5,7 @@ from __future__ import annotations
 import graphlib
 import heapq
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from attrs import evolve, field, frozen
 
@@ -13,10 +13,10 @@ from hookcore.enclosed import can_be_enclosed
 from hookcore.errors import ConflictError, OrderError, PluginError
 from hookcore.hook import Hook, overrides
 from hookcore.storage import planned_storage
-from hookcore.technique import Binding, Skipped
+from hookcore.technique import Binding, JointTechnique, Skipped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
 
     import torch
     from torch import nn
@@ -44,6 +44,10 @@ class Placed(Protocol):
     def skipped(self) -> tuple[Skipped, ...]:
         """What it leaves alone, and why."""
 
+    @property
+    def joint(self) -> object:
+        """An object that those have in common that were bound jointly; None where it was bound alone."""
+
 
 PlacedT = TypeVar("PlacedT", bound=Placed)
 
@@ -61,6 +65,7 @@ class PlanStep:
         bindings: The hooks it needs.
         skipped: What it leaves alone, and why.
         storage: The dtypes that weights will be stored in by what is planned with it, by identity of tensors.
+        joint: An object that the steps have in common that were bound jointly; None where it was bound alone.
     """
 
     technique: Technique
@@ -68,6 +73,7 @@ class PlanStep:
     bindings: tuple[Binding, ...]
     skipped: tuple[Skipped, ...] = ()
     storage: Mapping[int, torch.dtype] = field(factory=dict, kw_only=True, repr=False)
+    joint: object = field(default=None, kw_only=True, repr=False)
 
     @property
     def needs(self) -> Mapping[str, int]:
@@ -112,6 +118,46 @@ class Plan:
         return plan_table(self)
 
 
+def make_steps(places: Sequence[tuple[Technique, Component]]) -> list[PlanStep]:
+    """Asks techniques for their bindings; joint ones once for all components that have an equal `joint_key`.
+
+    Args:
+        places: Each component with the technique that is put on it.
+
+    Returns:
+        A step for each place, in the same order.
+
+    Raises:
+        PlanError: From a technique: its options do not fit.
+        PluginError: A technique gave bindings that name something the component lacks.
+    """
+    joined: dict[Hashable, list[int]] = {}
+    for at, (technique, component) in enumerate(places):
+        key: Hashable = at
+        if isinstance(technique, JointTechnique):
+            earlier = sum(it == technique and on is component for it, on in places[:at])
+            key = type(technique), technique.joint_key, earlier
+        joined.setdefault(key, []).append(at)
+    steps: dict[int, PlanStep] = {}
+    for together in joined.values():
+        steps |= zip(together, make_joint_steps([places[at] for at in together]), strict=True)
+    return [steps[at] for at in range(len(places))]
+
+
+def make_joint_steps(places: Sequence[tuple[Technique, Component]]) -> list[PlanStep]:
+    """Asks a technique for its bindings on components that are bound jointly, or on one."""
+    technique, component = places[0]
+    if not isinstance(technique, JointTechnique):
+        return [make_step(technique, component)]
+    bound = list(type(technique).bind_jointly(cast("Any", places)))
+    if len(bound) != len(places):
+        raise PluginError(
+            f"{technique.name}.bind_jointly() gave hooks for {len(bound)} components, expected {len(places)}"
+        )
+    joint = object()
+    return [_step(*place, items, joint) for place, items in zip(places, bound, strict=True)]
+
+
 def make_step(technique: Technique, component: Component) -> PlanStep:
     """Asks a technique for its bindings on a component, and checks that they fit it.
 
@@ -119,9 +165,15 @@ def make_step(technique: Technique, component: Component) -> PlanStep:
         PlanError: From the technique: its options do not fit.
         PluginError: The technique gave bindings that name something the component lacks.
     """
+    return _step(technique, component, technique.bind(component))
+
+
+def _step(
+    technique: Technique, component: Component, items: Iterable[Binding | Skipped], joint: object = None
+) -> PlanStep:
     bindings: list[Binding] = []
     skipped: list[Skipped] = []
-    for item in technique.bind(component):
+    for item in items:
         if isinstance(item, Skipped):
             skipped.append(item)
         else:
@@ -131,7 +183,7 @@ def make_step(technique: Technique, component: Component) -> PlanStep:
         raise PluginError(
             f"{technique.name} binds one hook object twice; each binding needs a hook of its own"
         )
-    return PlanStep(technique, component, tuple(bindings), tuple(skipped))
+    return PlanStep(technique, component, tuple(bindings), tuple(skipped), joint=joint)
 
 
 def with_storage(steps: Sequence[PlanStep]) -> list[PlanStep]:
@@ -252,7 +304,7 @@ def check_conflicts(new: Sequence[PlanStep], existing: Sequence[Placed]) -> None
         held = _held(placed)
         if twice := holders.keys() & held.keys():
             for key in held:
-                if key in twice and not _together(holders[key][1], held[key][1]):
+                if key in twice and not _may_share(holders[key], held[key]):
                     raise _conflict(holders[key], held[key])
         holders |= held
     for placed in everything:
@@ -262,9 +314,10 @@ def check_conflicts(new: Sequence[PlanStep], existing: Sequence[Placed]) -> None
                 _check_hidden(placed, binding, everything)
 
 
-def _together(first: Binding, second: Binding) -> bool:
-    """Whether two bindings may own the same things."""
-    return first.together is not None and first.together is second.together
+def _may_share(first: _Holding, second: _Holding) -> bool:
+    """Whether components that were bound jointly may hold a thing both."""
+    jointly = first[0].joint is not None and first[0].joint is second[0].joint
+    return jointly and all(claim is None or claim.shared for _, _, claim in (first, second))
 
 
 def _held(placed: Placed) -> dict[object, _Holding]:

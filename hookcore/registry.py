@@ -15,7 +15,7 @@ from hookcore.enclosed import enclosing_calls, enclosing_entries, moved_outside,
 from hookcore.errors import ConcurrentCallError
 from hookcore.guard import CallLock, WeightGuard
 from hookcore.hook import overrides
-from hookcore.plan import check_conflicts, make_step, ordered, share_modules, with_storage
+from hookcore.plan import check_conflicts, make_joint_steps, ordered, share_modules, with_storage
 from hookcore.replaced import ReplacedHook
 from hookcore.stack import HookStack
 from hookcore.structure import ReplanHook, Structure
@@ -51,10 +51,12 @@ class Attachment:
         attached: Whether its hooks are on the modules.
         lock: What a call that swaps weights has to hold; shared by all attachments that share modules.
         structure: What the component consisted of when it was last bound, if it is to be bound anew.
+        joint: An object that those have in common that were bound jointly; None where it was bound alone.
     """
 
     def __init__(self, step: PlanStep) -> None:
         self.technique: Technique = step.technique
+        self.joint = step.joint
         self.attached = False
         self.lock = CallLock()
         self.structure: Structure | None = None
@@ -137,20 +139,27 @@ class HookRegistry:
 
     It is found, not kept: the stacks on the modules keep the attachments alive, and nothing has to be
     told when a model goes away.
+
+    Args:
+        components: The components.
+        joint: Whether to find what was bound jointly with any of it, too.
     """
 
-    def __init__(self, components: Iterable[Component]) -> None:
+    def __init__(self, components: Iterable[Component], *, joint: bool = False) -> None:
         with CHANGING:
             rest = sorted((item for item in _LIVE if item.attached), key=lambda item: item.number)
         reached = list(components)
         found: list[Attachment] = []
+        joints: set[object] = set()
         while reached:
             near = reached.pop()
             for item in list(rest):
-                if share_modules(near, item.component):
+                if item.joint in joints or share_modules(near, item.component):
                     rest.remove(item)
                     found.append(item)
                     reached.append(item.component)
+                    if joint and item.joint is not None:
+                        joints.add(item.joint)
         self._found = sorted(found, key=lambda item: item.number)
 
     @property
@@ -194,6 +203,8 @@ class HookRegistry:
     def replan(self) -> bool:
         """Binds those techniques anew that ask for it, to their components as they are now.
 
+        What was bound jointly with them, and is not bound anew now, is when it is called next.
+
         Returns:
             Whether it was done; False while a call is under way.
 
@@ -202,16 +213,34 @@ class HookRegistry:
         """
         if any(item.lock.depth for item in self._found):
             return False
+        rebind = [item for item in self._found if item.technique.replans]
         with self._quiet(self._found):
-            self._change_to(self._found, rebind=[item for item in self._found if item.technique.replans])
+            self._change_to(self._found, rebind=rebind)
+        for item in self._bound_with(rebind):
+            if item.structure is not None:
+                item.structure.mark_changed()
         return True
 
+    def _bound_with(self, items: Sequence[Attachment]) -> list[Attachment]:
+        """Finds what was bound jointly with these, directly or through others, beyond what this has found."""
+        known = HookRegistry([item.component for item in items], joint=True)._found if items else []
+        return [item for item in known if item not in self._found]
+
     def _change_to(self, after: Sequence[Attachment], *, rebind: Sequence[Attachment] = ()) -> None:
-        """The one way in which anything changes: off from outside in, on from inside out, or all undone."""
-        before = self._found
+        """The one way in which anything changes; binds anew what other enclosing calls make necessary."""
         replanning = [item for item in after if item.technique.replans]
+        others: list[Attachment] = []
         if any(item.component.wholes != wholes_of(item.component, after) for item in replanning):
-            rebind = [item for item in replanning if item in before]
+            rebind = [item for item in replanning if item in self._found]
+            others = self._bound_with(rebind)
+        with self._quiet(others):
+            self._found = sorted([*self._found, *others], key=lambda item: item.number)
+            rebind = [*rebind, *(item for item in others if item.technique.replans)]
+            self._commit([*after, *others], rebind)
+
+    def _commit(self, after: Sequence[Attachment], rebind: Sequence[Attachment]) -> None:
+        """Takes hooks off from outside in and puts them on from inside out, or undoes all of it."""
+        before = self._found
         hooked = [key for item in before for key in _hooked_entries(item)]
         try:
             self._move(before, after, rebind)
@@ -306,10 +335,16 @@ class _Undo:
 
 def _rebind(items: Sequence[Attachment], after: Sequence[Attachment], undo: _Undo) -> None:
     """Has the techniques of these attachments bind to their components as they are now."""
-    steps = []
+    joined: dict[object, list[Attachment]] = {}
     for item in items:
-        component = item.component.afresh()
-        steps.append(make_step(item.technique, component.afresh(wholes_of(component, after))))
+        joined.setdefault(item if item.joint is None else item.joint, []).append(item)
+    step_of: dict[Attachment, PlanStep] = {}
+    for together in joined.values():
+        components = [item.component.afresh() for item in together]
+        seen = [component.afresh(wholes_of(component, after)) for component in components]
+        steps = make_joint_steps([(it.technique, on) for it, on in zip(together, seen, strict=True)])
+        step_of |= zip(together, steps, strict=True)
+    steps = [step_of[item] for item in items]
     check_conflicts(steps, [item for item in after if item not in items])
     for step in with_storage(steps):
         _ = step.needs  # raises if a budget is too small for it
@@ -410,4 +445,6 @@ def _called_by_users(
 
 def _replan(component: Component) -> bool:
     with CHANGING:
-        return HookRegistry([component]).replan()
+        # Within a call of another component, those are bound jointly again after it; until then they may take
+        # their memory twice.
+        return HookRegistry([component], joint=True).replan() or HookRegistry([component]).replan()

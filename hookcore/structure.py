@@ -33,6 +33,11 @@ class Structure:
         """Is told that a parameter or a module was registered in a module, of whatever tree."""
         self._touched |= id(module) in self._modules
 
+    def mark_changed(self) -> None:
+        """Has the next look find a change."""
+        self._known = []
+        self._touched = True
+
     def has_changed(self) -> bool:
         """Whether the tree is another one now. Looks only if anything was registered in it."""
         if not self._touched:

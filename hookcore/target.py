@@ -63,8 +63,6 @@ class Target:
         at_run_end: Has a function be called at the end of each run, until the function that it returns is
             called. None if the target does not tell when a run ends.
         attributes: What the components were when they were opened, if they are attributes of an object.
-        shared: Where a technique keeps what its bindings to several components share, such as who of them
-            is in memory; under a key of its own, best the technique itself.
     """
 
     names: tuple[str, ...] = ()
@@ -75,7 +73,6 @@ class Target:
         default=None, kw_only=True, repr=False
     )
     attributes: Names | None = field(default=None, kw_only=True, repr=False)
-    shared: dict[Any, Any] = field(factory=dict, repr=False)
 
 
 @frozen(eq=False)

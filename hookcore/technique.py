@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from attrs import field, frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Hashable, Iterable, Sequence
 
     import torch
 
@@ -50,11 +50,13 @@ class Claim:
         tensor: FQN, in the component, of the parameter or buffer of which it is owned. Tensors that share
             memory are one. None means: of the entry that the binding hooks.
         dtype: Of a claim on its storage dtype: what it will be stored in, so that a plan can count it.
+        shared: Whether a component that is bound jointly with this one may claim it as well.
     """
 
     resource: str
     tensor: str | None = None
     dtype: torch.dtype | None = field(default=None, kw_only=True, eq=False)
+    shared: bool = field(default=False, kw_only=True, eq=False)
 
 
 def _claims(claims: Iterable[Claim]) -> tuple[Claim, ...]:
@@ -74,8 +76,6 @@ class Binding:
             call hides theirs (a traced module does not call its children). `"*"` forbids any hook.
         encloses: Whether the call runs the modules below as one with it (a compiled block), so that nothing
             can stand between. Hooks there that only bring weights do so around this call; others are refused.
-        together: What bindings have in common that may own the same things, on components that share weights;
-            None for nothing.
         technique: Name of the technique, where an error carries the binding; a plan's steps name it.
         component: Name of the component, likewise.
     """
@@ -86,7 +86,6 @@ class Binding:
     claims: tuple[Claim, ...] = field(default=(), converter=_claims)
     forbids_below: tuple[str, ...] = ()
     encloses: bool = False
-    together: object = field(default=None, kw_only=True, eq=False)
     technique: str = field(default="", kw_only=True, eq=False)
     component: str = field(default="", kw_only=True, eq=False)
 
@@ -157,3 +156,38 @@ class Technique:
             PlanError: The options do not fit this component.
         """
         raise NotImplementedError(f"{type(self).__name__} has to define bind()")
+
+
+@frozen
+class JointTechnique(Technique):
+    """A technique whose components share something, such as one memory budget or weights.
+
+    It is bound once for all components of an `apply` on which it is put with an equal `joint_key`, and again
+    for all of them when one has to be bound anew, so that nothing they share outlives its plan. A plugin
+    writes `bind_jointly` instead of `bind`.
+    """
+
+    @property
+    def joint_key(self) -> Hashable:
+        """A value that is equal for techniques whose components are bound together."""
+        return self
+
+    @classmethod
+    def bind_jointly(cls, places: Sequence[tuple[Self, Component]]) -> Iterable[Iterable[Binding | Skipped]]:
+        """Lists the hooks on several components. Touches nothing.
+
+        Args:
+            places: Each component with the technique that is put on it, in the order of the target.
+
+        Returns:
+            For each place the hooks on its component, in the same order.
+
+        Raises:
+            PlanError: The options do not fit a component.
+        """
+        raise NotImplementedError(f"{cls.__name__} has to define bind_jointly()")
+
+    def bind(self, component: Component) -> Iterable[Binding | Skipped]:
+        """Lists the hooks on a component that is bound alone."""
+        (bound,) = self.bind_jointly([(self, component)])
+        return bound

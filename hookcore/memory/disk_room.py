@@ -24,13 +24,12 @@ from hookcore.memory.budget import check_budget, spread_residents
 from hookcore.memory.rounds import Rounds
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     from hookcore.memory.arena import Piece
     from hookcore.memory.disk import DiskMover
     from hookcore.memory.grouping import Group
-    from hookcore.target import Component
 
 
 class DiskRoom:
@@ -63,15 +62,6 @@ class DiskRoom:
         self._rounds: Rounds[int] = Rounds()
         self._chosen_for: Counter[int] | None = None  # whose groups stay, and how often these are called
         self._lock = threading.RLock()
-
-    @classmethod
-    def of(cls, component: Component, technique: Hashable, budget: int | None, read_ahead: int) -> DiskRoom:
-        """The one for a technique and the target that a component belongs to."""
-        target = component.target
-        if (cls, technique) not in target.shared:
-            target.shared[cls, technique] = cls(budget, read_ahead, is_shared=len(target.names) > 1)
-        found: DiskRoom = target.shared[cls, technique]
-        return found
 
     # Between calls
 

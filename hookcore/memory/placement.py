@@ -46,7 +46,6 @@ class Placement:
         onload_device: Where the inputs of the outermost call are moved to. Models in the component that tell
             their device tell this one.
         borrowed: Groups whose tensors have their home in a group of another placement, which this one joins.
-        together: What it has in common with placements that may join it; None for nothing.
         exclude_kwargs: Names of keyword inputs that are not moved; None for what the model's library says.
 
     Attributes:
@@ -64,7 +63,6 @@ class Placement:
         onload_device: torch.device,
         *,
         borrowed: Mapping[Group, Group] | None = None,
-        together: object = None,
         exclude_kwargs: Collection[str] | None = None,
     ) -> None:
         self._component = component
@@ -76,7 +74,6 @@ class Placement:
         unmoved = component.conventions.unmoved_kwargs if exclude_kwargs is None else exclude_kwargs
         self._unmoved_kwargs = frozenset(unmoved)
         self._told = ModelDevice(component, onload_device)
-        self._together = together
         # What placements that are joined have in common:
         self._refs = [weakref.ref(self)]  # or it would keep itself, and the groups' tensors, alive
         self._attached: Counter[Group] = Counter()  # by how many of them
@@ -124,11 +121,11 @@ class Placement:
         for (fqn, entry), groups in held.items():
             hook_class = _PlacementHook if (fqn, entry) == first else _HoldHook
             claims = [
-                Claim(Resource.PLACEMENT, slot.name)
+                Claim(Resource.PLACEMENT, slot.name, shared=True)
                 for group in claimed.get((fqn, entry), ())
                 for slot in group.slots
             ]
-            yield Binding(fqn, hook_class(self, tuple(groups)), entry, claims, together=self._together)
+            yield Binding(fqn, hook_class(self, tuple(groups)), entry, claims)
 
     def attach(self) -> None:
         """Puts all groups where they lie between calls, and begins to watch reads."""

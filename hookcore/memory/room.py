@@ -29,13 +29,12 @@ from hookcore.memory.schedule import Use
 _COMFORT = 2  # of the largest group; one is copied while another is used
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from hookcore.memory.engine import CopyEngine
     from hookcore.memory.packed import Packed
     from hookcore.memory.stream import StreamMover
     from hookcore.memory.timeline import Recorder
-    from hookcore.target import Component
 
 
 @frozen(eq=False)
@@ -89,17 +88,6 @@ class Room:
         self._kept: dict[tuple[int, ...], _Kept | None] = {}  # by round
         self._chosen: _Kept | None = None  # what the memory is divided by now
         self._lock = threading.RLock()
-
-    @classmethod
-    def of(
-        cls, component: Component, technique: Hashable, device: torch.device, budget: int | None = None
-    ) -> Room:
-        """The one for a technique and the target that a component belongs to."""
-        shared = component.target.shared
-        if (cls, technique) not in shared:
-            shared[cls, technique] = cls(device, budget)
-        found: Room = shared[cls, technique]
-        return found
 
     # Between calls
 

@@ -7,7 +7,6 @@ in common, and have one mover.
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING
 
 from hookcore.errors import UnsupportedModelError
@@ -15,7 +14,7 @@ from hookcore.memory.grouping import Group, make_groups
 from hookcore.memory.placement import Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     import torch
 
@@ -25,16 +24,10 @@ if TYPE_CHECKING:
 
 
 class Together:
-    """The placements of one technique on the components of one target."""
+    """The placements of components that are bound jointly."""
 
     def __init__(self) -> None:
-        self._placements: weakref.WeakValueDictionary[str, Placement] = weakref.WeakValueDictionary()
-
-    @classmethod
-    def of(cls, component: Component, technique: Hashable) -> Together:
-        """What there is for a technique and the target that a component belongs to."""
-        found: Together = component.target.shared.setdefault((cls, technique), cls())
-        return found
+        self._placements: list[Placement] = []
 
     def place(
         self,
@@ -61,11 +54,9 @@ class Together:
         Raises:
             UnsupportedModelError: A tensor is tied to one of another component in a way that is none there.
         """
-        if component.name in self._placements:  # these are bound anew
-            self._placements.clear()
         homes: dict[TensorSlot, Group] = {}
         joined: list[Placement] = []
-        for other in self._placements.values():
+        for other in self._placements:
             if found := _shared(component, other):
                 homes |= found
                 joined.append(other)
@@ -88,14 +79,13 @@ class Together:
             mover,
             onload_device,
             borrowed=borrowed,
-            together=self,
             exclude_kwargs=exclude_kwargs,
         )
         for other in joined:
             other.join(joined[0])
         if joined:
             made.join(joined[0])
-        self._placements[component.name] = made
+        self._placements.append(made)
         return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from attrs import evolve, field, frozen
@@ -11,6 +11,7 @@ from attrs import evolve, field, frozen
 from hookcore import (
     Binding,
     CheckpointError,
+    JointTechnique,
     Phase,
     Skipped,
     Technique,
@@ -44,7 +45,7 @@ from hookcore.memory import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
     from hookcore import Component, TensorSlot
 
@@ -62,7 +63,7 @@ def _budget(value: int | str | None) -> int | None:
 
 
 @frozen
-class DiskOffload(Technique):
+class DiskOffload(JointTechnique):
     """Streams weights from the checkpoint's own files. Nothing is written.
 
     Parameters take no memory between calls, and read true at any time: they are mapped. For its call a
@@ -90,14 +91,28 @@ class DiskOffload(Technique):
     memory_budget: int | None = field(default=None, converter=_budget, kw_only=True)
     read_ahead: int = field(default=128 * 2**20, converter=parse_bytes, kw_only=True)
 
-    def bind(self, component: Component) -> Iterator[Binding | Skipped]:
-        """Lists the hooks at the component's entries and at the calls of all layers.
+    @property
+    def joint_key(self) -> Hashable:
+        """Components share a budget wherever the files of each lie."""
+        return evolve(self, checkpoint=None)
+
+    @classmethod
+    def bind_jointly(cls, places: Sequence[tuple[Self, Component]]) -> Iterable[Iterable[Binding | Skipped]]:
+        """Lists the hooks at the components' entries and at the calls of all layers.
 
         Raises:
             CheckpointError: The checkpoint is damaged, or is not one of this model.
             BudgetError: The budget is less than one call needs.
             UnsupportedModelError: A parameter is of a kind that cannot be exchanged.
         """
+        first = places[0][0]
+        if has_streams(first.execution_device):
+            room: Room | DiskRoom = Room(first.execution_device, first.memory_budget)
+        else:
+            room = DiskRoom(first.memory_budget, first.read_ahead, is_shared=len(places) > 1)
+        return [list(technique._bind(component, room)) for technique, component in places]
+
+    def _bind(self, component: Component, room: Room | DiskRoom) -> Iterator[Binding | Skipped]:
         origins = self._origins(component)
         if not origins:
             yield Skipped("", "none of its parameters is in the checkpoint")
@@ -105,10 +120,10 @@ class DiskOffload(Technique):
         check_movable(component, origins)
         groups = make_groups(component, leaf_units(component), origins)
         yield from dtype_hooks(component, origins)
-        if has_streams(self.execution_device):
-            yield from self._streamed(component, groups, origins)
+        if isinstance(room, Room):
+            yield from self._streamed(component, groups, origins, room)
         else:
-            yield from self._brought(component, groups, origins)
+            yield from self._brought(component, groups, origins, room)
         staying = [slot for slot in component.slots if slot not in origins]
         if staying and self.execution_device.type != "cpu":
             check_movable(component, staying)
@@ -119,21 +134,27 @@ class DiskOffload(Technique):
             yield Skipped(slot.name, "stays in memory: a buffer, or not in the checkpoint")
 
     def _streamed(
-        self, component: Component, groups: Sequence[Group], origins: Mapping[TensorSlot, Origin]
+        self,
+        component: Component,
+        groups: Sequence[Group],
+        origins: Mapping[TensorSlot, Origin],
+        room: Room,
     ) -> Iterator[Binding]:
         """Has groups be read ahead of use, and copied to the device while others compute."""
         here = self.execution_device
         store = FileStore(origins, self.read_ahead)
-        room = Room.of(component, self._without_checkpoint, here, self.memory_budget)
         mover = StreamMover(here, prefetch=_GROUPS_AHEAD, store=store, room=room)
         return Placement(component, groups, [], mover, here).bindings()
 
     def _brought(
-        self, component: Component, groups: Sequence[Group], origins: Mapping[TensorSlot, Origin]
+        self,
+        component: Component,
+        groups: Sequence[Group],
+        origins: Mapping[TensorSlot, Origin],
+        room: DiskRoom,
     ) -> Iterator[Binding]:
         """Has groups be brought into host memory, where the CPU uses them."""
         costs = {group: cost([origins[slot] for slot in group.slots]) for group in groups}
-        room = DiskRoom.of(component, self._without_checkpoint, self.memory_budget, self.read_ahead)
         resident: list[Group] = []
         if not room.is_shared:
             resident = choose_residents(costs, self.memory_budget, self.read_ahead, component.label(""))
@@ -141,11 +162,6 @@ class DiskOffload(Technique):
         here = self.execution_device
         mover = DiskMover(streamed, origins, here, room, costs=costs, what=component.label(""))
         return Placement(component, streamed, resident, mover, here).bindings()
-
-    @property
-    def _without_checkpoint(self) -> DiskOffload:
-        """What tells which components share a budget: wherever each of them lies."""
-        return evolve(self, checkpoint=None)
 
     def _origins(self, component: Component) -> dict[TensorSlot, Origin]:
         """Finds where each parameter's values lie: known from loading, or by name in the checkpoint."""

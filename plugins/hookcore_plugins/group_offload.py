@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 import torch
 from attrs import evolve, field, frozen
 
 from hookcore import (
+    JointTechnique,
     Phase,
     Skipped,
     Technique,
@@ -49,7 +50,7 @@ from hookcore.memory import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Sequence
 
     from attrs import Attribute
     from torch import nn
@@ -97,7 +98,7 @@ def _budget(value: str | float | None) -> int | float | None:
 
 
 @frozen
-class GroupOffload(Technique):
+class GroupOffload(JointTechnique):
     """Keeps weights in host memory, and copies each group to the onload device for its calls.
 
     On a device with streams, groups are copied ahead of their use while others compute, and those that a
@@ -205,14 +206,31 @@ class GroupOffload(Technique):
                 "Leave memory_budget out, or set exclude_modules= for what is to stay"
             )
 
-    def bind(self, component: Component) -> Iterator[Binding | Skipped]:
-        """Lists the hooks at the component's entries and at the calls of all blocks or leaves.
+    @property
+    def joint_key(self) -> Hashable:
+        """Components share memory wherever the files of each lie."""
+        return evolve(self, checkpoint=None)
+
+    @classmethod
+    def bind_jointly(cls, places: Sequence[tuple[Self, Component]]) -> Iterable[Iterable[Binding | Skipped]]:
+        """Lists the hooks at the components' entries and at the calls of all blocks or leaves.
 
         Raises:
             PlanError: A tensor has no data, or an excluded module doesn't exist.
             BudgetError: The budget is less than one group and all that stays need.
             UnsupportedModelError: A tensor is of a kind that cannot be moved.
         """
+        first = places[0][0]
+        if first._streams:
+            room: Room | DiskRoom = Room(first.onload_device, first._budget)
+        else:
+            room = DiskRoom(None, _READ_AHEAD, is_shared=len(places) > 1)
+        together = Together()
+        return [list(technique._bind(component, together, room)) for technique, component in places]
+
+    def _bind(
+        self, component: Component, together: Together, room: Room | DiskRoom
+    ) -> Iterator[Binding | Skipped]:
         if not component.slots:
             yield Skipped("", "it has no parameters or buffers")
             return
@@ -228,15 +246,14 @@ class GroupOffload(Technique):
             moving = [slot for slot in moving if not any(slot in group.slots for group in pinned)]
             resident += [Group(f"pinned {group.name}", group.slots, ()) for group in pinned]
         if self.offload_to_disk_path is not None or self.checkpoint is not None:
-            yield from self._from_files(component, units, moving, resident)
+            yield from self._from_files(component, units, moving, resident, room)
             return
-        together = Together.of(component, self)
         placement = together.place(
             component,
             units,
             moving,
             resident=resident,
-            make_mover=partial(self._mover, component),
+            make_mover=partial(self._mover, component, room),
             onload_device=here,
             exclude_kwargs=self.exclude_kwargs,
         )
@@ -260,6 +277,7 @@ class GroupOffload(Technique):
         units: Sequence[tuple[str, ...]],
         moving: Sequence[TensorSlot],
         resident: Sequence[Group],
+        room: Room | DiskRoom,
     ) -> Iterator[Binding | Skipped]:
         """Lists hooks that read weights from files."""
         here = self.onload_device
@@ -280,27 +298,26 @@ class GroupOffload(Technique):
             others = []
         origins = FileOrigins(known, others, self.offload_to_disk_path)
         yield from dtype_hooks(component, known)
-        if self._streams:
+        if isinstance(room, Room):
             groups = make_groups(component, units, moving)
-            mover: GroupMover = self._stream_mover(component, FileStore(origins, _READ_AHEAD))
+            mover: GroupMover = self._stream_mover(component, room, FileStore(origins, _READ_AHEAD))
         else:
             groups = make_groups(component, units, [slot for slot in moving if not slot.is_buffer])
             resident.append(Group("buffers", tuple(slot for slot in moving if slot.is_buffer), ()))
             beside = DeviceMover(here, here)
             yield from Placement(component, [], resident, beside, here).bindings()
             resident = []
-            room = DiskRoom.of(component, self._without_checkpoint, None, _READ_AHEAD)
             costs = {group: group.nbytes for group in groups}
             mover = DiskMover(groups, origins, here, room, costs=costs, what=component.label(""))
         placement = Placement(component, groups, resident, mover, here, exclude_kwargs=self.exclude_kwargs)
         yield from placement.bindings()
 
-    def _mover(self, component: Component) -> GroupMover:
-        if self._streams:
-            return self._stream_mover(component)
+    def _mover(self, component: Component, room: Room | DiskRoom) -> GroupMover:
+        if isinstance(room, Room):
+            return self._stream_mover(component, room)
         return DeviceMover(self.onload_device, self.offload_device)
 
-    def _stream_mover(self, component: Component, store: Store | None = None) -> StreamMover:
+    def _stream_mover(self, component: Component, room: Room, store: Store | None = None) -> StreamMover:
         # What runs as a whole is a group as large as a block: one ahead is enough.
         ahead = _LAYERS_AHEAD if self.offload_type == "auto" and not component.wholes else 1
         if self.prefetch is not None:
@@ -311,13 +328,8 @@ class GroupOffload(Technique):
             lock_limit=0 if self.low_cpu_mem_usage else None,
             store=store,
             most_ahead=self.prefetch,
-            room=Room.of(component, self._without_checkpoint, self.onload_device, self._budget),
+            room=room,
         )
-
-    @property
-    def _without_checkpoint(self) -> GroupOffload:
-        """What tells which components share memory: wherever each of them lies."""
-        return evolve(self, checkpoint=None)
 
     @property
     def _budget(self) -> int | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from attrs import field, frozen
 
 from hookcore import (
+    JointTechnique,
     Phase,
     Skipped,
     Technique,
@@ -28,13 +29,13 @@ from hookcore.memory import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from hookcore import Binding, Component
 
 
 @frozen
-class SequentialOffload(Technique):
+class SequentialOffload(JointTechnique):
     """Keeps weights in host memory, and copies each layer's to the device for its calls.
 
     On a device with streams the next layer is copied while this one computes. It does what accelerate's
@@ -55,31 +56,38 @@ class SequentialOffload(Technique):
     device: torch.device = field(converter=parse_onload_device)
     exclude_modules: tuple[str, ...] = field(default=(), converter=parse_module_names, kw_only=True)
 
-    def bind(self, component: Component) -> Iterator[Binding | Skipped]:
-        """Lists the hooks at the component's entries and at the calls of all layers.
+    @classmethod
+    def bind_jointly(cls, places: Sequence[tuple[Self, Component]]) -> Iterable[Iterable[Binding | Skipped]]:
+        """Lists the hooks at the components' entries and at the calls of all layers.
 
         Raises:
             PlanError: A tensor has no data, or an excluded module doesn't exist.
             UnsupportedModelError: A tensor is of a kind that cannot be moved.
         """
+        together = Together()
+        device = places[0][0].device
+        room = Room(device) if has_streams(device) else None
+        return [list(technique._bind(component, together, room)) for technique, component in places]
+
+    def _bind(
+        self, component: Component, together: Together, room: Room | None
+    ) -> Iterator[Binding | Skipped]:
         if not component.slots:
             yield Skipped("", "it has no parameters or buffers")
             return
         moving, resident = moving_and_staying(component, self.exclude_modules, self.device)
-        together = Together.of(component, self)
         placement = together.place(
             component,
             leaf_units(component),
             moving,
             resident=resident,
-            make_mover=partial(self._mover, component),
+            make_mover=partial(self._mover, room),
             onload_device=self.device,
         )
         yield from placement.bindings()
 
-    def _mover(self, component: Component) -> GroupMover:
-        if has_streams(self.device):
-            room = Room.of(component, self, self.device)
+    def _mover(self, room: Room | None) -> GroupMover:
+        if room is not None:
             return StreamMover(self.device, prefetch=1, most_ahead=1, in_pieces=True, room=room)
         return DeviceMover(self.device, torch.device("cpu"))
 

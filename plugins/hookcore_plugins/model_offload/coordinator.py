@@ -75,8 +75,6 @@ class Coordinator:
         Raises:
             UnsupportedModelError: It shares weights with another one in a way that cannot be kept.
         """
-        if weights.name in self._planned:  # it is bound anew, and so are those that share weights with it
-            self._planned.clear()
         self._planned[weights.name] = weights
         divide(list(self._planned.values()), self._device, self.link)
 

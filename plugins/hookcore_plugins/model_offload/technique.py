@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from attrs import field, frozen
 from torch import nn
@@ -13,11 +13,11 @@ from hookcore import (
     Binding,
     Claim,
     Hook,
+    JointTechnique,
     Phase,
     PlanError,
     Resource,
     Skipped,
-    Technique,
     parse_bytes,
     parse_onload_device,
     status,
@@ -49,7 +49,7 @@ def _budget(value: int | str | None) -> int | None:
 
 
 @frozen
-class ModelOffload(Technique):
+class ModelOffload(JointTechnique):
     """Keeps components in host memory, and has one at a time on the device: the one that runs.
 
     A component comes when it is called, by any of its entries, and stays until the next one runs. The next
@@ -93,13 +93,24 @@ class ModelOffload(Technique):
         if value and not self.sequence:
             raise ValueError("offload_last=True needs a sequence, whose last component it means")
 
-    def bind(self, component: Component) -> Iterator[Binding | Skipped]:
-        """Lists the hooks at the component's entries, and at the calls of its parts.
+    @classmethod
+    def bind_jointly(cls, places: Sequence[tuple[Self, Component]]) -> Iterable[Iterable[Binding | Skipped]]:
+        """Lists the hooks at the components' entries, and at the calls of their parts.
 
         Raises:
             PlanError: A tensor has no data, or the sequence names a component that the target lacks.
             UnsupportedModelError: A tensor is of a kind that cannot be moved.
         """
+        technique, component = places[0]
+        target = component.target
+        sequence = target.sequence if technique.sequence is None else technique.sequence
+        last = sequence[-1] if technique.offload_last else None
+        coordinator = Coordinator(
+            technique.device, sequence, technique.memory_budget, last, target.at_run_end
+        )
+        return [list(it._bind(on, coordinator)) for it, on in places]
+
+    def _bind(self, component: Component, coordinator: Coordinator) -> Iterator[Binding | Skipped]:
         for name in self.sequence or ():
             if name not in component.target.names:
                 near = difflib.get_close_matches(name, component.target.names)
@@ -109,25 +120,17 @@ class ModelOffload(Technique):
             yield Skipped("", "it has no parameters or buffers")
             return
         check_movable(component, component.slots)
-        target = component.target
-        if self not in target.shared:
-            sequence = target.sequence if self.sequence is None else self.sequence
-            last = sequence[-1] if self.offload_last else None
-            target.shared[self] = Coordinator(
-                self.device, sequence, self.memory_budget, last, target.at_run_end
-            )
-        coordinator = target.shared[self]
         weights = ComponentWeights(component, self.device, coordinator.link)
         coordinator.plan(weights)
-        claims = [Claim(Resource.PLACEMENT, slot.name) for slot in component.slots]
+        claims = [Claim(Resource.PLACEMENT, slot.name, shared=True) for slot in component.slots]
         first, *others = entries_of(component)
         told = ModelDevice(component, self.device)
         whole = _ComponentHook(coordinator, weights, component.slots, self.device, told)
-        yield Binding("", whole, first, claims, together=coordinator)
+        yield Binding("", whole, first, claims)
         for fqn, entry in [*(("", entry) for entry in others), *_parts(component)]:
             slots = slots_below(component, [fqn]) if fqn else component.slots
             hook = _EntryHook(coordinator, weights, slots, self.device)
-            yield Binding(fqn, hook, entry, together=coordinator)
+            yield Binding(fqn, hook, entry)
 
 
 def _parts(component: Component) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,8 @@ waiting for what it depends on raises `RaceError`. See docs/reference/simulator.
 from hookcore.testing.simulator.control import (
     Holding,
     check,
+    counting,
+    fail_at,
     install,
     limited,
     max_pinned_bytes,
@@ -59,6 +61,8 @@ __all__ = [
     "UnsupportedOperationError",
     "Violation",
     "check",
+    "counting",
+    "fail_at",
     "install",
     "is_installed",
     "limited",

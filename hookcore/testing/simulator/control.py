@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from attrs import frozen
 
 from hookcore.testing.simulator import state
 from hookcore.testing.simulator.errors import SimulatorError, Violation
+from hookcore.testing.simulator.faults import REQUESTS, Request, Watch
 from hookcore.testing.simulator.host import HostWatch
 from hookcore.testing.simulator.machine import Machine
 from hookcore.testing.simulator.naming import names_in
@@ -117,6 +119,59 @@ def traced() -> Iterator[Trace]:
         yield machine.trace
     finally:
         machine.trace = before
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counter[Request]]:
+    """Counts what all threads ask of the devices inside a `with` block.
+
+    Yields:
+        The counts so far, by kind of request.
+    """
+    with _watching(Watch(Counter())) as counts:
+        yield counts
+
+
+@contextlib.contextmanager
+def fail_at(
+    request: Request, nth: int, error: BaseException | type[BaseException]
+) -> Iterator[Counter[Request]]:
+    """Fails one request inside a `with` block, before it has any effect. Blocks may be nested.
+
+    Count the requests of a program with `counting`, fail each of them in turn, and see that what the program
+    worked on is whole afterwards.
+
+    Args:
+        request: Its kind: "allocate", "pin", "launch", "copy", "record_event", "wait_event", "wait_stream" or
+            "synchronize".
+        nth: Its number among the requests of this kind inside the block, of all threads, counted from 1.
+        error: What it raises. The traceback of an instance keeps tensors alive for as long as the instance
+            lives; a class is raised anew.
+
+    Yields:
+        The counts so far, by kind of request, the failed one included.
+
+    Raises:
+        ValueError: There is no such kind of request, or `nth` is less than 1.
+    """
+    if request not in REQUESTS:
+        raise ValueError(f"request is {request!r}, expected one of {', '.join(REQUESTS)}")
+    if nth < 1:
+        raise ValueError(f"nth is {nth}, expected 1 or more")
+    with _watching(Watch(Counter(), request, nth, error)) as counts:
+        yield counts
+
+
+@contextlib.contextmanager
+def _watching(watch: Watch) -> Iterator[Counter[Request]]:
+    machine = state.get_machine()
+    with machine.lock:
+        machine.watches += (watch,)
+    try:
+        yield watch.counts
+    finally:
+        with machine.lock:
+            machine.watches = tuple(it for it in machine.watches if it is not watch)
 
 
 def violations() -> tuple[Violation, ...]:

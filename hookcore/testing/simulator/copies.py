@@ -51,6 +51,7 @@ def copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = F
     from_device = source.device.type == state.DEVICE_TYPE
     to_device = target.device.type == state.DEVICE_TYPE
     with machine.lock:
+        machine.reach("copy")
         if from_device and to_device:
             _between_devices(machine, source, target)
         elif to_device:

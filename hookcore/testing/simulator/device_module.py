@@ -115,6 +115,7 @@ def synchronize(device: AnyDevice = None) -> None:
     """Lets the host wait for all streams of a device."""
     machine = state.get_machine()
     with machine.lock:
+        machine.reach("synchronize")
         machine.synchronize(state.device_index(device))
         machine.raise_found()
 

@@ -146,6 +146,7 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
     machine = state.get_machine()
     stream = state.current_stream_state(device)
     with machine.lock:
+        machine.reach("launch")
         operation = machine.begin(stream, facts.name)
         for _, host, is_written, block in call.uses:
             if block is not None:

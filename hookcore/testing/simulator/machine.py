@@ -25,6 +25,7 @@ from hookcore.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hookcore.testing.simulator.faults import Request, Watch
     from hookcore.testing.simulator.profiles import DeviceProfile
     from hookcore.testing.simulator.trace import Trace
 
@@ -59,6 +60,7 @@ class Machine:
         strict: Whether to raise what is found, at once or at the next operation; else it is kept.
         name_of: Gives the names of the tensors that lie in a range of a block.
         trace: Where operations are noted; None for nowhere.
+        watches: Who counts requests, and may fail one.
     """
 
     def __init__(self, devices: int, profile: DeviceProfile) -> None:
@@ -75,10 +77,20 @@ class Machine:
         self.violations: list[Violation] = []
         self.strict = True
         self.trace: Trace | None = None
+        self.watches: tuple[Watch, ...] = ()
         self.name_of: Callable[[Block, int, int], tuple[str, ...]] = lambda _block, _start, _stop: ()
         self._freed: deque[Block] = deque()
 
     # Operations
+
+    def reach(self, request: Request) -> None:
+        """Lets those who watch count a request before it has any effect, the innermost first.
+
+        Raises:
+            BaseException: One of them fails it.
+        """
+        for watch in reversed(self.watches):
+            watch.reach(request)
 
     def begin(self, stream: StreamState, name: str) -> Operation:
         """Issues an operation on a stream.
@@ -193,6 +205,8 @@ class Machine:
             torch.OutOfMemoryError: They cannot, even when all that is held has come back.
         """
         self.settle()
+        if nbytes:
+            self.reach("allocate")
         memory = self.devices[device].memory
         memory.release(self.host_time)
         if not memory.fits(nbytes) and (held := memory.all_held()) is not None:
@@ -208,6 +222,7 @@ class Machine:
     def pin(self, nbytes: int, address: int, keeper: object) -> Block:
         """Counts page-locked host memory."""
         self.settle()
+        self.reach("pin")
         block = Block(None, nbytes, address, keeper, (0, 0), "pinning")
         self.pinned.take(nbytes)
         self.pinned_blocks[address] = block

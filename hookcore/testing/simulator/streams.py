@@ -55,6 +55,7 @@ class Stream(torch.Stream):
         """Lets the host wait for all that the stream was given."""
         machine = state.get_machine()
         with machine.lock:
+            machine.reach("synchronize")
             machine.host_waits(self.state.clock, self.state.free_at)
             machine.raise_found()
 
@@ -72,6 +73,7 @@ class Stream(torch.Stream):
         """Lets what this stream is given from now on wait for all that another one was given so far."""
         machine = state.get_machine()
         with machine.lock:
+            machine.reach("wait_stream")
             machine.wait(self.state, *machine.mark(_state_of(stream)))
 
     def record_event(self, event: torch.Event | None = None) -> torch.Event:
@@ -140,13 +142,15 @@ class Event(torch.Event):
         """Marks the end of what a stream, or the current one, was given so far."""
         machine = state.get_machine()
         with machine.lock:
+            machine.reach("record_event")
             self._mark = machine.mark(_state_of(stream))
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Lets what a stream, or the current one, is given from now on wait for the event."""
-        if self._mark is not None:
-            machine = state.get_machine()
-            with machine.lock:
+        machine = state.get_machine()
+        with machine.lock:
+            machine.reach("wait_event")
+            if self._mark is not None:
                 machine.wait(_state_of(stream), *self._mark)
 
     def query(self) -> bool:
@@ -159,9 +163,10 @@ class Event(torch.Event):
 
     def synchronize(self) -> None:
         """Lets the host wait for the event."""
-        if self._mark is not None:
-            machine = state.get_machine()
-            with machine.lock:
+        machine = state.get_machine()
+        with machine.lock:
+            machine.reach("synchronize")
+            if self._mark is not None:
                 machine.host_waits(*self._mark)
                 machine.raise_found()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,11 @@ _FACTORS = {"": 1, "b": 1} | {
     for power, letter in enumerate("kmgt", start=1)
     for infix, base in (("", 1000), ("i", 1024))
 }
+
+_SHOWN = 200  # characters of a name
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _SHOWN
+_REPR.maxlevel = 3
 
 
 def parse_bytes(size: int | str) -> int:
@@ -121,4 +127,10 @@ def parse_module_names(names: str | Iterable[str] | None) -> tuple[str, ...]:
 def shortened(names: Sequence[str], shown: int = 5) -> str:
     """Writes the first of many names for people: `"a, b, c and 7 more"`, or `"none"`."""
     more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "") or "none"
+    cut = [name if len(name) <= _SHOWN else name[: _SHOWN - 3] + "..." for name in names[:shown]]
+    return ", ".join(cut) + (f" and {more} more" if more > 0 else "") or "none"
+
+
+def shown(value: object) -> str:
+    """Write a value that others chose for people: `repr`, cut where it is long or deeply nested."""
+    return _REPR.repr(value)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
+import signal
+import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,8 +19,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from hookcore import HookcoreError
 from hookcore.errors import CheckpointError
-from hookcore.memory.checkpoint import Checkpoint, FileStamp
+from hookcore.memory import Checkpoint, map_checkpoint
+from hookcore.memory.header import FileStamp
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -233,6 +239,169 @@ def test_a_header_longer_than_the_format_allows(tmp_path):
         file.truncate(200_000_000)
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         Checkpoint.open(path)
+
+
+# Headers and files that were made to do harm
+
+
+@pytest.fixture
+def patience():
+    """Fails a test that hangs, or that takes quadratic time for what is large."""
+
+    def fail(*_):
+        pytest.fail("it goes on and on", pytrace=False)
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+ODD = [
+    "-0",
+    "1e0",
+    "1.0",
+    "NaN",
+    "-Infinity",
+    "null",
+    "true",
+    '"\\ud800"',
+    '"\\udc00x"',
+    "[]",
+    "{}",
+    '"F4"',
+    '"C64"',
+]
+TOKEN = re.compile(r'"[^"]*"|-?\d+|[\[\]{}:,]')
+
+
+@given(edits=st.lists(st.tuples(st.integers(0, 10_000), st.sampled_from(ODD)), max_size=3))
+@example(edits=[(14, "-0")])
+def test_what_safetensors_refuses_is_refused(edits):
+    """Whatever stands in a header, safetensors itself decides what is valid."""
+    header = {"a": field("U8", (2, 0), (0, 0)), "b": field("U8", (4,), (0, 4)) | {"more": 3}}
+    tokens = TOKEN.findall(json.dumps({"__metadata__": {"format": "pt"}} | header))
+    for position, token in edits:
+        tokens[position % len(tokens)] = token
+    with TemporaryDirectory() as folder:
+        path = write(Path(folder) / "a.safetensors", "".join(tokens).encode(), bytes(4))
+        try:
+            found = Checkpoint.open(path)
+        except CheckpointError:
+            return
+        with safe_open(path, "pt") as reference:
+            assert set(found.entries) == set(reference.keys())
+
+
+LONG = "x" * 1_000_000
+LARGE = {
+    "keys": "{" + ",".join(f'"{number}":0' for number in [*range(100_000), 99_999]) + "}",
+    "sizes": json.dumps({"a": field("U8", [2**63 - 1] * 200_000, (0, 0))}),
+    "shape": json.dumps({"a": field("U8", [1] * 100_000, (0, 3))}),
+    "key": json.dumps({LONG: field("F99")}),
+    "dtype": json.dumps({"a": field(LONG)}),
+    "field": json.dumps({"a": [LONG] * 3}),
+    "offsets": json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [LONG, {LONG: [LONG]}]}}),
+    "metadata": json.dumps({"__metadata__": {LONG: 3}}),
+    "twice": f'{{"{LONG}": 0, "{LONG}": 0}}',
+    "hole": json.dumps({LONG: field(offsets=(9, 13))}),
+    "parser": json.dumps({"a": field("U8", [0], (0, 0)) | {LONG: -0.0}}).replace("-0.0", "1e999"),
+}
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("text", LARGE.values(), ids=LARGE)
+def test_large_headers_are_refused_soon_and_briefly(text, tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(write(tmp_path / "a.safetensors", text.encode()))
+    assert len(str(caught.value)) < 2_000
+
+
+@pytest.mark.parametrize(
+    "places",
+    [{LONG: "no.safetensors"}, {"a": LONG}, {"a": LONG + ".bin"}, {LONG: "a/b.safetensors"}],
+    ids=len,
+)
+def test_large_indexes_are_refused_briefly(places, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(index)
+    assert len(str(caught.value)) < 2_000
+
+
+def put_pipe(path):
+    os.mkfifo(path)
+
+
+def put_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def put_socket(path):
+    here = os.open(path.parent, os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(f"/proc/self/fd/{here}/{path.name}")  # a socket's path may have 108 characters
+    os.close(here)
+
+
+def put_loop(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("put", [put_pipe, put_device, put_socket, put_loop, Path.mkdir])
+@pytest.mark.parametrize("where", ["file", "index", "shard"])
+def test_what_is_no_file_is_refused(where, put, tmp_path):
+    save(STATE, tmp_path, 2)
+    index = tmp_path / "model.safetensors.index.json"
+    path = {"file": tmp_path / "a.safetensors", "index": index}.get(
+        where, tmp_path / "model-00002-of-00002.safetensors"
+    )
+    path.unlink(missing_ok=True)
+    put(path)
+    with pytest.raises(
+        CheckpointError,
+        match="holds nothing" if put is Path.mkdir and where != "shard" else re.escape(path.name),
+    ):
+        Checkpoint.open(index if where == "shard" else path)
+
+
+@given(
+    st.text(st.characters(), max_size=300).map(lambda text: text * 20)
+    | st.text(st.sampled_from("\0a/.\ud800"), max_size=10)
+)
+def test_any_path_is_opened_or_refused(name):
+    with TemporaryDirectory() as folder:
+        for path in (f"{folder}/{name}", name):
+            try:
+                Checkpoint.open(path)
+            except HookcoreError as error:
+                assert len(str(error)) < 10_000  # noqa: PT017 - which error is no matter
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(
+        CheckpointError, match=f"'{tmp_path}' cannot be read: Permission denied. Give this user"
+    ):
+        Checkpoint.open(tmp_path)
+
+
+def test_too_many_open_files_says_what_helps(tmp_path):
+    save({f"w{number}": torch.ones(1) for number in range(50)}, tmp_path, 50)
+    checkpoint = Checkpoint.open(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"Too many open files. .*ulimit -n.*max_shard_size="):
+            map_checkpoint(checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # Folders

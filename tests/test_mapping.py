@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hookcore.errors import CheckpointError
+from hookcore.memory import Checkpoint, TensorEntry
 from hookcore.memory import mapping as module
-from hookcore.memory.checkpoint import Checkpoint, TensorEntry
 from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
 
 PAGE = mmap.PAGESIZE

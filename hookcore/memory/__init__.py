@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hookcore.memory.budget import choose_residents, largest_held
-from hookcore.memory.checkpoint import Checkpoint, TensorEntry
+from hookcore.memory.checkpoint import Checkpoint
 from hookcore.memory.counts import StreamReport
 from hookcore.memory.device import DeviceMover
 from hookcore.memory.disk import DiskMover
@@ -29,6 +29,7 @@ from hookcore.memory.grouping import (
     slots_below,
     spanning_groups,
 )
+from hookcore.memory.header import TensorEntry
 from hookcore.memory.host import HostMemory
 from hookcore.memory.keys import find_entries
 from hookcore.memory.layout import Layout, choose_layout

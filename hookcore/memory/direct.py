@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from hookcore.errors import CheckpointError
 from hookcore.memory.arena import Piece, piece_beside
+from hookcore.memory.opening import open_regular, unreadable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,11 +53,9 @@ class DirectReader:
         self._cached = cached
         try:
             self.direct = not cached and _reads_direct(path)
-            self._fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if self.direct else 0))
+            self._fd = open_regular(path, os.O_DIRECT if self.direct else 0)
         except OSError as error:
-            raise CheckpointError(
-                f"'{path}' cannot be opened: {error.strerror}. Check that it is there and readable."
-            ) from error
+            raise unreadable(path, error, "be opened") from error
 
     def __enter__(self) -> Self:
         return self
@@ -135,7 +134,7 @@ def _reads_direct(path: Path) -> bool:
     if not hasattr(os, "O_DIRECT"):
         return False
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        fd = open_regular(path, os.O_DIRECT)
     except OSError as error:
         if error.errno == errno.EINVAL:
             return False

@@ -6,10 +6,11 @@ import warnings
 from typing import TYPE_CHECKING
 
 from hookcore.errors import CheckpointError, HookcoreWarning
-from hookcore.units import shortened
+from hookcore.units import shortened, shown
 
 if TYPE_CHECKING:
-    from hookcore.memory.checkpoint import Checkpoint, TensorEntry
+    from hookcore.memory.checkpoint import Checkpoint
+    from hookcore.memory.header import TensorEntry
     from hookcore.target import Component, TensorSlot
 
 
@@ -49,7 +50,7 @@ def find_entries(component: Component, checkpoint: Checkpoint) -> dict[TensorSlo
         for tensor in slot.tensors:
             if tuple(tensor.shape) != entry.shape:
                 raise CheckpointError(
-                    f"{entry.key!r} has shape {entry.shape} in '{entry.path}', but {tuple(tensor.shape)} in "
+                    f"{entry.key!r} has shape {shown(entry.shape)} in '{entry.path}', but {tuple(tensor.shape)} in "
                     f"{model!r}. Use the config that it was saved with"
                 )
     return found

@@ -21,11 +21,13 @@ from weakref import WeakValueDictionary
 import torch
 
 from hookcore.errors import CheckpointError
+from hookcore.memory.opening import open_regular, unreadable
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hookcore.memory.checkpoint import Checkpoint, TensorEntry
+    from hookcore.memory.checkpoint import Checkpoint
+    from hookcore.memory.header import TensorEntry
 
 _PAGE = mmap.PAGESIZE
 
@@ -74,7 +76,7 @@ class MappedFile(mmap.mmap):
     def __new__(cls, path: Path) -> Self:
         """Open the file, map it and close it again."""
         try:
-            with path.open("rb") as file:
+            with os.fdopen(open_regular(path), "rb") as file:
                 if sys.platform == "linux":
                     # A private writable mapping is charged against RAM and swap as if all of it were going
                     # to be written; without NORESERVE a file larger than both cannot be mapped.
@@ -85,10 +87,7 @@ class MappedFile(mmap.mmap):
                     self = super().__new__(cls, file.fileno(), 0, access=mmap.ACCESS_COPY)
                 status = os.fstat(file.fileno())
         except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise CheckpointError(
-                f"'{path}' cannot be mapped into memory: {error}. Check that the file is complete and "
-                "readable; if the address range is refused, set vm.overcommit_memory to 0."
-            ) from error
+            raise unreadable(path, error, "be mapped into memory") from error
         self.path = path
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
         # Linux tells only those who may write a file what of it is cached; to others everything seems to be.

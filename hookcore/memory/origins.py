@@ -14,7 +14,8 @@ from attrs import define
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from hookcore.memory.checkpoint import Checkpoint, TensorEntry
+    from hookcore.memory.checkpoint import Checkpoint
+    from hookcore.memory.header import TensorEntry
     from hookcore.memory.mapping import MappedFile
 
 

@@ -17,7 +17,8 @@ import torch
 from attrs import define
 
 from hookcore.errors import CheckpointError
-from hookcore.memory.checkpoint import DTYPES, Checkpoint
+from hookcore.memory.checkpoint import Checkpoint
+from hookcore.memory.header import DTYPES
 from hookcore.memory.mapping import MappedFile
 from hookcore.memory.origins import Origin
 from hookcore.units import format_bytes

@@ -32,8 +32,8 @@ from hookcore import AttentionFunction, HookcoreError, Objection, PlanError
 from hookcore.testing import ModelSnapshot, simulator
 from hookcore.testing.models import real_models
 from hookcore_plugins import AttentionBackend, GroupOffload, LayerwiseCasting
-from hookcore_plugins.attention_backend import AttentionError, AttentionReport, functions
-from hookcore_plugins.attention_backend.finding import find_attention
+from hookcore_plugins.attention_backend import AttentionError, AttentionReport, backends
+from hookcore_plugins.attention_backend.discovery import find_attention
 
 CASES = {name: make() for name, make in real_models().items()}
 ATTENTIONS = {
@@ -1051,7 +1051,7 @@ def test_other_numbers_of_dimensions_are_refused(name, monkeypatch):
 def test_what_torchs_flash_kernel_does_not_take_is_refused():
     query = torch.randn(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match=r"torch's flash kernel does not take"):
-        functions._flash(query, query, query[..., :2])
+        backends._flash(query, query, query[..., :2])
     model = plain(dropout_p=0.5)
     hookcore.apply(model, [AttentionBackend("flash", fallback="math")])
     model(X)
@@ -1064,19 +1064,19 @@ def test_what_torchs_flash_kernel_does_not_take_is_refused():
 def test_kernels_of_cuda_are_called_with_what_they_take(name, mask, monkeypatch):
     """On the meta device, where torch checks signatures and shapes and computes nothing."""
     for check in ("can_use_flash_attention", "can_use_efficient_attention", "can_use_cudnn_attention"):
-        monkeypatch.setattr(functions, check, lambda *_: True)
-    monkeypatch.setattr(functions, "SDPAParams", lambda *_: None)
+        monkeypatch.setattr(backends, check, lambda *_: True)
+    monkeypatch.setattr(backends, "SDPAParams", lambda *_: None)
     query, key = (torch.zeros(2, 3, length, 10, dtype=torch.float16, device="meta") for length in (5, 7))
     attn_mask = None if mask is None or name == "flash" else torch.zeros(5, 7, dtype=mask, device="meta")
-    output = getattr(functions, f"_{name}")(query, key, key, attn_mask, is_causal=mask is None)
+    output = getattr(backends, f"_{name}")(query, key, key, attn_mask, is_causal=mask is None)
     assert output.shape == query.shape
     assert output.dtype is torch.float16
 
 
 def test_heads_are_padded_for_the_flash_kernel_of_cuda(monkeypatch):
     """It takes multiples of eight, and the scale is that of the heads before."""
-    monkeypatch.setattr(functions, "can_use_flash_attention", lambda *_: True)
-    monkeypatch.setattr(functions, "SDPAParams", lambda *_: None)
+    monkeypatch.setattr(backends, "can_use_flash_attention", lambda *_: True)
+    monkeypatch.setattr(backends, "SDPAParams", lambda *_: None)
 
     def kernel(query, key, value, dropout_p, is_causal, _debug, *, scale):
         assert {tensor.shape[-1] for tensor in (query, key, value)} == {16}
@@ -1085,7 +1085,7 @@ def test_heads_are_padded_for_the_flash_kernel_of_cuda(monkeypatch):
         )
         return (output,)
 
-    monkeypatch.setattr(functions, "_aten", types.SimpleNamespace(_scaled_dot_product_flash_attention=kernel))
+    monkeypatch.setattr(backends, "_aten", types.SimpleNamespace(_scaled_dot_product_flash_attention=kernel))
 
     class OnAnother(torch.Tensor):
         """Says that it lies on another device than it does."""
@@ -1093,17 +1093,17 @@ def test_heads_are_padded_for_the_flash_kernel_of_cuda(monkeypatch):
         device = torch.device("meta")
 
     query = torch.randn(2, 3, 5, 10)
-    got = functions._flash(query.as_subclass(OnAnother), query, query)
+    got = backends._flash(query.as_subclass(OnAnother), query, query)
     torch.testing.assert_close(got.as_subclass(torch.Tensor), attention_by_name(query, query, query))
 
 
 @pytest.mark.parametrize("name", ["flash", "efficient", "cudnn"])
 def test_kernels_of_cuda_are_refused_where_torch_says_so(name, monkeypatch):
     for check in ("can_use_flash_attention", "can_use_efficient_attention", "can_use_cudnn_attention"):
-        monkeypatch.setattr(functions, check, lambda *_: False)
+        monkeypatch.setattr(backends, check, lambda *_: False)
     query = torch.zeros(2, 3, 5, 10, dtype=torch.float16, device="meta")
     with pytest.raises(NotImplementedError, match=rf"torch's {name} kernel does not take"):
-        getattr(functions, f"_{name}")(query, query, query)
+        getattr(backends, f"_{name}")(query, query, query)
 
 
 @pytest.mark.gpu

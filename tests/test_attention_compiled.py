@@ -17,9 +17,9 @@ from hookcore import AttentionFunction, ConflictError
 from hookcore.testing import ModelSnapshot
 from hookcore.testing.models import bert, flux, gpt2, unet
 from hookcore_plugins import AttentionBackend, Compile, GroupOffload, LayerwiseCasting, Trace
-from hookcore_plugins.attention_backend import AttentionError, AttentionReport, functions
+from hookcore_plugins.attention_backend import AttentionError, AttentionReport, backends
 from hookcore_plugins.attention_backend.chunked import _backward_operator, _operator, chunked_attention
-from hookcore_plugins.attention_backend.redirect import redirected, suspended
+from hookcore_plugins.attention_backend.function_mode import redirected, suspended
 from hookcore_plugins.compile import CompileReport
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
@@ -423,7 +423,7 @@ def test_what_is_compiled_takes_the_flash_kernel_only_where_torch_does(sizes, od
         mask.requires_grad_(masked == "learned")
     dropout = 0.5 * (odd == "dropout")
     given_ = query, key, value, mask, dropout
-    if functions._flash_of_cpu_can(*given_):
+    if backends._flash_of_cpu_can(*given_):
         with contextlib.suppress(RuntimeError):
             choice = torch._fused_sdp_choice(*given_, causal and mask is None)
             assert choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value

@@ -17,7 +17,7 @@ from hookcore.testing.models import autoencoder, flux, gpt2, unet
 from hookcore.testing.snapshot import ModelSnapshot
 from hookcore_plugins import ChannelsLast, Compile, GroupOffload, LayerwiseCasting, ModelOffload
 from hookcore_plugins.compile import CompileReport
-from hookcore_plugins.compile.code import LIMIT
+from hookcore_plugins.compile.shared_code import LIMIT
 
 
 class Block(nn.Module):

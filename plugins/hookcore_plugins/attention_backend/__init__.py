@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hookcore import PlanError, hookimpl
+from hookcore_plugins.attention_backend.backends import FUNCTIONS
 from hookcore_plugins.attention_backend.chunked import chunked_attention
+from hookcore_plugins.attention_backend.counts import AttentionReport
 from hookcore_plugins.attention_backend.errors import AttentionError
-from hookcore_plugins.attention_backend.functions import FUNCTIONS
-from hookcore_plugins.attention_backend.tally import AttentionReport
 from hookcore_plugins.attention_backend.technique import AttentionBackend
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 -- the name that all of torch's users know
 from torch.overrides import TorchFunctionMode
 
-from hookcore_plugins.attention_backend.tally import CompiledTally
+from hookcore_plugins.attention_backend.counts import CompiledTally
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from hookcore_plugins.attention_backend.choice import Choice
+    from hookcore_plugins.attention_backend.dispatch import Choice
 
 _ATTENTION = F.scaled_dot_product_attention
 _MULTI_HEAD = F.multi_head_attention_forward

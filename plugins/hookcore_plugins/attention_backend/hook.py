@@ -6,18 +6,18 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from hookcore import Hook, bare_entry
-from hookcore_plugins.attention_backend.redirect import redirected, suspended
-from hookcore_plugins.attention_backend.stand_in import StandingIn
+from hookcore_plugins.attention_backend.function_mode import redirected, suspended
+from hookcore_plugins.attention_backend.temporary_attribute import StandingIn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
 
-    from hookcore_plugins.attention_backend.choice import Choice
     from hookcore_plugins.attention_backend.compiled import Traceable
-    from hookcore_plugins.attention_backend.stand_in import StandIn
-    from hookcore_plugins.attention_backend.tally import AttentionReport
+    from hookcore_plugins.attention_backend.counts import AttentionReport
+    from hookcore_plugins.attention_backend.dispatch import Choice
+    from hookcore_plugins.attention_backend.temporary_attribute import StandIn
 
 
 class AttentionHook(Hook):

@@ -12,11 +12,11 @@ from attrs import field, frozen
 import hookcore
 from hookcore import Binding, Claim, Objection, Phase, PlanError, Resource, Skipped, Technique
 from hookcore.memory import wanted_dtype
-from hookcore_plugins.attention_backend.choice import Choice, refusal
 from hookcore_plugins.attention_backend.compiled import Traceable
-from hookcore_plugins.attention_backend.finding import Found, find_attention
+from hookcore_plugins.attention_backend.counts import Tally
+from hookcore_plugins.attention_backend.discovery import Found, find_attention
+from hookcore_plugins.attention_backend.dispatch import Choice, refusal
 from hookcore_plugins.attention_backend.hook import AttentionHook
-from hookcore_plugins.attention_backend.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

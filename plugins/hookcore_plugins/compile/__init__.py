@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hookcore import hookimpl
-from hookcore_plugins.compile.code import CompileReport
+from hookcore_plugins.compile.shared_code import CompileReport
 from hookcore_plugins.compile.technique import Compile
 
 if TYPE_CHECKING:

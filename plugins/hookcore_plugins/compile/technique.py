@@ -11,8 +11,8 @@ from attrs import evolve, field, frozen
 
 from hookcore import Binding, Claim, Hook, Phase, PlanError, Resource, Skipped, Technique
 from hookcore.memory import entries_of
-from hookcore_plugins.compile.blocks import code_key, repeated_blocks
-from hookcore_plugins.compile.code import CompileReport, SharedCode, options_of
+from hookcore_plugins.compile.repeated_blocks import code_key, repeated_blocks
+from hookcore_plugins.compile.shared_code import CompileReport, SharedCode, options_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping

@@ -10,9 +10,9 @@ import torch
 from attrs import frozen
 
 from hookcore import Hook, bare_entry, status
+from hookcore_plugins.trace.inputs import Inputs
 from hookcore_plugins.trace.recording import Call, Recording, record
-from hookcore_plugins.trace.saving import load, save
-from hookcore_plugins.trace.values import Inputs
+from hookcore_plugins.trace.trace_file import load, save
 
 if TYPE_CHECKING:
     import inspect

@@ -11,12 +11,12 @@ from attrs import frozen
 from torch import nn
 
 from hookcore import UnsupportedModelError
-from hookcore_plugins.trace.values import put_together, take_apart
+from hookcore_plugins.trace.inputs import put_together, take_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from hookcore_plugins.trace.values import Inputs, Structure
+    from hookcore_plugins.trace.inputs import Inputs, Structure
 
 _TracerWarning: Any = vars(torch.jit)["TracerWarning"]
 _SHOWN = 400  # characters of what torch says

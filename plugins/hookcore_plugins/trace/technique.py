@@ -11,7 +11,7 @@ from attrs import field, frozen
 
 from hookcore import Binding, Claim, Phase, PlanError, Resource, Technique, bare_entry
 from hookcore_plugins.trace.hook import TraceHook
-from hookcore_plugins.trace.values import Inputs
+from hookcore_plugins.trace.inputs import Inputs
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator

@@ -8,14 +8,14 @@ import torch
 from attrs import frozen
 
 from hookcore import Objection
+from hookcore_plugins.attention_backend.constant_result import untraced
 from hookcore_plugins.attention_backend.errors import AttentionError
-from hookcore_plugins.attention_backend.untraced import untraced
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hookcore import AttentionFunction
-    from hookcore_plugins.attention_backend.tally import Tally
+    from hookcore_plugins.attention_backend.counts import Tally
 
 _Objections = list[tuple["AttentionFunction", Objection]]
 

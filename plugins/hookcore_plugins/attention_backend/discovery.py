@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from hookcore import Skipped
-from hookcore_plugins.attention_backend.stand_in import StandIn
+from hookcore_plugins.attention_backend.temporary_attribute import StandIn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

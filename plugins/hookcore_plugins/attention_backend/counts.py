@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from attrs import field, frozen
 
-from hookcore_plugins.attention_backend.untraced import untraced
+from hookcore_plugins.attention_backend.constant_result import untraced
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

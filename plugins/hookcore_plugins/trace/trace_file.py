@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookcore import PlanError
+from hookcore_plugins.trace.inputs import class_named, name_of, with_classes
 from hookcore_plugins.trace.recording import Recording, quiet
-from hookcore_plugins.trace.values import class_named, name_of, with_classes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

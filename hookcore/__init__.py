@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from hookcore.applied import Applied, Status
 from hookcore.apply import apply, plan, remove, status
-from hookcore.attention import AttentionFunction, Objection
+from hookcore.attention import AttentionCall, AttentionFunction, Objection
 from hookcore.errors import (
     BudgetError,
     CheckpointError,
@@ -50,6 +50,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Applied",
+    "AttentionCall",
     "AttentionFunction",
     "Binding",
     "BudgetError",

@@ -1,26 +1,71 @@
-"""What computes attention: a function with the signature of torch's own, and what it can do."""
+"""Attention functions: one call, what a function declares that it can do, and why it cannot do a call."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
+import torch
 from attrs import field, frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    import torch
     from torch import Tensor
 
 MaskKind = Literal["bool", "additive"]
+Result = TypeVar("Result")
 
 
-class Objection(NamedTuple):  # of which torch.compile can make one, and not of a frozen attrs class
-    """Why an attention function cannot do what is asked.
+class AttentionCall(NamedTuple):  # torch.compile can make a NamedTuple, and no frozen attrs class
+    """The arguments of one call of `torch.nn.functional.scaled_dot_product_attention`.
 
     Attributes:
-        found: What is asked, or wrong, as a phrase for people: `"dtype torch.float64"`.
-        expected: What it can do: `"torch.float16 or torch.bfloat16"`; empty where that goes without saying.
+        query: `(..., heads, L, E)`.
+        key: `(..., heads, S, E)`; fewer heads with `enable_gqa`.
+        value: `(..., heads, S, Ev)`.
+        attn_mask: Broadcastable to `(..., heads, L, S)`: True where a key is attended to, or a number to add
+            to the score. None for no mask.
+        dropout_p: Probability that a weight is dropped.
+        is_causal: Whether query i attends to the keys up to i only.
+        scale: The factor of scores; None for `1 / sqrt(E)`.
+        enable_gqa: Whether neighbouring heads of the query share a head of key and value.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether gradients have to flow through the call."""
+        tensors = self.query, self.key, self.value, self.attn_mask
+        return torch.is_grad_enabled() and any(it is not None and it.requires_grad for it in tensors)
+
+    def run(self, function: Callable[..., Result]) -> Result:
+        """Calls a function that has the signature of torch's own."""
+        return function(
+            self.query,
+            self.key,
+            self.value,
+            self.attn_mask,
+            self.dropout_p,
+            self.is_causal,
+            scale=self.scale,
+            enable_gqa=self.enable_gqa,
+        )
+
+
+class Objection(NamedTuple):
+    """Why an attention function cannot do a call.
+
+    Attributes:
+        found: What the function cannot take, as a phrase: `"dtype torch.float64"`.
+        expected: What it takes instead: `"torch.float16 or torch.bfloat16"`; empty where `found` says enough.
         remedy: What the caller can do about it: `"cast the model"`.
     """
 
@@ -33,7 +78,7 @@ class Objection(NamedTuple):  # of which torch.compile can make one, and not of 
 
 
 def _available() -> None:
-    """Says that nothing is missing."""
+    """Declares that nothing is missing."""
 
 
 def _tuple_or_none(values: Iterable[Any] | None) -> tuple[Any, ...] | None:
@@ -42,27 +87,27 @@ def _tuple_or_none(values: Iterable[Any] | None) -> tuple[Any, ...] | None:
 
 @frozen
 class AttentionFunction:
-    """A way to compute attention that users choose by its name, with what is to be known before it is called.
+    """A function that computes attention, which users choose by its name, and the limits that it declares.
 
-    What is declared is checked before each call, so that `function` gets only what it can do. It may find
-    more that it cannot do, and raise NotImplementedError with the reason.
+    hookcore checks the declared limits before each call. For any other limit, `function` raises
+    NotImplementedError with the reason; both lead to the fallback, or to an error with the module's name.
 
     Attributes:
         name: What users call it, in snake_case: `"chunked"`.
         function: Takes and returns what `torch.nn.functional.scaled_dot_product_attention` does, by the same
             names: query `(..., heads, L, E)`, key `(..., heads, S, E)`, value `(..., heads, S, Ev)`,
             attn_mask, dropout_p, is_causal, and by keyword scale and enable_gqa.
-        unavailable: Returns why it cannot be used here at all, with what to do about it, or None:
+        unavailable: Returns an objection if the function cannot be used in this process at all, else None:
             `Objection("xformers is not installed", remedy="run `pip install xformers`")`.
-        devices: Types of devices that it runs on; None for all.
-        dtypes: Dtypes of query, key and value that it takes; None for all.
-        masks: Kinds of `attn_mask` that it takes: `"bool"`, `"additive"`.
-        causal: Whether it takes `is_causal`.
-        dropout: Whether it takes a `dropout_p` other than 0.
-        gqa: Whether it takes `enable_gqa`, with fewer heads of key and value than of the query.
-        gradients: Whether gradients flow through it.
-        max_head_size: The largest E and Ev; None for any.
-        head_size_multiple: What E and Ev have to be multiples of.
+        devices: Supported types of devices; None for all.
+        dtypes: Supported dtypes of query, key and value; None for all.
+        masks: Supported kinds of `attn_mask`: `"bool"`, `"additive"`.
+        causal: Whether `is_causal` is supported.
+        dropout: Whether a `dropout_p` other than 0 is supported.
+        gqa: Whether `enable_gqa` is supported, with fewer heads of key and value than of the query.
+        gradients: Whether gradients flow through the function.
+        max_head_size: The largest supported E and Ev; None for any.
+        head_size_multiple: A number by which E and Ev have to be divisible.
     """
 
     name: str
@@ -86,13 +131,13 @@ class AttentionFunction:
             )
 
     def objection_to_device(self, kind: str) -> Objection | None:
-        """Why it cannot run on a type of device, or None."""
+        """Returns why the function cannot run on a type of device; None if it can."""
         if self.devices is None or kind in self.devices:
             return None
         return Objection(f"device {kind!r}", _one_of(map(repr, self.devices)), "move the model there")
 
     def objection_to_dtype(self, dtype: torch.dtype) -> Objection | None:
-        """Why it cannot take tensors of a dtype, or None."""
+        """Returns why the function cannot take tensors of a dtype; None if it can."""
         if self.dtypes is None or dtype in self.dtypes:
             return None
         return Objection(
@@ -102,48 +147,28 @@ class AttentionFunction:
         )
 
     def objection_to_head_size(self, size: int) -> Objection | None:
-        """Why it cannot take heads of a size, or None."""
+        """Returns why the function cannot take heads of a size; None if it can."""
         if self.max_head_size is not None and size > self.max_head_size:
             return Objection(f"heads of size {size}", f"{self.max_head_size} at most")
         if size % self.head_size_multiple:
             return Objection(f"heads of size {size}", f"a multiple of {self.head_size_multiple}")
         return None
 
-    def objection(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        *,
-        is_causal: bool = False,
-        enable_gqa: bool = False,
-        needs_gradients: bool = False,
-    ) -> Objection | None:
-        """Why it cannot do one call, as far as it has declared what it can do, or None.
-
-        Args:
-            query: As `function` would get it; so are the next ones.
-            key: Likewise.
-            value: Likewise.
-            attn_mask: Likewise.
-            dropout_p: Likewise.
-            is_causal: Likewise.
-            enable_gqa: Likewise.
-            needs_gradients: Whether gradients have to flow through it.
-        """
+    def objection(self, call: AttentionCall) -> Objection | None:
+        """Returns which declared limit a call exceeds; None if it exceeds none."""
         return (
-            self.objection_to_device(query.device.type)
-            or self.objection_to_dtype(query.dtype)
-            or self.objection_to_head_size(query.shape[-1])
-            or self.objection_to_head_size(value.shape[-1])
-            or self._objection_to_mask(attn_mask)
-            or _objection("is_causal=True", is_causal, self.causal, "give the model a mask")
-            or _objection(f"dropout_p={dropout_p}", dropout_p > 0, self.dropout, "call model.eval()")
-            or (None if self.gqa or not enable_gqa else _objection_to_heads(query, key))
+            self.objection_to_device(call.query.device.type)
+            or self.objection_to_dtype(call.query.dtype)
+            or self.objection_to_head_size(call.query.shape[-1])
+            or self.objection_to_head_size(call.value.shape[-1])
+            or self._objection_to_mask(call.attn_mask)
+            or _objection("is_causal=True", call.is_causal, self.causal, "give the model a mask")
             or _objection(
-                "gradients", needs_gradients, self.gradients, "call the model under torch.no_grad()"
+                f"dropout_p={call.dropout_p}", call.dropout_p > 0, self.dropout, "call model.eval()"
+            )
+            or (None if self.gqa or not call.enable_gqa else _objection_to_heads(call.query, call.key))
+            or _objection(
+                "gradients", call.needs_gradients, self.gradients, "call the model under torch.no_grad()"
             )
         )
 

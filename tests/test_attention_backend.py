@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention as attention_by_nam
 from torch.overrides import _get_current_function_mode_stack
 
 import hookcore
-from hookcore import AttentionFunction, HookcoreError, Objection, PlanError
+from hookcore import AttentionCall, AttentionFunction, HookcoreError, Objection, PlanError
 from hookcore.testing import ModelSnapshot, simulator
 from hookcore.testing.models import real_models
 from hookcore_plugins import AttentionBackend, GroupOffload, LayerwiseCasting
@@ -1259,7 +1259,7 @@ def test_names_of_other_plugins_are_taken():
 def test_heads_of_both_kinds_are_checked(size, value_size, taken):
     function = AttentionFunction("narrow", attention_by_name, max_head_size=4)
     query, value = torch.zeros(1, 1, 2, size), torch.zeros(1, 1, 2, value_size)
-    assert (function.objection(query, query, value) is None) == taken
+    assert (function.objection(AttentionCall(query, query, value)) is None) == taken
 
 
 def test_an_objection_says_what_it_has():

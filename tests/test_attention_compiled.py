@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import _get_current_function_mode_stack
 
 import hookcore
-from hookcore import AttentionFunction, ConflictError
+from hookcore import AttentionCall, AttentionFunction, ConflictError
 from hookcore.testing import ModelSnapshot
 from hookcore.testing.models import bert, flux, gpt2, unet
 from hookcore_plugins import AttentionBackend, Compile, GroupOffload, LayerwiseCasting, Trace
@@ -423,7 +423,7 @@ def test_what_is_compiled_takes_the_flash_kernel_only_where_torch_does(sizes, od
         mask.requires_grad_(masked == "learned")
     dropout = 0.5 * (odd == "dropout")
     given_ = query, key, value, mask, dropout
-    if backends._flash_of_cpu_can(*given_):
+    if backends._flash_of_cpu_can(AttentionCall(*given_)):
         with contextlib.suppress(RuntimeError):
             choice = torch._fused_sdp_choice(*given_, causal and mask is None)
             assert choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value

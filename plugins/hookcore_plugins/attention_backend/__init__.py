@@ -1,14 +1,14 @@
-"""Attention by a backend of the user's choice, in one model and no other."""
+"""Computes attention by a backend of the user's choice, in one model and no other."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from hookcore import PlanError, hookimpl
-from hookcore_plugins.attention_backend.backends import FUNCTIONS
+from hookcore_plugins.attention_backend.backends import BACKENDS
 from hookcore_plugins.attention_backend.chunked import chunked_attention
 from hookcore_plugins.attention_backend.counts import AttentionReport
-from hookcore_plugins.attention_backend.errors import AttentionError
+from hookcore_plugins.attention_backend.dispatch import AttentionError
 from hookcore_plugins.attention_backend.technique import AttentionBackend
 
 if TYPE_CHECKING:
@@ -19,22 +19,22 @@ __all__ = ["AttentionBackend", "AttentionError", "AttentionReport", "chunked_att
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Technique]]:
-    """Brings the choice of attention backends."""
+    """Registers `AttentionBackend`."""
     return [AttentionBackend]
 
 
 @hookimpl
 def hookcore_register_attention_functions() -> tuple[AttentionFunction, ...]:
-    """Brings torch's kernels, those of well-known packages, and hookcore's own."""
-    return FUNCTIONS
+    """Registers torch's kernels, those of optional packages, and hookcore's own."""
+    return BACKENDS
 
 
 @hookimpl
 def hookcore_review_plan(plan: Plan) -> None:
-    """Refuses a backend that no component takes.
+    """Refuses an attention backend that no component uses.
 
     Raises:
-        PlanError: Each was left alone.
+        PlanError: All components were left alone.
     """
     taken = [step.technique for step in plan.steps]
     for step in plan.left_alone:

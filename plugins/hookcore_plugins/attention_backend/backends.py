@@ -1,8 +1,8 @@
-"""The backends that hookcore brings: torch's own kernels, and packages that need not be there.
+"""The built-in attention backends: torch's own kernels, and the kernels of optional packages.
 
-torch's way to choose a kernel, `torch.nn.attention.sdpa_kernel`, sets flags of the whole process, which
-threads would see of each other. So the kernels are called directly, with the preparations that torch's own
-function makes (aten/src/ATen/native/transformers/attention.cpp).
+`torch.nn.attention.sdpa_kernel` chooses a kernel by flags of the whole process, which other threads would
+see. The kernels are therefore called directly, with the preparations that torch's own function makes
+(aten/src/ATen/native/transformers/attention.cpp).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name that all of torch
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
-from hookcore import AttentionFunction, Objection
+from hookcore import AttentionCall, AttentionFunction, Objection
 from hookcore_plugins.attention_backend.chunked import chunked_attention
 
 if TYPE_CHECKING:
@@ -36,86 +36,80 @@ _HALF = (torch.float16, torch.bfloat16)
 _aten = torch.ops.aten
 
 
+def _with_torchs_signature(kernel: Callable[[AttentionCall], Tensor]) -> Callable[..., Tensor]:
+    """Gives a kernel the signature of `torch.nn.functional.scaled_dot_product_attention`."""
+
+    @functools.wraps(kernel)
+    def function(*args: Any, **kwargs: Any) -> Tensor:
+        return kernel(AttentionCall(*args, **kwargs))
+
+    return function
+
+
 # torch's kernels
 
 
-def _math(  # noqa: PLR0917 -- torch's own signature
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Plain products and a softmax; all scores are in memory at once."""
-    if attn_mask is not None:
-        attn_mask = _additive(attn_mask, query)
-        if is_causal:  # torch's other kernels take both
-            rows = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-            attn_mask = attn_mask.masked_fill(rows.logical_not(), -math.inf)
+@_with_torchs_signature
+def _math(call: AttentionCall) -> Tensor:
+    """Computes plain products and a softmax; all scores are in memory at once."""
+    mask, is_causal = call.attn_mask, call.is_causal
+    if mask is not None:
+        mask = _additive(mask, call.query)
+        if is_causal:  # this kernel refuses both together, which torch's other kernels take
+            size = call.query.shape[-2], call.key.shape[-2]
+            rows = torch.ones(size, dtype=torch.bool, device=mask.device).tril()
+            mask = mask.masked_fill(rows.logical_not(), -math.inf)
             is_causal = False
-    output: Tensor = _aten._scaled_dot_product_attention_math(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-    )[0]
+    return call._replace(attn_mask=mask, is_causal=is_causal).run(_math_kernel)
+
+
+def _math_kernel(*args: Any, **kwargs: Any) -> Tensor:
+    output: Tensor = _aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
     return output
 
 
-def _flash(  # noqa: PLR0917
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """FlashAttention as torch has it."""
+@_with_torchs_signature
+def _flash(call: AttentionCall) -> Tensor:
+    """Runs torch's FlashAttention."""
+    query, mask = call.query, call.attn_mask
     output: Tensor
     if query.device.type == "cpu":
         if torch.compiler.is_compiling():
-            able = _flash_of_cpu_can(query, key, value, attn_mask, dropout_p)
+            able = _flash_of_cpu_can(call)
         else:
-            choice = torch._fused_sdp_choice(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-            able = choice == SDPBackend.FLASH_ATTENTION.value
+            able = call.run(torch._fused_sdp_choice) == SDPBackend.FLASH_ATTENTION.value
         if not able:
-            raise NotImplementedError(_cannot("flash", query, key, value, attn_mask))
-        mask = None if attn_mask is None else _additive(attn_mask, query)
+            raise NotImplementedError(_unsupported("flash", call))
         output = _aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale
+            query,
+            call.key,
+            call.value,
+            call.dropout_p,
+            call.is_causal,
+            attn_mask=None if mask is None else _additive(mask, query),
+            scale=call.scale,
         )[0]
         return output
-    asked = SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    if not can_use_flash_attention(asked):
-        raise NotImplementedError(_cannot("flash", query, key, value, attn_mask))
+    if not can_use_flash_attention(_params(call)):
+        raise NotImplementedError(_unsupported("flash", call))
     size = query.shape[-1]
-    padded = (F.pad(tensor, (0, -size % 8)) for tensor in (query, key, value))
+    padded = (F.pad(tensor, (0, -size % 8)) for tensor in (query, call.key, call.value))
+    scale = size**-0.5 if call.scale is None else call.scale
     output = _aten._scaled_dot_product_flash_attention(
-        *padded, dropout_p, is_causal, False, scale=size**-0.5 if scale is None else scale
+        *padded, call.dropout_p, call.is_causal, False, scale=scale
     )[0]
     return output[..., :size]
 
 
-def _flash_of_cpu_can(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
-) -> bool:
-    """What torch says of its flash kernel on the CPU, where torch.compile cannot ask (sdp_utils_cpp.cpp)."""
+def _flash_of_cpu_can(call: AttentionCall) -> bool:
+    """Repeats torch's conditions for its flash kernel on the CPU, which compiled code cannot ask for.
+
+    They are those of `use_flash_attention_cpp` in aten/src/ATen/native/transformers/sdp_utils_cpp.cpp.
+    """
+    query, key, value, mask = call.query, call.key, call.value, call.attn_mask
     given = (query, key, value) if mask is None else (query, key, value, mask)
     return (
-        dropout_p == 0
+        call.dropout_p == 0
         and query.dim() == key.dim() == value.dim() == 4
         and query.shape[:2] == key.shape[:2] == value.shape[:2]
         and query.shape[-1] == key.shape[-1] == value.shape[-1]
@@ -125,87 +119,67 @@ def _flash_of_cpu_can(
     )
 
 
-def _efficient(  # noqa: PLR0917
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Memory-efficient attention as torch has it, with kernels of xformers."""
-    asked = SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    if not can_use_efficient_attention(asked):
-        raise NotImplementedError(_cannot("efficient", query, key, value, attn_mask))
-    mask = None if attn_mask is None else _aligned(_additive(attn_mask, query), query, key)
+@_with_torchs_signature
+def _efficient(call: AttentionCall) -> Tensor:
+    """Runs torch's memory-efficient attention, whose kernels come from xformers."""
+    if not can_use_efficient_attention(_params(call)):
+        raise NotImplementedError(_unsupported("efficient", call))
+    mask = None if call.attn_mask is None else _aligned(_additive(call.attn_mask, call.query), call)
     output: Tensor = _aten._scaled_dot_product_efficient_attention(
-        query, key, value, mask, _has_gradients(query, key, value), dropout_p, is_causal, scale=scale
+        call.query,
+        call.key,
+        call.value,
+        mask,
+        call.needs_gradients,
+        call.dropout_p,
+        call.is_causal,
+        scale=call.scale,
     )[0]
     return output
 
 
-def _cudnn(  # noqa: PLR0917
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attention of cuDNN."""
-    asked = SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    if not can_use_cudnn_attention(asked):
-        raise NotImplementedError(_cannot("cudnn", query, key, value, attn_mask))
+@_with_torchs_signature
+def _cudnn(call: AttentionCall) -> Tensor:
+    """Runs cuDNN's attention."""
+    if not can_use_cudnn_attention(_params(call)):
+        raise NotImplementedError(_unsupported("cudnn", call))
     output: Tensor = _aten._scaled_dot_product_cudnn_attention(
-        query,
-        key,
-        value,
-        None if attn_mask is None else _additive(attn_mask, query),
-        _has_gradients(query, key, value),
-        dropout_p,
-        is_causal,
+        call.query,
+        call.key,
+        call.value,
+        None if call.attn_mask is None else _additive(call.attn_mask, call.query),
+        call.needs_gradients,
+        call.dropout_p,
+        call.is_causal,
         False,
-        scale=scale,
+        scale=call.scale,
     )[0]
     return output
 
 
-def _flex(  # noqa: PLR0917
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,  # noqa: ARG001 -- declared, so it is 0
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """FlexAttention of torch, compiled except on the CPU."""
-    _take_four(query)
+@_with_torchs_signature
+def _flex(call: AttentionCall) -> Tensor:
+    """Runs torch's FlexAttention, compiled except on the CPU."""
+    query, key = call.query, call.key
+    _require_four_dimensions(query)
     on_cpu = query.device.type == "cpu"
-    if on_cpu and _has_gradients(query, key, value):
+    if on_cpu and call.needs_gradients:
         raise NotImplementedError("it has no gradients on the CPU")
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    mask = None if attn_mask is None else attn_mask.expand(shape)
+    mask = None if call.attn_mask is None else call.attn_mask.expand(shape)
 
-    def changed(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    def masked(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         if mask is not None:
             found = mask[batch, head, row, column]
             score = torch.where(found, score, -math.inf) if found.dtype is torch.bool else score + found
-        return torch.where(row >= column, score, -math.inf) if is_causal else score
+        return torch.where(row >= column, score, -math.inf) if call.is_causal else score
 
-    scored = None if mask is None and not is_causal else changed
-    # Where it is compiled with what is around, it is part of that.
-    whole = on_cpu or torch.compiler.is_compiling()
-    function: Any = flex_attention if whole else _compiled_flex()
-    output: Tensor = function(query, key, value, score_mod=scored, scale=scale, enable_gqa=enable_gqa)
+    score_mod = None if mask is None and not call.is_causal else masked
+    # In code that is compiled already, FlexAttention becomes part of that code's graph.
+    function: Any = flex_attention if on_cpu or torch.compiler.is_compiling() else _compiled_flex()
+    output: Tensor = function(
+        query, key, call.value, score_mod=score_mod, scale=call.scale, enable_gqa=call.enable_gqa
+    )
     return output
 
 
@@ -215,37 +189,38 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return function
 
 
+def _params(call: AttentionCall) -> SDPAParams:
+    return SDPAParams(*call[:6], call.enable_gqa)
+
+
 def _additive(mask: Tensor, query: Tensor) -> Tensor:
-    """A mask as numbers to add to scores."""
+    """Returns a mask as numbers to add to scores."""
     if mask.dtype is not torch.bool:
         return mask
     zeros = torch.zeros_like(mask, dtype=query.dtype)
     return zeros.masked_fill_(mask.logical_not(), -math.inf)
 
 
-def _aligned(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A mask for all scores, with rows that begin where the kernel can load 16 numbers at a time."""
-    length = key.shape[-2]
+def _aligned(mask: Tensor, call: AttentionCall) -> Tensor:
+    """Expands a mask to all scores, with rows that begin where the kernel can load 16 numbers at a time."""
+    length = call.key.shape[-2]
     if length % 16:
         mask = F.pad(mask, (0, -length % 16))[..., :length]
-    return mask.expand(*query.shape[:-1], length)
+    return mask.expand(*call.query.shape[:-1], length)
 
 
-def _has_gradients(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _cannot(kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str:
-    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
-    masked = "" if mask is None else f" and a mask of {tuple(mask.shape)}"
-    return f"{shapes} of {query.dtype}{masked} on {query.device}, which torch's {kernel} kernel does not take"
+def _unsupported(kernel: str, call: AttentionCall) -> str:
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in call[:3])
+    masked = "" if call.attn_mask is None else f" and a mask of {tuple(call.attn_mask.shape)}"
+    on = f"{call.query.dtype}{masked} on {call.query.device}"
+    return f"{shapes} of {on}, which torch's {kernel} kernel does not take"
 
 
 # Packages
 
 
-def _missing(module: str, package: str) -> Callable[[], Objection | None]:
-    """Makes what says whether a package is there."""
+def _requires(module: str, package: str) -> Callable[[], Objection | None]:
+    """Makes an `unavailable` that objects when a package is missing or cannot be imported."""
 
     def unavailable() -> Objection | None:
         try:
@@ -256,11 +231,7 @@ def _missing(module: str, package: str) -> Callable[[], Objection | None]:
             return Objection(f"{package} is not installed", remedy=f"run `pip install {package}`")
         try:
             importlib.import_module(module)
-        except (
-            ImportError,
-            OSError,
-            RuntimeError,
-        ) as error:  # built for another version of torch, most often
+        except (ImportError, OSError, RuntimeError) as error:  # mostly built for another version of torch
             return Objection(
                 f"{package} cannot be imported ({error})",
                 remedy=f"run `pip install --force-reinstall {package}`",
@@ -270,96 +241,70 @@ def _missing(module: str, package: str) -> Callable[[], Objection | None]:
     return unavailable
 
 
-def _xformers(  # noqa: PLR0917
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Memory-efficient attention of xformers, which chooses among several kernels."""
-    _take_four(query)
+@_with_torchs_signature
+def _xformers(call: AttentionCall) -> Tensor:
+    """Runs the memory-efficient attention of xformers, which chooses among several kernels."""
+    query, key, value = call[:3]
+    _require_four_dimensions(query)
     ops: Any = importlib.import_module("xformers.ops")
     bias: Any = None
-    if is_causal:
-        if attn_mask is not None:
+    if call.is_causal:
+        if call.attn_mask is not None:
             raise NotImplementedError("it takes a mask or is_causal, found both")
         bias = ops.LowerTriangularMask()
-    elif attn_mask is not None:
-        bias = _aligned(_additive(attn_mask, query).to(query.dtype), query, key)
-    if enable_gqa:
-        key, value = (_repeated(tensor, query) for tensor in (key, value))
+    elif call.attn_mask is not None:
+        bias = _aligned(_additive(call.attn_mask, query).to(query.dtype), call)
+    if call.enable_gqa:
+        key, value = (it.repeat_interleave(query.shape[1] // it.shape[1], dim=1) for it in (key, value))
     inputs = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    output: Tensor = ops.memory_efficient_attention(*inputs, attn_bias=bias, p=dropout_p, scale=scale)
+    output: Tensor = ops.memory_efficient_attention(
+        *inputs, attn_bias=bias, p=call.dropout_p, scale=call.scale
+    )
     return output.transpose(1, 2)
 
 
-def _flash_attn(  # noqa: PLR0917
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,  # noqa: ARG001 -- declared, so there is none
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,  # noqa: ARG001 -- it always takes fewer heads of key and value
-) -> Tensor:
-    """FlashAttention 2 from its own package."""
-    _take_four(query)
-    _take_square(query, key, is_causal=is_causal)
+@_with_torchs_signature
+def _flash_attn(call: AttentionCall) -> Tensor:
+    """Runs FlashAttention 2 of the package flash-attn, which always takes fewer heads of key and value."""
+    _require_four_dimensions(call.query)
+    _require_equal_lengths_if_causal(call)
     function: Any = importlib.import_module("flash_attn").flash_attn_func
-    inputs = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    output: Tensor = function(*inputs, dropout_p=dropout_p, softmax_scale=scale, causal=is_causal)
+    inputs = (tensor.transpose(1, 2) for tensor in call[:3])
+    output: Tensor = function(
+        *inputs, dropout_p=call.dropout_p, softmax_scale=call.scale, causal=call.is_causal
+    )
     return output.transpose(1, 2)
 
 
-def _sage(  # noqa: PLR0917
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,  # noqa: ARG001 -- declared, so there is none
-    dropout_p: float = 0.0,  # noqa: ARG001 -- declared, so it is 0
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,  # noqa: ARG001 -- it always takes fewer heads of key and value
-) -> Tensor:
-    """SageAttention, whose products are in eight bits."""
-    _take_four(query)
-    _take_square(query, key, is_causal=is_causal)
+@_with_torchs_signature
+def _sage(call: AttentionCall) -> Tensor:
+    """Runs SageAttention, which rounds to eight bits and always takes fewer heads of key and value."""
+    _require_four_dimensions(call.query)
+    _require_equal_lengths_if_causal(call)
     function: Any = importlib.import_module("sageattention").sageattn
-    output: Tensor = function(query, key, value, tensor_layout="HND", is_causal=is_causal, sm_scale=scale)
+    output: Tensor = function(*call[:3], tensor_layout="HND", is_causal=call.is_causal, sm_scale=call.scale)
     return output
 
 
-def _take_four(query: Tensor) -> None:
+def _require_four_dimensions(query: Tensor) -> None:
     if query.dim() != 4:
         raise NotImplementedError(f"it takes tensors of 4 dimensions, found {query.dim()}")
 
 
-def _take_square(query: Tensor, key: Tensor, *, is_causal: bool) -> None:
-    """Refuses causal attention of unequal lengths: these packages count from the last key, not the first."""
-    if is_causal and query.shape[-2] != key.shape[-2]:
+def _require_equal_lengths_if_causal(call: AttentionCall) -> None:
+    """Refuses causal attention of unequal lengths: these packages align the last positions, not the first."""
+    queries, keys = call.query.shape[-2], call.key.shape[-2]
+    if call.is_causal and queries != keys:
         raise NotImplementedError(
-            f"is_causal with {query.shape[-2]} queries and {key.shape[-2]} keys, which it counts from the end"
+            f"is_causal with {queries} queries and {keys} keys, which it counts from the end"
         )
 
 
-def _repeated(tensor: Tensor, query: Tensor) -> Tensor:
-    """Key or value with as many heads as the query has."""
-    return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
-
-
-# All
+# The list
 
 _CUDA = ("cuda",)
 
-FUNCTIONS = (
+BACKENDS = (
     AttentionFunction("sdpa", F.scaled_dot_product_attention),
     AttentionFunction("math", _math),
     AttentionFunction("flash", _flash, devices=("cpu", "cuda")),
@@ -370,14 +315,14 @@ FUNCTIONS = (
     AttentionFunction(
         "xformers",
         _xformers,
-        _missing("xformers", "xformers"),
+        _requires("xformers", "xformers"),
         devices=_CUDA,
         dtypes=(*_HALF, torch.float32),
     ),
     AttentionFunction(
         "flash_attn",
         _flash_attn,
-        _missing("flash_attn", "flash-attn"),
+        _requires("flash_attn", "flash-attn"),
         devices=_CUDA,
         dtypes=_HALF,
         masks=(),
@@ -387,7 +332,7 @@ FUNCTIONS = (
     AttentionFunction(
         "sage",
         _sage,
-        _missing("sageattention", "sageattention"),
+        _requires("sageattention", "sageattention"),
         devices=_CUDA,
         dtypes=_HALF,
         masks=(),

@@ -1,4 +1,4 @@
-"""Functions that torch.compile calls while it traces code, and whose results are constants in it."""
+"""Marks functions that torch.compile calls while it traces code, and whose results it takes as constants."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound="Callable[..., Any]")
 
 
-def untraced(function: Function) -> Function:
+def constant_result(function: Function) -> Function:
     """Marks a function as `torch.compiler.assume_constant_result` does.
 
-    That would import all of the compiler, which takes a second, wherever plugins are looked for.
+    That decorator imports the whole compiler, which takes a second, wherever plugins are looked for.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

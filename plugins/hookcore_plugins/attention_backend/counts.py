@@ -1,4 +1,4 @@
-"""What happened to the attentions of one model."""
+"""Counts the attentions of one model for its run report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from attrs import field, frozen
 
-from hookcore_plugins.attention_backend.constant_result import untraced
+from hookcore_plugins.attention_backend.constant_result import constant_result
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @frozen
 class AttentionReport:
-    """What computed a model's attention.
+    """The numbers of attentions by the function that computed them.
 
     Attributes:
-        backend: Name of the backend that was chosen.
-        computed: How many attentions it computed.
-        fell_back: How many the fallback computed.
-        otherwise: How many calls of attention modules computed it without torch's attention function.
-        compiled: How many calls of attention modules were in compiled code. Who computes there was decided
-            as it was compiled.
-        reasons: Why the fallback did, or whose call went another way, and how often.
+        backend: Name of the chosen backend.
+        computed: Attentions that the backend computed.
+        fell_back: Attentions that the fallback computed.
+        otherwise: Calls of attention modules that did not call torch's attention function.
+        compiled: Calls of attention modules in compiled code, where the function was chosen when the code was
+            compiled.
+        reasons: Why the fallback computed, or which module did not call torch's function, and how often.
     """
 
     backend: str
@@ -37,30 +37,30 @@ class AttentionReport:
     reasons: Mapping[str, int] = field(factory=dict)
 
 
-class Tally:
-    """Counts attentions, for all hooks of one technique on one model.
+class AttentionCounts:
+    """Counts attentions for all hooks of one technique on one model.
 
     Args:
-        backend: Name of the backend that was chosen.
+        backend: Name of the chosen backend.
     """
 
     def __init__(self, backend: str) -> None:
-        self._lock = threading.Lock()  # this technique forbids nobody to call a model from two threads
+        self._lock = threading.Lock()  # a model with this technique may be called from several threads
         self._backend = backend
         self.clear()
 
     def clear(self) -> None:
-        """Begins anew."""
+        """Sets all counts to zero."""
         with self._lock:
             self._numbers: Counter[str] = Counter()
             self._reasons: Counter[str] = Counter()
 
     def count(self, what: str, reason: str = "") -> None:
-        """Counts one.
+        """Adds one.
 
         Args:
-            what: The field of the report.
-            reason: Why, where that has to be said.
+            what: A field of `AttentionReport`.
+            reason: The reason to report; empty for none.
         """
         with self._lock:
             self._numbers[what] += 1
@@ -68,36 +68,36 @@ class Tally:
                 self._reasons[reason] += 1
 
     def note(self, reason: str) -> None:
-        """Notes a reason once."""
+        """Records a reason as given once, however often it is noted."""
         with self._lock:
             self._reasons[reason] = 1
 
     def report(self) -> AttentionReport:
-        """What was counted so far."""
+        """Returns the counts so far."""
         with self._lock:
             return AttentionReport(self._backend, **self._numbers, reasons=dict(self._reasons))
 
 
-class CompiledTally(Tally):
-    """Counts for attentions in code that is compiled once and called often.
+class CompiledCounts(AttentionCounts):
+    """Counts attentions in code that is compiled once and called often.
 
-    While it is compiled, it can only be noted why the fallback is in it. What of it could not be compiled is
-    counted as ever.
+    While torch.compile traces the code, only the reason for a fallback in it can be noted. Where the code
+    could not be compiled and runs in Python, its attentions are counted as usual.
 
     Args:
-        tally: What counts.
+        counts: The counts of the model.
     """
 
-    def __init__(self, tally: Tally) -> None:
-        self._tally = tally
+    def __init__(self, counts: AttentionCounts) -> None:
+        self._counts = counts
 
     def count(self, what: str, reason: str = "") -> None:
-        """Counts one, or notes the reason."""
+        """Adds one, or notes the reason while code is traced."""
         if not torch.compiler.is_compiling():
-            self._tally.count(what, reason)
+            self._counts.count(what, reason)
         elif reason:
             self._note(f"compiled: {reason}")
 
-    @untraced
-    def _note(self, reason: str) -> None:  # called as the code is traced, and not in it
-        self._tally.note(reason)
+    @constant_result
+    def _note(self, reason: str) -> None:  # runs when the code is traced, and is no part of it
+        self._counts.note(reason)

@@ -1,8 +1,8 @@
-"""Finds the modules of a model that compute attention, by what their code names.
+"""Finds the modules of a model that compute attention, by the names in their code.
 
-Planning calls no model. What a module's forward calls is read off the code itself: the functions that it
-names, those of its own class and of its package that these name, and so on. A model whose attention is hidden
-better than that needs `AttentionBackend(modules=...)`.
+Planning calls no model. The code itself says which functions a module's forward names, which functions of its
+class and package these name, and so on. Attention that is hidden better than that needs
+`AttentionBackend(modules=...)`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from hookcore import Skipped
-from hookcore_plugins.attention_backend.temporary_attribute import StandIn
+from hookcore_plugins.attention_backend.temporary_attribute import ChangedPart
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -32,35 +32,37 @@ _NAMES = _TORCH | {_DIFFUSERS, _TRANSFORMERS}
 _DEPTH = 4  # calls from a forward to what it names, as in forward -> processor -> helper
 
 _FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
-"""These may call a fused kernel instead of what is in them; torch does not while functions are overridden."""
+"""They may call a fused kernel instead of their submodules; torch does not while functions are overridden."""
 
 
 @frozen
-class Found:
+class AttentionModule:
     """A module that computes attention.
 
     Attributes:
         fqn: Its FQN.
-        entry: The method that does.
-        computes: Whether it does itself; False for one that is hooked for the sake of those in it.
-        stand_in: What has to stand in during its calls, so that it calls torch's function at all.
-        head_size: Features of each head, as far as the module tells.
+        entry: The method that computes attention.
+        computes: Whether the module itself computes attention; False if only modules in it do.
+        changed_part: The part to change during the module's calls so that it calls torch's function, if any.
+        head_size: Features of each head; None if the module doesn't tell.
     """
 
     fqn: str
     entry: str = "forward"
     computes: bool = True
-    stand_in: StandIn | None = None
+    changed_part: ChangedPart | None = None
     head_size: int | None = field(default=None, eq=False)
 
 
-def find_attention(component: Component, patterns: tuple[str, ...] | None) -> Iterator[Found | Skipped]:
-    """Yields what computes attention, and what seems to in a way that nobody can redirect.
+def find_attention(
+    component: Component, patterns: tuple[str, ...] | None
+) -> Iterator[AttentionModule | Skipped]:
+    """Yields the modules that compute attention, and those whose attention cannot be redirected.
 
     Args:
         component: Where to look.
-        patterns: Regular expressions, searched in FQNs: take the modules that match, also where their code
-            names no attention, if no module around or inside them is taken. None for all that name it.
+        patterns: Regular expressions, searched in FQNs: take the modules that match, also if their code names
+            no attention, unless a module around or inside them is taken. None for all modules that name it.
     """
     reader = _Reader()
     places: set[str] = set()
@@ -77,7 +79,7 @@ def find_attention(component: Component, patterns: tuple[str, ...] | None) -> It
             continue
         if isinstance(module, _FUSED):
             places.add(fqn)
-            yield Found(fqn, computes=False)
+            yield AttentionModule(fqn, computes=False)
         elif reason := _computes_otherwise(module):
             places.add(fqn)
             yield Skipped(fqn, reason)
@@ -89,38 +91,38 @@ def find_attention(component: Component, patterns: tuple[str, ...] | None) -> It
         module = component.modules[fqn]
         if type(module).forward is not nn.Module.forward and not any(_related(fqn, it) for it in places):
             places.add(fqn)
-            yield Found(fqn, head_size=_head_size(module))
+            yield AttentionModule(fqn, head_size=_head_size(module))
 
 
 def _related(one: str, other: str) -> bool:
-    """Whether one of two modules is in the other, or both are one."""
+    """Whether one of two modules is inside the other, or both are the same."""
     return not one or not other or f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _described(
     component: Component, fqn: str, module: nn.Module, entry: str, names: frozenset[str]
-) -> Found | Skipped:
-    stand_in: StandIn | Skipped | None = None
+) -> AttentionModule | Skipped:
+    changed_part: ChangedPart | Skipped | None = None
     if _TRANSFORMERS in names:
-        stand_in = _of_transformers(component, fqn, module)
+        changed_part = _of_transformers(component, fqn, module)
     elif _DIFFUSERS in names:
-        stand_in = _of_diffusers(fqn, module)
-    if isinstance(stand_in, Skipped):
-        return stand_in
-    return Found(fqn, entry, stand_in=stand_in, head_size=_head_size(module))
+        changed_part = _of_diffusers(fqn, module)
+    if isinstance(changed_part, Skipped):
+        return changed_part
+    return AttentionModule(fqn, entry, changed_part=changed_part, head_size=_head_size(module))
 
 
-# What is named
+# Reading code
 
 
 class _Reader:
-    """Reads code, that of each class once."""
+    """Reads the code of each class once."""
 
     def __init__(self) -> None:
         self._known: dict[object, frozenset[str]] = {}
 
     def names(self, module: nn.Module, entry: str) -> frozenset[str]:
-        """Which of the names of attention a module's method reaches."""
+        """Returns the names of attention that a module's method reaches."""
         key = type(module), entry, *(type(it) for it in _callables(module).values())
         if key not in self._known:
             method = getattr(type(module), entry, None)
@@ -129,9 +131,9 @@ class _Reader:
 
 
 def _callables(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module that are called as parts of it: those that have a `__call__` of their own.
+    """Returns the attributes of a module that have a `__call__` of their own.
 
-    Such are diffusers' attention processors, of which some are modules too.
+    diffusers' attention processors are such attributes, and some of them are modules.
     """
     held = {**vars(module), **module._modules}
     return {
@@ -142,16 +144,16 @@ def _callables(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_written(function: object) -> bool:
-    """Whether it is somebody's Python code, not that of torch's modules."""
+    """Whether a function is Python code outside of torch and hookcore."""
     return isinstance(function, FunctionType) and not function.__module__.startswith(("torch.", "hookcore."))
 
 
 def _reached(function: object, owner: object, seen: set[CodeType], depth: int) -> Iterator[str]:
-    """The names of attention in a function, and in the functions that it names.
+    """Yields the names of attention in a function, and in the functions that it names.
 
     Args:
         function: The function.
-        owner: Whose methods and parts its attribute names may be.
+        owner: The object whose methods and parts the attribute names in the code may be.
         seen: Code that was read before; added to.
         depth: How many calls to follow.
     """
@@ -188,11 +190,11 @@ def _names_in(code: CodeType) -> Iterable[str]:
             yield from _names_in(constant)
 
 
-# What the libraries do
+# Libraries
 
 
-def _of_transformers(component: Component, fqn: str, module: nn.Module) -> StandIn | Skipped | None:
-    """What a module needs that looks its function up in transformers' table."""
+def _of_transformers(component: Component, fqn: str, module: nn.Module) -> ChangedPart | Skipped | None:
+    """Returns the change that a module needs whose function comes from transformers' table."""
     chosen = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
     if chosen in {None, "sdpa"}:
         return None
@@ -209,23 +211,23 @@ def _of_transformers(component: Component, fqn: str, module: nn.Module) -> Stand
     if model is not None and not getattr(model, "_supports_sdpa", False):
         return Skipped(fqn, f"{type(model).__name__} has no way to compute attention but its own ('eager')")
     # Masks made for 'eager' are added to scores, which torch's function can do too.
-    return StandIn("config", "_attn_implementation_internal", "sdpa")
+    return ChangedPart("config", "_attn_implementation_internal", "sdpa")
 
 
-def _of_diffusers(fqn: str, module: nn.Module) -> StandIn | Skipped | None:
-    """What a module needs whose processor calls diffusers' table of backends."""
+def _of_diffusers(fqn: str, module: nn.Module) -> ChangedPart | Skipped | None:
+    """Returns the change that a module needs whose processor calls diffusers' table of backends."""
     processor = getattr(module, "processor", None)
     if not hasattr(processor, "_attention_backend"):
         return None
     if getattr(processor, "_parallel_config", None) is not None:
         return Skipped(fqn, "diffusers splits its attention over several devices (context parallelism)")
     native = sys.modules["diffusers.models.attention_dispatch"].AttentionBackendName.NATIVE
-    # Whatever was set with model.set_attention_backend(), which sets it for all models of the process too.
-    return StandIn("processor", "_attention_backend", native)
+    # Over whatever model.set_attention_backend() has set, for this model or for the process.
+    return ChangedPart("processor", "_attention_backend", native)
 
 
 def _computes_otherwise(module: nn.Module) -> str | None:
-    """Why a module that is known to compute attention does not call torch's function; None for any other."""
+    """Returns why an attention module does not call torch's function; None for any other module."""
     processor = getattr(module, "processor", None)
     if processor is not None and callable(getattr(module, "set_processor", None)):
         kind = type(processor).__name__
@@ -237,7 +239,7 @@ def _computes_otherwise(module: nn.Module) -> str | None:
 
 
 def _head_size(module: nn.Module) -> int | None:
-    """Features of each head, under the names that torch, transformers and diffusers give it."""
+    """Returns the features of each head, under the names that torch, transformers and diffusers use."""
     for name in ("head_dim", "attention_head_size", "dim_head", "key_value_proj_dim"):
         size = getattr(module, name, None)
         if isinstance(size, int):

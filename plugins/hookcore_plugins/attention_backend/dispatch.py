@@ -1,4 +1,4 @@
-"""What computes a model's attention: the backend, or the fallback where that cannot."""
+"""Computes each attention by the chosen backend, or by the fallback if the backend cannot."""
 
 from __future__ import annotations
 
@@ -7,93 +7,70 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import frozen
 
-from hookcore import Objection
-from hookcore_plugins.attention_backend.constant_result import untraced
-from hookcore_plugins.attention_backend.errors import AttentionError
+from hookcore import AttentionCall, HookcoreError, Objection
+from hookcore_plugins.attention_backend.constant_result import constant_result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hookcore import AttentionFunction
-    from hookcore_plugins.attention_backend.counts import Tally
+    from hookcore_plugins.attention_backend.counts import AttentionCounts
 
-_Objections = list[tuple["AttentionFunction", Objection]]
+    Objections = list[tuple[AttentionFunction, Objection]]
+
+
+class AttentionError(HookcoreError, RuntimeError):
+    """A call exceeds the limits of the chosen attention backend, and of the fallback if there is one."""
 
 
 @frozen(eq=False)
-class Choice:
-    """What the user chose.
+class AttentionDispatch:
+    """The attention functions of one model.
 
     Attributes:
-        chosen: The backend.
-        fallback: What does what that cannot; None to raise.
-        unavailable: Why the backend cannot be used here at all, or None.
-        tally: Counts.
+        backend: The chosen backend.
+        fallback: Computes what the backend cannot; None to raise an error.
+        unavailable: Why the backend cannot be used in this process; None if it can.
+        counts: What the run report shows.
     """
 
-    chosen: AttentionFunction
+    backend: AttentionFunction
     fallback: AttentionFunction | None
     unavailable: Objection | None
-    tally: Tally
+    counts: AttentionCounts
 
     def attend(self, label: str, /, *args: Any, **kwargs: Any) -> Tensor:
-        """Computes attention, under autocast in the dtype in which torch's function would.
+        """Computes one attention; under autocast in the dtype that torch's function would use.
 
         Args:
-            label: Whose, for messages.
-            *args: What torch's function would be called with.
+            label: The module, for messages.
+            *args: The arguments that torch's function was called with.
             **kwargs: Likewise.
 
         Raises:
             AttentionError: Neither the backend nor the fallback can.
         """
-        query: Tensor = args[0] if args else kwargs["query"]
-        device = query.device.type
-        if not _casts_automatically(device):
-            return self._attend(label, *args, **kwargs)
-        # As torch's function does; what the backend computes with is its own business.
+        call = AttentionCall(*args, **kwargs)
+        device = call.query.device.type
+        if not _autocast_is_on(device):
+            return self._attend(label, call)
+        # Only the inputs: which dtype the backend computes in is its own decision.
         dtype = torch.get_autocast_dtype(device)
-        args = tuple(_cast(value, dtype) for value in args)
-        kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
+        call = AttentionCall(*(_cast(value, dtype) for value in call))
         with torch.autocast(device, enabled=False):
-            return self._attend(label, *args, **kwargs)
+            return self._attend(label, call)
 
-    def _attend(  # noqa: PLR0917 -- torch's own signature
-        self,
-        label: str,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        given = [query, key, value, *([] if attn_mask is None else [attn_mask])]
-        needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-        objections: list[tuple[AttentionFunction, Objection]] = []
-        for function in (self.chosen, self.fallback):
+    def _attend(self, label: str, call: AttentionCall) -> Tensor:
+        objections: Objections = []
+        for function in (self.backend, self.fallback):
             if function is None:
                 continue
-            objection = self.unavailable if function is self.chosen else None
-            objection = objection or function.objection(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal=is_causal,
-                enable_gqa=enable_gqa,
-                needs_gradients=needs_gradients,
-            )
+            objection = self.unavailable if function is self.backend else None
+            objection = objection or function.objection(call)
             if objection is None:
                 try:
-                    output = function.function(
-                        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-                    )
-                except NotImplementedError as error:  # what it had not declared
+                    output = call.run(function.function)
+                except NotImplementedError as error:  # a limit that the function did not declare
                     said = str(error).strip().partition("\n")[0]
                     objection = Objection(said or "it cannot do this call")
                 else:
@@ -102,22 +79,20 @@ class Choice:
             objections.append((function, objection))
         raise AttentionError(refusal(label, objections))
 
-    def _count(
-        self, function: AttentionFunction, objections: list[tuple[AttentionFunction, Objection]]
-    ) -> None:
+    def _count(self, function: AttentionFunction, objections: Objections) -> None:
         reason = ""
         if objections:
-            (chosen, objection), *_ = objections
-            reason = f"by {function.name} instead of {chosen.name} ({objection.found})"
-        self.tally.count("fell_back" if objections else "computed", reason)
+            (backend, objection), *_ = objections
+            reason = f"by {function.name} instead of {backend.name} ({objection.found})"
+        self.counts.count("fell_back" if objections else "computed", reason)
 
 
-def _casts_automatically(device: str) -> bool:
+def _autocast_is_on(device: str) -> bool:
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
-@untraced
-def _has_autocast(device: str) -> bool:  # which torch.compile cannot ask before torch 2.13
+@constant_result
+def _has_autocast(device: str) -> bool:  # torch.compile cannot trace the question before torch 2.13
     return torch.amp.is_autocast_available(device)
 
 
@@ -127,15 +102,15 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def refusal(label: str, objections: list[tuple[AttentionFunction, Objection]]) -> str:
-    """Says why an attention cannot be computed, and what to do.
+def refusal(label: str, objections: Objections) -> str:
+    """Formats why an attention cannot be computed, and the remedy.
 
     Args:
         label: The module.
-        objections: What was tried, and why it cannot.
+        objections: The functions that were tried, the backend first, and why each cannot.
     """
-    (chosen, objection), *more = objections
-    text = f"attention_backend {chosen.name!r} cannot compute the attention of {label!r}: {objection}. "
+    (backend, objection), *more = objections
+    text = f"attention_backend {backend.name!r} cannot compute the attention of {label!r}: {objection}. "
     for fallback, other in more:
         text += f"Nor can the fallback {fallback.name!r}: {other}. "
     remedy = objection.remedy[:1].upper() + objection.remedy[1:]

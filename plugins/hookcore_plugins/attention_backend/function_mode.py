@@ -1,8 +1,7 @@
-"""Sends calls of torch's attention function to another one, in the calls of some modules and nowhere else.
+"""Sends calls of torch's attention function to another one, only in calls of hooked modules.
 
-torch lets a mode, which belongs to one thread, stand in for its functions however they were imported. The
-mode is on while a hooked module is called. There is one at a time, at the outermost of hooked modules inside
-each other; whose attention it is, the innermost says.
+A mode of torch belongs to one thread and intercepts torch's functions however they were imported. One mode is
+on during the call of the outermost hooked module; the innermost hooked module decides where attention goes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn import functional as F  # noqa: N812 -- the name that all of torch's users know
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
-from hookcore_plugins.attention_backend.compiled import with_attention
+from hookcore_plugins.attention_backend.compiled import multi_head_attention_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ _MULTI_HEAD = F.multi_head_attention_forward
 
 
 class _Scope(threading.local):
-    """What attention goes to in this thread; outside of hooked calls, torch's own function."""
+    """Where attention goes in this thread; outside of hooked calls, to torch's own function."""
 
     attend: Attend = _ATTENTION  # never None: before torch 2.13, torch.compile stumbles over that
 
@@ -36,8 +35,8 @@ class _Scope(threading.local):
 _SCOPE = _Scope()
 
 
-class _Redirecting(TorchFunctionMode):
-    """Stands in for torch's attention function."""
+class _AttentionMode(TorchFunctionMode):
+    """Intercepts torch's attention function."""
 
     def __torch_function__(
         self,
@@ -46,32 +45,32 @@ class _Redirecting(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Goes on to the function that was called, unless it is one of those."""
+        """Calls the function that was asked for, unless it computes attention."""
         if func is _ATTENTION:
             func = _SCOPE.attend
         elif func is _MULTI_HEAD:
-            func = with_attention(_SCOPE.attend)
+            func = multi_head_attention_with(_SCOPE.attend)
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
-_MODE = _Redirecting()
+_MODE = _AttentionMode()
 
 
 def redirected(attend: Attend, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Calls something, with `attend` in the place of torch's attention function.
+    """Runs a call in which `attend` replaces torch's attention function.
 
     Args:
-        attend: Called with what torch's function would be called with, while no mode of this module is on.
-        call: What to call.
-        *args: With what.
+        attend: Takes the arguments of torch's function; no mode of this module is on while it runs.
+        call: The call to run.
+        *args: Its arguments.
         **kwargs: Likewise.
 
     Returns:
         What the call returns.
     """
     outer = _SCOPE.attend
-    _SCOPE.attend = attend
     try:
+        _SCOPE.attend = attend
         if outer is not _ATTENTION:
             return call(*args, **kwargs)
         with _MODE:
@@ -82,7 +81,7 @@ def redirected(attend: Attend, call: Callable[..., Any], /, *args: Any, **kwargs
 
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
-    """A `with` block in which no mode of this module is on in this thread, for code that is compiled."""
+    """Turns the mode off in this thread within a `with` block, for calls of compiled code."""
     outer = _SCOPE.attend
     if outer is _ATTENTION or _get_current_function_mode() is not _MODE:  # type: ignore[no-untyped-call]
         yield

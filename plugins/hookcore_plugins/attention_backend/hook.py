@@ -1,4 +1,4 @@
-"""The hooks of one module that computes attention: at its own call, and at that of a compiled block."""
+"""The hooks of one attention module: at its own call, and at the call of a compiled block around it."""
 
 from __future__ import annotations
 
@@ -7,149 +7,143 @@ from typing import TYPE_CHECKING, Any
 
 from hookcore import Hook, bare_entry
 from hookcore_plugins.attention_backend.function_mode import redirected, suspended
-from hookcore_plugins.attention_backend.temporary_attribute import StandingIn
+from hookcore_plugins.attention_backend.temporary_attribute import TemporaryAttribute
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
 
-    from hookcore_plugins.attention_backend.compiled import Traceable
+    from hookcore_plugins.attention_backend.compiled import TraceableMethods
     from hookcore_plugins.attention_backend.counts import AttentionReport
-    from hookcore_plugins.attention_backend.dispatch import Choice
-    from hookcore_plugins.attention_backend.temporary_attribute import StandIn
+    from hookcore_plugins.attention_backend.discovery import AttentionModule
+    from hookcore_plugins.attention_backend.dispatch import AttentionDispatch
 
 
 class AttentionHook(Hook):
-    """Has the backend compute what one module would have torch compute.
+    """Replaces torch's attention function in the calls of one module.
 
     Args:
+        found: The module.
         label: The module, for messages.
-        entry: The method that is hooked.
-        choice: What the user chose.
-        traceable: Makes methods for compiled code.
-        computes: Whether the module itself is expected to compute attention.
-        stand_in: What has to stand in during its calls.
-        reports: Whether this hook tells what was counted.
+        dispatch: Computes the attentions.
+        methods: Makes methods for compiled code.
+        reports: Whether this hook gives the report of all that share `dispatch`.
     """
 
     def __init__(
         self,
+        found: AttentionModule,
         label: str,
-        entry: str,
-        choice: Choice,
-        traceable: Traceable,
+        dispatch: AttentionDispatch,
+        methods: TraceableMethods,
         *,
-        computes: bool,
-        stand_in: StandIn | None,
         reports: bool,
     ) -> None:
+        self._found = found
         self._label = label
-        self._entry = entry
-        self._choice = choice
-        self._traceable = traceable
-        self._computes = computes
-        self._standing_in = None if stand_in is None else StandingIn(stand_in.part, stand_in.of)
+        self._dispatch = dispatch
+        self._methods = methods
+        part = found.changed_part
+        self._changed = None if part is None else TemporaryAttribute(part.part, part.make)
         self._reports = reports
 
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Calls on, with the backend in the place of torch's function."""
-        attends = _Attends(self._choice, self._label)
-        if self._standing_in is not None:
-            self._standing_in.begin(module)
-        try:
-            output = redirected(attends, call, *args, **kwargs)
-        finally:
-            if self._standing_in is not None:
-                self._standing_in.end(module)
-        if self._computes and not attends.count:
+        """Runs the call with the backend in the place of torch's function."""
+        attend = _CountingAttend(self._dispatch, self._label)
+        changed = self._changed
+        if changed is None:
+            output = redirected(attend, call, *args, **kwargs)
+        else:
+            try:
+                changed.begin(module, attend)
+                output = redirected(attend, call, *args, **kwargs)
+            finally:
+                changed.end(module, attend)
+        if self._found.computes and not attend.count:
             reason = f"{self._label} did not call torch's attention function"
-            self._choice.tally.count("otherwise", reason)
+            self._dispatch.counts.count("otherwise", reason)
         return output
 
     def outside(self, module: nn.Module) -> Hook:
-        """The hook for calls of compiled code that this module is part of."""
-        return _CompiledHook(
-            module, self._entry, self._choice, self._traceable, self._standing_in, computes=self._computes
-        )
+        """Returns the hook for calls of compiled code that this module is part of."""
+        return _CompiledHook(module, self._found, self._dispatch, self._methods, self._changed)
 
     def run_report(self, module: nn.Module) -> AttentionReport | None:
-        """What computed the model's attention."""
-        return self._choice.tally.report() if self._reports else None
+        """Returns the counts of the model's attentions."""
+        return self._dispatch.counts.report() if self._reports else None
 
     def reset(self, module: nn.Module) -> None:
-        """Begins to count anew."""
-        self._choice.tally.clear()
+        """Sets the counts to zero."""
+        self._dispatch.counts.clear()
 
 
-class _Attends:
-    """What attention goes to in one call of a module.
+class _CountingAttend:
+    """The attention function during one call of a module.
 
     Attributes:
-        count: How often it did so far.
+        count: How often it was called.
     """
 
-    __slots__ = ("_choice", "_label", "count")
+    __slots__ = ("_dispatch", "_label", "count")
 
-    def __init__(self, choice: Choice, label: str) -> None:
-        self._choice = choice
+    def __init__(self, dispatch: AttentionDispatch, label: str) -> None:
+        self._dispatch = dispatch
         self._label = label
         self.count = 0
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Tensor:
         self.count += 1
-        return self._choice.attend(self._label, *args, **kwargs)
+        return self._dispatch.attend(self._label, *args, **kwargs)
 
 
 class _CompiledHook(Hook):
-    """Has code that is compiled with a module in it call the backend.
+    """Replaces a module's method, during calls of the compiled code around it, by one that can be traced.
 
-    For each call of that code, the module's method becomes one that torch.compile can trace, as a plain
-    function. What is traced stays in the code.
+    What is traced stays in the compiled code.
 
     Args:
         module: The module that computes attention.
-        entry: Its method.
-        choice: What the user chose.
-        traceable: Makes such methods.
-        standing_in: What has to stand in during calls besides.
-        computes: Whether the module itself is expected to compute attention.
+        found: What was found out about it.
+        dispatch: Computes the attentions.
+        methods: Makes the methods.
+        changed: The part of the module that is changed during calls; None for none.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        entry: str,
-        choice: Choice,
-        traceable: Traceable,
-        standing_in: StandingIn | None,
-        *,
-        computes: bool,
+        found: AttentionModule,
+        dispatch: AttentionDispatch,
+        methods: TraceableMethods,
+        changed: TemporaryAttribute | None,
     ) -> None:
         self._module = module
-        self._choice = choice
-        self._traceable = traceable
-        self._computes = computes
-        method = StandingIn(entry, lambda module: traceable.method(module, bare_entry(module, entry)))
-        self._standing_in = (method,) if standing_in is None else (method, standing_in)
+        self._computes = found.computes
+        self._counts = dispatch.counts
+        self._methods = methods
+        entry = found.entry
+        method = TemporaryAttribute(entry, lambda module: methods.method(module, bare_entry(module, entry)))
+        self._temporary = (method,) if changed is None else (method, changed)
 
     def substitute(self, module: nn.Module, entry: Callable[..., Any]) -> Callable[..., Any]:
-        """The method itself, where that is compiled."""
-        return self._traceable.method(module, entry) if module is self._module else entry
+        """Returns the traceable method where the module's own entry is compiled."""
+        return self._methods.method(module, entry) if module is self._module else entry
 
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Calls on, with the other method in place."""
-        standing_in = self._standing_in if module is not self._module else self._standing_in[1:]
+        """Runs the call with the traceable method in place."""
+        temporary = self._temporary if module is not self._module else self._temporary[1:]
+        token = object()
         with contextlib.ExitStack() as stack:
-            for it in standing_in:
-                it.begin(self._module)
-                stack.callback(it.end, self._module)
+            for it in temporary:
+                stack.callback(it.end, self._module, token)
+                it.begin(self._module, token)
             stack.enter_context(suspended())
             output = call(*args, **kwargs)
         if self._computes:
-            self._choice.tally.count("compiled")
+            self._counts.count("compiled")
         return output

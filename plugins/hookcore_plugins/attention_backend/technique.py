@@ -1,4 +1,4 @@
-"""The technique: another function in the place of torch's attention, in one model."""
+"""The technique `AttentionBackend`: its options, its checks, and its bindings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from attrs import field, frozen
 import hookcore
 from hookcore import Binding, Claim, Objection, Phase, PlanError, Resource, Skipped, Technique
 from hookcore.memory import wanted_dtype
-from hookcore_plugins.attention_backend.compiled import Traceable
-from hookcore_plugins.attention_backend.counts import Tally
-from hookcore_plugins.attention_backend.discovery import Found, find_attention
-from hookcore_plugins.attention_backend.dispatch import Choice, refusal
+from hookcore_plugins.attention_backend.compiled import TraceableMethods
+from hookcore_plugins.attention_backend.counts import AttentionCounts
+from hookcore_plugins.attention_backend.discovery import AttentionModule, find_attention
+from hookcore_plugins.attention_backend.dispatch import AttentionDispatch, refusal
 from hookcore_plugins.attention_backend.hook import AttentionHook
 
 if TYPE_CHECKING:
@@ -34,25 +34,24 @@ def _patterns(patterns: str | Iterable[str] | None) -> tuple[str, ...] | None:
 
 @frozen
 class AttentionBackend(Technique):
-    """Has a backend of the user's choice compute a model's attention, and that of no other model.
+    """Computes the attention of one model, and of no other, by a backend of the user's choice.
 
-    Whatever calls `torch.nn.functional.scaled_dot_product_attention` in a call of one of the model's
+    Code that calls `torch.nn.functional.scaled_dot_product_attention` during a call of one of the model's
     attention modules calls the backend instead: diffusers' processors, transformers' attention,
-    `nn.MultiheadAttention`, and modules of the user's own. What these libraries were told to use
-    (`set_attention_backend`, `attn_implementation="eager"`) doesn't matter while the technique is applied.
+    `nn.MultiheadAttention`, and modules of the user's own. The libraries' own settings
+    (`set_attention_backend`, `attn_implementation="eager"`) don't matter while the technique is applied.
 
     Attributes:
         backend: Name of the backend: "sdpa" (torch's own choice), "math", "flash", "efficient", "cudnn",
-            "flex", "chunked", "xformers", "flash_attn", "sage", or any that a plugin brings
+            "flex", "chunked", "xformers", "flash_attn", "sage", or a plugin's
             (`hookcore.attention_functions()`).
-        fallback: Name of the backend that computes what the first one cannot; None to raise an error. How
-            often that happened is counted.
-        modules: Regular expressions, searched in module FQNs: attention is redirected in the calls of modules
-            that match, and in no others. None for all whose code is seen to compute attention.
+        fallback: Name of the backend that computes what the first one cannot; None to raise an error.
+        modules: Regular expressions, searched in module FQNs: redirect attention only in calls of modules
+            that match. None for all modules whose code names attention.
 
     Raises:
-        TypeError: A name is no text.
-        ValueError: A pattern is no regular expression, or the fallback is the backend itself.
+        TypeError: A name is not a string.
+        ValueError: A pattern is not a regular expression, or the fallback is the backend itself.
     """
 
     name: ClassVar[str] = "attention_backend"
@@ -87,67 +86,55 @@ class AttentionBackend(Technique):
                 raise ValueError(f"modules has {pattern!r}, no regular expression: {error}") from error
 
     def skip_unless_named(self, component: Component) -> str | None:
-        """Why a component of a pipeline is left alone unless it is named: nothing in it would take it."""
+        """Returns why a component of a pipeline is left alone unless it is named: it has no attention."""
         found = list(find_attention(component, self.modules))
-        if any(isinstance(item, Found) and item.computes for item in found):
+        if any(isinstance(item, AttentionModule) and item.computes for item in found):
             return None
         reasons = [item.reason for item in found if isinstance(item, Skipped)]
         return reasons[0] if reasons else "nothing in it calls torch's attention function"
 
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
-        """Lists a hook for each module that computes attention.
+        """Yields a hook for each module that computes attention.
 
         Raises:
-            PlanError: There is no such module or backend, or the backend cannot be used here or with these
-                modules, and no fallback was given that can.
+            PlanError: No module or backend of that name exists, or the backend cannot be used here or with
+                these modules, and there is no fallback that can.
         """
         known = hookcore.attention_functions()
-        chosen = _look_up(self.backend, known)
+        backend = _look_up(self.backend, known)
         fallback = None if self.fallback is None else _look_up(self.fallback, known)
         found = list(find_attention(component, self.modules))
         skipped = [item for item in found if isinstance(item, Skipped)]
-        places = [item for item in found if isinstance(item, Found)]
+        places = [item for item in found if isinstance(item, AttentionModule)]
         if not any(item.computes for item in places):
             raise PlanError(self._nothing(component, skipped))
-        unavailable = _unavailable(chosen)
-        self._check(component, places, chosen, fallback, unavailable)
+        unavailable = _unavailable(backend)
+        self._check(component, places, (backend, fallback))
         yield from skipped
         if unavailable is not None and self.fallback is not None:
             yield Skipped("", f"{unavailable.found}: {self.fallback!r} computes instead of {self.backend!r}")
-        choice = Choice(chosen, fallback, unavailable, Tally(self.backend))
-        traceable = Traceable(choice)
+        dispatch = AttentionDispatch(backend, fallback, unavailable, AttentionCounts(self.backend))
+        methods = TraceableMethods(dispatch)
         for item in places:
-            hook = AttentionHook(
-                component.label(item.fqn),
-                item.entry,
-                choice,
-                traceable,
-                computes=item.computes,
-                stand_in=item.stand_in,
-                reports=item is places[0],
-            )
+            label = component.label(item.fqn)
+            hook = AttentionHook(item, label, dispatch, methods, reports=item is places[0])
             claims = [Claim(Resource.ATTENTION)] if item.computes else []
             yield Binding(item.fqn, hook, item.entry, claims=claims)
 
     def _check(
         self,
         component: Component,
-        places: list[Found],
-        chosen: AttentionFunction,
-        fallback: AttentionFunction | None,
-        unavailable: Objection | None,
+        places: list[AttentionModule],
+        functions: tuple[AttentionFunction | None, ...],
     ) -> None:
-        """Refuses what can be seen now that no call will be able to do."""
+        """Refuses modules whose weights show that no call of them can be computed."""
         for item in places:
             if not item.computes:
                 continue
             module = component.modules[item.fqn]
             objections = []
-            for function in (chosen, fallback):
-                if function is None:
-                    continue
-                missing = unavailable if function is chosen else _unavailable(function)
-                objection = missing or _objection(function, module, item.head_size)
+            for function in filter(None, functions):
+                objection = _unavailable(function) or _objection(function, module, item.head_size)
                 if objection is None:
                     break
                 objections.append((function, objection))
@@ -176,7 +163,7 @@ def _look_up(name: str, known: Mapping[str, AttentionFunction]) -> AttentionFunc
 
 
 def _unavailable(function: AttentionFunction) -> Objection | None:
-    """Why a backend cannot be used in this process at all, or None."""
+    """Returns why a backend cannot be used in this process; None if it can."""
     missing = function.unavailable()
     if missing is None and function.devices is not None and not any(map(_is_here, function.devices)):
         return Objection(f"there is no device {' or '.join(map(repr, function.devices))} here")
@@ -188,12 +175,12 @@ def _is_here(device: str) -> bool:
         return True
     try:
         return bool(torch.get_device_module(device).is_available())
-    except (AttributeError, RuntimeError):  # a kind of device that this torch does not know
+    except (AttributeError, RuntimeError):  # this torch does not know such devices
         return False
 
 
 def _objection(function: AttentionFunction, module: nn.Module, head_size: int | None) -> Objection | None:
-    """Why a backend will not be able to compute a module's attention, as far as its weights tell."""
+    """Returns why a backend cannot compute a module's attention, as far as its weights tell."""
     weights = [weight for weight in module.parameters() if weight.dtype.is_floating_point]
     for kind in {weight.device.type for weight in weights} - {"cpu", "meta"}:  # from there they may be moved
         if objection := function.objection_to_device(kind):

@@ -1,4 +1,4 @@
-"""Has a library's attention call torch's function during hooked calls, whatever it was told to use."""
+"""Replaces an attribute of a module during its calls."""
 
 from __future__ import annotations
 
@@ -17,67 +17,73 @@ _ABSENT: Any = object()
 
 
 @frozen
-class StandIn:
-    """What is to be different in a part of a module while it is called.
+class ChangedPart:
+    """A copy of an object that a module holds, with one attribute changed.
 
-    A copy of the part takes its place with one attribute changed, so that whoever shares the part (a config
-    of a whole model, a processor of several) sees nothing of it.
+    A copy, because others may share the object: a config of a whole model, a processor of several modules.
 
     Attributes:
-        part: Name of the module's attribute that holds the part.
-        attribute: Name of the part's attribute.
-        value: What it is during calls.
+        part: Name of the module's attribute that holds the object.
+        attribute: Name of the object's attribute.
+        value: The changed value.
     """
 
     part: str
     attribute: str
     value: Any
 
-    def of(self, module: nn.Module) -> Any:
-        """The changed copy for a module."""
+    def make(self, module: nn.Module) -> Any:
+        """Returns the changed copy of the object that a module holds."""
         changed = copy.copy(_holder(module, self.part)[self.part])
         # Not setattr: transformers' setter changes what the config shares with its parts.
         vars(changed)[self.attribute] = self.value
         return changed
 
 
-class StandingIn:
-    """Puts something in the place of a module's part for its calls, as often as calls overlap.
+class TemporaryAttribute:
+    """Replaces an attribute of a module from the first of overlapping calls to the end of the last.
 
     Args:
-        part: Name of the attribute; it need not be there before.
-        make: What takes its place, made from the module.
+        name: Name of the attribute; it may be absent before.
+        make: Makes the temporary value from the module.
     """
 
-    def __init__(self, part: str, make: Callable[[nn.Module], Any]) -> None:
-        self._part = part
+    def __init__(self, name: str, make: Callable[[nn.Module], Any]) -> None:
+        self._name = name
         self._make = make
         self._lock = threading.Lock()
-        self._calls = 0
-        self._original: Any = _ABSENT
+        self._calls = set[object]()
+        self._before: tuple[Any] | None = None  # the value to put back, while it is replaced
 
-    def begin(self, module: nn.Module) -> None:
-        """Puts it there, at the first of overlapping calls."""
+    def begin(self, module: nn.Module, call: object) -> None:
+        """Replaces the attribute unless it is replaced already.
+
+        Args:
+            module: The module.
+            call: An object of the call's own, which `end` is given too.
+        """
         with self._lock:
-            if not self._calls:
+            if self._before is None:
                 made = self._make(module)
-                holder = _holder(module, self._part)
-                self._original = holder.get(self._part, _ABSENT)
-                holder[self._part] = made
-            self._calls += 1
+                holder = _holder(module, self._name)
+                self._before = (holder.get(self._name, _ABSENT),)
+                holder[self._name] = made
+            self._calls.add(call)
 
-    def end(self, module: nn.Module) -> None:
-        """Takes it away, at the end of the last."""
+    def end(self, module: nn.Module, call: object) -> None:
+        """Puts the attribute back when no other call is under way; right also if `begin` was interrupted."""
         with self._lock:
-            self._calls -= 1
-            if not self._calls:
-                holder = _holder(module, self._part)
-                if self._original is _ABSENT:
-                    del holder[self._part]
-                else:
-                    holder[self._part] = self._original
-                self._original = _ABSENT
+            self._calls.discard(call)
+            if self._before is None or self._calls:
+                return
+            holder = _holder(module, self._name)
+            (before,) = self._before
+            if before is _ABSENT:
+                holder.pop(self._name, None)
+            else:
+                holder[self._name] = before
+            self._before = None
 
 
-def _holder(module: nn.Module, part: str) -> dict[str, Any]:
-    return module._modules if part in module._modules else vars(module)
+def _holder(module: nn.Module, name: str) -> dict[str, Any]:
+    return module._modules if name in module._modules else vars(module)

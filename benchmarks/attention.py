@@ -23,7 +23,7 @@ import hookcore
 from hookcore.report import table
 from hookcore.testing.models import bert, flux
 from hookcore_plugins import AttentionBackend
-from hookcore_plugins.attention_backend import chunked
+from hookcore_plugins.attention_backend import chunked_attention, tiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,7 +109,7 @@ def lengths(options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def tiles(options: argparse.Namespace) -> list[dict[str, Any]]:
+def tile_sizes(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Tries tiles by their bytes and the most keys in one."""
     length = options.lengths[1 % len(options.lengths)]
     tensors = make_inputs(length, options.heads)
@@ -119,15 +119,15 @@ def tiles(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     def call(nbytes: int, keys: int) -> Callable[[], object]:
         def run() -> object:
-            chunked.MOST_KEYS = keys
-            return chunked.chunked_attention(*tensors, tile_bytes=nbytes)
+            tiles.MOST_KEYS = keys
+            return chunked_attention(*tensors, tile_bytes=nbytes)
 
         return run
 
-    before = chunked.MOST_KEYS
+    before = tiles.MOST_KEYS
     with torch.no_grad():
         samples = in_turns({f"{nbytes} {keys}": call(nbytes, keys) for nbytes, keys in tried}, options.rounds)
-    chunked.MOST_KEYS = before
+    tiles.MOST_KEYS = before
     return [
         {"length": length, "tile_bytes": int(nbytes), "most_keys": int(keys), "seconds": times}
         for name, times in samples.items()
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write all samples")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = {"lengths": lengths(options), "tiles": tiles(options), "cost": cost(options)}
+    found = {"lengths": lengths(options), "tiles": tile_sizes(options), "cost": cost(options)}
     show_lengths(found["lengths"])
     show_tiles(found["tiles"])
     show_cost(found["cost"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from hookcore.testing import simulator
-from hookcore_plugins.attention_backend import chunked, chunked_attention
+from hookcore_plugins.attention_backend import chunked_attention, tiles
 
 MASKS = ["none", "bool", "additive", "very negative"]
 
@@ -101,7 +101,7 @@ TILES = st.tuples(st.integers(1, 100), st.integers(1, 10))
 def tiled(tile, dtype, *args, **kwargs):
     numbers, keys = tile
     nbytes = numbers * max(dtype.itemsize, 4)
-    with mock.patch.object(chunked, "MOST_KEYS", keys):
+    with mock.patch.object(tiles, "MOST_KEYS", keys):
         return chunked_attention(*args, **kwargs, tile_bytes=nbytes)
 
 
@@ -302,8 +302,8 @@ def test_tiles_cover_what_is_attended_to_once(shape, causal, numbers, most_keys)
     batch, heads, group, queries, keys = shape
     q, k = torch.zeros(batch, heads, group, queries, 1), torch.zeros(batch, heads, keys, 1)
     seen = torch.zeros(shape, dtype=torch.int64)
-    with mock.patch.object(chunked, "MOST_KEYS", most_keys):
-        for rows in chunked._blocks(q, k, chunked._How(causal, 1.0, 4 * numbers)):
+    with mock.patch.object(tiles, "MOST_KEYS", most_keys):
+        for rows in tiles.blocks_of_rows(q, k, tiles.Options(causal, 1.0, 4 * numbers)):
             for tile in rows.tiles():
                 part = seen[tile.within(seen)]
                 part += 1
@@ -318,7 +318,7 @@ def test_tiles_cover_what_is_attended_to_once(shape, causal, numbers, most_keys)
 @example(5, 3)
 @given(st.integers(0, 30), st.integers(1, 30))
 def test_ranges_are_even(size, most):
-    pieces = chunked._cut(size, most)
+    pieces = tiles.even_slices(size, most)
     assert [it for piece in pieces for it in range(piece.start, piece.stop)] == list(range(size))
     lengths = [piece.stop - piece.start for piece in pieces]
     assert not lengths or (max(lengths) <= most and max(lengths) - min(lengths) <= 1)

@@ -317,6 +317,40 @@ def test_installing_again_sets_memory_and_profile(sim):
         sim.install(devices=2, memory="2KiB", profile=simulator.L4)
         assert module().mem_get_info() == (2048, 2048)
         assert module().get_device_name() == "NVIDIA L4"
+        sim.install(devices=2)  # names neither
+        assert module().mem_get_info() == (2048, 2048)
+        assert module().get_device_name() == "NVIDIA L4"
+
+
+# Devices that lack something
+
+
+@FOR_EACH_EXAMPLE
+@given(st.frozensets(st.sampled_from(sorted(simulator.STREAM_NAMES | {"mem_get_info", "memory_reserved"}))))
+def test_the_device_module_lacks_what_its_profile_lacks(sim, lacks):
+    every = {name for name in vars(module()) if not name.startswith("_")}
+    with pytest.raises(ZeroDivisionError):
+        with sim.limited(profile=simulator.DeviceProfile(name="bare", lacks=lacks)):
+            assert {name for name in vars(module()) if not name.startswith("_")} == every - lacks
+            with sim.limited(memory=100):
+                assert not any(hasattr(module(), name) for name in lacks)
+            raise ZeroDivisionError
+    assert {name for name in vars(module()) if not name.startswith("_")} == every
+
+
+def test_a_device_without_streams_copies_and_computes(sim):
+    with sim.limited(profile=sim.NO_STREAMS):
+        assert not torch.ones(3).pin_memory().is_pinned()
+        assert not torch.ones(3, pin_memory=True).is_pinned()
+        there = torch.ones(3).pin_memory().to("sim", non_blocking=True) + 1
+        assert there.to("cpu", non_blocking=True).tolist() == [2, 2, 2]
+        torch.accelerator.synchronize()
+        assert torch.accelerator.current_stream() == torch.accelerator.current_stream("sim")
+        with pytest.raises(RuntimeError, match="doesn't support create a new Stream"):
+            torch.Stream("sim")
+        with pytest.raises(RuntimeError, match="doesn't support events"):
+            torch.Event("sim").record()
+        assert sim.pinned_bytes() == 0
 
 
 def run_python(code):

@@ -37,7 +37,9 @@ from hookcore.testing.simulator.profiles import (
     GENERIC,
     H100_80GB,
     L4,
+    NO_STREAMS,
     RTX_4090,
+    STREAM_NAMES,
     DeviceProfile,
 )
 from hookcore.testing.simulator.state import is_installed
@@ -49,7 +51,9 @@ __all__ = [
     "GENERIC",
     "H100_80GB",
     "L4",
+    "NO_STREAMS",
     "RTX_4090",
+    "STREAM_NAMES",
     "DeviceProfile",
     "Event",
     "Holding",

@@ -15,7 +15,7 @@ from hookcore.testing.simulator.host import HostWatch
 from hookcore.testing.simulator.machine import Machine
 from hookcore.testing.simulator.naming import names_in
 from hookcore.testing.simulator.profiles import GENERIC, DeviceProfile
-from hookcore.testing.simulator.registration import register
+from hookcore.testing.simulator.registration import offer_names, register
 from hookcore.testing.simulator.trace import Trace
 from hookcore.units import format_bytes, parse_bytes
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def install(devices: int = 2, *, memory: int | str | None = None, profile: DeviceProfile = GENERIC) -> None:
+def install(
+    devices: int = 2, *, memory: int | str | None = None, profile: DeviceProfile | None = None
+) -> None:
     """Adds the simulated devices "sim:0", "sim:1", ... to this process, for as long as it runs.
 
-    Calling it again with the same number of devices only sets the memory and the profile.
+    A second call with the same number of devices only sets the memory and the profile that it names.
 
     Args:
         devices: How many.
-        memory: Bytes of each, as a number or as "8GiB"; what the profile says if it is left out.
-        profile: The figures behind the virtual time.
+        memory: Bytes of each, as a number or as "8GiB"; by default those of the profile.
+        profile: What each of them is and can do; `GENERIC` by default.
 
     Raises:
-        SimulatorError: It was installed with another number of devices, or another package has taken
-            torch's one slot for such devices.
+        SimulatorError: The simulator is installed with another number of devices, or another package has
+            taken torch's one slot for such devices.
         ValueError: The number of devices is less than 1.
     """
     if devices < 1:
         raise ValueError(f"devices is {devices}, expected 1 or more")
-    if memory is not None:
-        profile = profile.with_memory(memory)
     if state.is_installed():
         machine = state.get_machine()
         if len(machine.devices) != devices:
@@ -49,7 +49,7 @@ def install(devices: int = 2, *, memory: int | str | None = None, profile: Devic
                 f"the simulator is installed with devices={len(machine.devices)}, which cannot be changed; "
                 f"start another process for devices={devices}"
             )
-        _set_profile(machine, profile)
+        _set_limits(machine, profile, memory)
         return
     import torch
 
@@ -58,16 +58,22 @@ def install(devices: int = 2, *, memory: int | str | None = None, profile: Devic
         raise SimulatorError(
             f"torch's slot for further devices is taken by {name!r}; use the simulator in another process"
         )
-    machine = Machine(devices, profile)
+    machine = Machine(devices, GENERIC)
     machine.name_of = names_in
     state.set_machine(machine)
+    _set_limits(machine, GENERIC if profile is None else profile, memory)
     register()
 
 
-def _set_profile(machine: Machine, profile: DeviceProfile) -> None:
+def _set_limits(machine: Machine, profile: DeviceProfile | None, memory: int | str | None) -> None:
+    """Sets the profile and the memory of all devices; None leaves them as they are."""
     for device in machine.devices:
-        device.profile = profile
-        device.memory.capacity = profile.memory
+        if profile is not None:
+            device.profile, device.memory.capacity = profile, profile.memory
+        if memory is not None:
+            device.memory.capacity = parse_bytes(memory)
+    if profile is not None:
+        offer_names(profile.lacks)
 
 
 @contextlib.contextmanager
@@ -88,11 +94,7 @@ def limited(
     machine = state.get_machine()
     before = [(device, device.profile, device.memory.capacity) for device in machine.devices]
     was_strict = machine.strict
-    if profile is not None:
-        _set_profile(machine, profile)
-    if memory is not None:
-        for device in machine.devices:
-            device.memory.capacity = parse_bytes(memory)
+    _set_limits(machine, profile, memory)
     if strict is not None:
         machine.strict = strict
     try:
@@ -101,6 +103,7 @@ def limited(
         machine.strict = was_strict
         for device, old, capacity in before:
             device.profile, device.memory.capacity = old, capacity
+        offer_names(machine.devices[0].profile.lacks)
 
 
 @contextlib.contextmanager

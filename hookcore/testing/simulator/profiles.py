@@ -40,6 +40,8 @@ class DeviceProfile:
         copy_latency: Seconds before the first byte of a copy.
         kernel_latency: Seconds that the shortest kernel takes.
         launch_latency: Seconds of the host's time to launch anything.
+        lacks: Names that `torch.get_device_module("sim")` doesn't have, such as "Stream".
+        pins: Whether host memory can be page-locked. Without, to pin memory gives ordinary memory.
         source: Where the figures are published.
     """
 
@@ -55,6 +57,8 @@ class DeviceProfile:
     copy_latency: float = field(default=10e-6, validator=_not_negative)
     kernel_latency: float = field(default=3e-6, validator=_not_negative)
     launch_latency: float = field(default=5e-6, validator=_not_negative)
+    lacks: frozenset[str] = frozenset()
+    pins: bool = True
     source: str = ""
 
     def with_memory(self, memory: int | str | None) -> DeviceProfile:
@@ -63,6 +67,19 @@ class DeviceProfile:
 
 
 GENERIC = DeviceProfile(name="generic", source="round figures, no real device; no limit of memory")
+
+STREAM_NAMES = frozenset(
+    ("Event", "Stream", "current_stream", "default_stream", "set_stream", "stream"),
+)
+"""Names of a device module that are about streams."""
+
+NO_STREAMS = evolve(
+    GENERIC,
+    name="no streams",
+    lacks=STREAM_NAMES,
+    pins=False,
+    source="round figures; the names that PyPI's torchvulkan 0.2 lacks, and torch's own MPS but for Event",
+)
 
 # NVIDIA states links in both directions together; half of it is one direction. PCIe 4.0 x16 gives 32 GB/s
 # and PCIe 5.0 x16 gives 64 GB/s a direction.

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _aten = torch.ops.aten
 _KEY = "PrivateUse1"
 _libraries: list[Any] = []  # registrations end when these are collected
+_public_module = types.ModuleType("torch.sim", device_module.__doc__)
 
 
 class _Hooks(torch._C._acc.PrivateUse1Hooks):
@@ -55,8 +56,7 @@ class _Hooks(torch._C._acc.PrivateUse1Hooks):
 
 def register() -> None:
     """Registers the device, its kernels and its names. To be called once."""
-    module = types.ModuleType("torch.sim", device_module.__doc__)
-    module.__dict__.update({name: getattr(device_module, name) for name in device_module.__all__})
+    module = _public_module
     module.__dict__["_is_in_bad_fork"] = device_module._is_in_bad_fork
     _setup_privateuseone_for_python_backend(state.DEVICE_TYPE, module, _Hooks())
     sys.modules["torch.sim"] = module
@@ -67,6 +67,19 @@ def register() -> None:
     install_generic_names()
     install_safetensors()
     replace_functions()
+
+
+def offer_names(lacks: frozenset[str]) -> None:
+    """Gives the device module all names but some.
+
+    Args:
+        lacks: Those that it doesn't have.
+    """
+    for name in device_module.__all__:
+        if name not in lacks:
+            setattr(_public_module, name, getattr(device_module, name))
+        elif hasattr(_public_module, name):
+            delattr(_public_module, name)
 
 
 def _register_kernels() -> None:

@@ -35,10 +35,16 @@ class Stream(torch.Stream):
         *,
         number: int | None = None,
     ) -> Self:
-        """Makes a stream, or a further object for one that there is."""
+        """Makes a stream, or a further object for one that there is.
+
+        Raises:
+            RuntimeError: The device has no streams; torch's own words.
+        """
         index = state.device_index(device)
         if number is None:
             machine = state.get_machine()
+            if "Stream" in machine.devices[index].profile.lacks:
+                raise RuntimeError("Backend doesn't support create a new Stream.")
             with machine.lock:
                 number = machine.devices[index].add_stream().key[1]
         return super().__new__(cls, stream_id=number, device_index=index, device_type=_PRIVATE_USE_1)
@@ -139,8 +145,14 @@ class Event(torch.Event):
         self._mark: tuple[Clock, float] | None = None
 
     def record(self, stream: torch.Stream | None = None) -> None:
-        """Marks the end of what a stream, or the current one, was given so far."""
+        """Marks the end of what a stream, or the current one, was given so far.
+
+        Raises:
+            RuntimeError: The device has no events; torch's own words.
+        """
         machine = state.get_machine()
+        if "Event" in machine.devices[state.current.device].profile.lacks:
+            raise RuntimeError("Backend doesn't support events.")
         with machine.lock:
             machine.reach("record_event")
             self._mark = machine.mark(_state_of(stream))

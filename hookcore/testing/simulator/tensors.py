@@ -153,11 +153,14 @@ def _adopt(
 
 
 def new_pinned(like: torch.Tensor) -> torch.Tensor:
-    """Page-locked host memory for a tensor of this size, stride and type; its values are arbitrary."""
+    """Makes page-locked host memory for a tensor of this size, stride and type; its values are arbitrary.
+
+    Where the device's profile has none, it is ordinary memory.
+    """
     host = torch.empty_like(like, device="cpu", requires_grad=False)
     machine = get_machine()
     storage = host.untyped_storage()
-    if not storage.nbytes():
+    if not storage.nbytes() or not machine.devices[0].profile.pins:
         return host
     with machine.lock, torch._C._AutoDispatchBelowAutograd():
         block = machine.pin(storage.nbytes(), storage.data_ptr(), storage)

@@ -34,6 +34,7 @@ from hookcore.testing.simulator.errors import (
 from hookcore.testing.simulator.naming import name_tensors
 from hookcore.testing.simulator.profiles import (
     A100_80GB,
+    CUDA,
     GENERIC,
     H100_80GB,
     L4,
@@ -48,6 +49,7 @@ from hookcore.testing.simulator.trace import Span, Trace
 
 __all__ = [
     "A100_80GB",
+    "CUDA",
     "GENERIC",
     "H100_80GB",
     "L4",

@@ -42,6 +42,7 @@ class DeviceProfile:
         launch_latency: Seconds of the host's time to launch anything.
         lacks: Names that `torch.get_device_module("sim")` doesn't have, such as "Stream".
         pins: Whether host memory can be page-locked. Without, to pin memory gives ordinary memory.
+        times_only_done_events: Whether `elapsed_time` raises for an event that the device has not reached.
         source: Where the figures are published.
     """
 
@@ -59,6 +60,7 @@ class DeviceProfile:
     launch_latency: float = field(default=5e-6, validator=_not_negative)
     lacks: frozenset[str] = frozenset()
     pins: bool = True
+    times_only_done_events: bool = False
     source: str = ""
 
     def with_memory(self, memory: int | str | None) -> DeviceProfile:
@@ -79,6 +81,13 @@ NO_STREAMS = evolve(
     lacks=STREAM_NAMES,
     pins=False,
     source="round figures; the names that PyPI's torchvulkan 0.2 lacks, and torch's own MPS but for Event",
+)
+
+CUDA = evolve(
+    GENERIC,
+    name="as CUDA",
+    times_only_done_events=True,
+    source="round figures, with the rules that CUDA has beyond those of every device with streams",
 )
 
 # NVIDIA states links in both directions together; half of it is one direction. PCIe 4.0 x16 gives 32 GB/s

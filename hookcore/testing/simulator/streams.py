@@ -187,11 +187,18 @@ class Event(torch.Event):
 
         Raises:
             SimulatorError: One of them is not recorded, or was made without enable_timing=True.
+            RuntimeError: One of them is not done, and the profile has it raise then; torch's own words.
         """
         if not (isinstance(end_event, Event) and self._times and end_event._times):
             raise SimulatorError("only events that were made with enable_timing=True can be compared")
         if self._mark is None or end_event._mark is None:
             raise SimulatorError("both events must be recorded before the time between them is asked")
+        machine = state.get_machine()
+        if machine.devices[0].profile.times_only_done_events:
+            with machine.lock:
+                done = [machine.host_asks(*mark) for mark in (self._mark, end_event._mark)]
+            if not all(done):
+                raise RuntimeError("Both events must be completed before calculating elapsed time.")
         return (end_event._mark[1] - self._mark[1]) * 1e3
 
     def __repr__(self) -> str:

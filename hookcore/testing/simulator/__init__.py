@@ -25,6 +25,7 @@ from hookcore.testing.simulator.control import (
     violations,
     watching_host,
 )
+from hookcore.testing.simulator.cuda_errors import CudaError
 from hookcore.testing.simulator.errors import (
     RaceError,
     SimulatorError,
@@ -56,6 +57,7 @@ __all__ = [
     "NO_STREAMS",
     "RTX_4090",
     "STREAM_NAMES",
+    "CudaError",
     "DeviceProfile",
     "Event",
     "Holding",

@@ -59,7 +59,7 @@ def install(
             f"torch's slot for further devices is taken by {name!r}; use the simulator in another process"
         )
     machine = Machine(devices, GENERIC)
-    machine.name_of = names_in
+    machine.findings.name_of = names_in
     state.set_machine(machine)
     _set_limits(machine, GENERIC if profile is None else profile, memory)
     register()
@@ -93,14 +93,14 @@ def limited(
     """
     machine = state.get_machine()
     before = [(device, device.profile, device.memory.capacity) for device in machine.devices]
-    was_strict = machine.strict
+    was_strict = machine.findings.strict
     _set_limits(machine, profile, memory)
     if strict is not None:
-        machine.strict = strict
+        machine.findings.strict = strict
     try:
         yield
     finally:
-        machine.strict = was_strict
+        machine.findings.strict = was_strict
         for device, old, capacity in before:
             device.profile, device.memory.capacity = old, capacity
         offer_names(machine.devices[0].profile.lacks)
@@ -182,7 +182,7 @@ def violations() -> tuple[Violation, ...]:
     machine = state.get_machine()
     with machine.lock:
         machine.settle()
-        return tuple(machine.violations)
+        return tuple(machine.findings.violations)
 
 
 def check() -> None:
@@ -195,7 +195,7 @@ def check() -> None:
     with machine.lock, limited(strict=True):
         for device in machine.devices:
             machine.synchronize(device.index)
-        machine.raise_found()
+        machine.findings.raise_found()
 
 
 def reset() -> None:
@@ -220,12 +220,12 @@ def pinned_bytes() -> int:
     machine = state.get_machine()
     with machine.lock:
         machine.settle()
-        return machine.pinned.allocated
+        return machine.host_memory.pool.allocated
 
 
 def max_pinned_bytes() -> int:
     """The most bytes of page-locked host memory that there were since `reset`."""
-    return state.get_machine().pinned.peak
+    return state.get_machine().host_memory.pool.peak
 
 
 @frozen
@@ -256,7 +256,8 @@ def snapshot() -> tuple[Holding, ...]:
     machine = state.get_machine()
     with machine.lock:
         machine.settle()
-        blocks = [*machine.blocks.values(), *machine.pinned_blocks.values()]
+        locked = (*machine.host_memory.allocated.values(), *machine.host_memory.registered)
+        blocks = (*machine.blocks.values(), *locked)
         holdings = [
             Holding(
                 device="pinned" if block.device is None else f"sim:{block.device}",

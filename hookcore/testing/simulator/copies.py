@@ -7,22 +7,20 @@ holds poison. A copy from the host must find its source unchanged when the host 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
-from attrs import define, field
 
 from hookcore.testing.simulator import state
-from hookcore.testing.simulator.errors import UnsupportedOperationError, Violation
-from hookcore.testing.simulator.machine import HOST_FIRST
+from hookcore.testing.simulator.errors import UnsupportedOperationError
+from hookcore.testing.simulator.in_flight import FromLocked, LockedCopy, ToLocked
 from hookcore.testing.simulator.tensors import (
     block_of,
-    checksum,
     extent,
+    locked_span,
     new_on_device,
     new_pinned,
     on_cpu,
-    pinned_block_of,
     poison,
 )
 
@@ -120,46 +118,56 @@ def _between_devices(machine: Machine, source: torch.Tensor, target: torch.Tenso
 def _to_device(machine: Machine, source: torch.Tensor, target: torch.Tensor, non_blocking: bool) -> None:
     stream = state.current_stream_state(target.device.index)
     profile = machine.devices[target.device.index].profile
-    pinned, block = pinned_block_of(source), block_of(target)
+    locked, block = locked_span(source), block_of(target)
     operation = machine.begin(stream, TO_DEVICE)
     _touch(machine, operation, stream, block, target, writes=True)
-    if pinned is not None:
-        _touch(machine, operation, stream, pinned, source, writes=False)
-        _complete_earlier(pinned, source, writes=False)
+    if locked is not None:
+        machine.touch(operation, stream, *locked, writes=False)
+        _complete_earlier(*locked, writes=False)
     if block is not None:
         block.fill(*extent(target), source.data_ptr())
     on_cpu(target, block).copy_(source.detach())
-    bandwidth = profile.pageable if pinned is None else profile.host_to_device
+    bandwidth = profile.pageable if locked is None else profile.host_to_device
     machine.finish(operation, stream, "copy in", profile.copy_latency + target.nbytes / bandwidth)
     if not non_blocking:
         machine.host_waits(stream.clock, stream.free_at)
-        machine.raise_found()
-    elif pinned is None:
+        machine.findings.raise_found()
+    elif locked is None:
         # The driver reads the source before it returns, but doesn't promise that the data has arrived.
         machine.host_time = max(machine.host_time, stream.free_at)
     else:
-        _send(machine, _FromPinned(operation, pinned, source.detach(), machine, checksum(source)))
+        memory, span = locked
+        _send(machine, FromLocked(operation, memory, *span, machine.findings, _kept(memory, source)))
 
 
 def _to_host(machine: Machine, source: torch.Tensor, target: torch.Tensor, non_blocking: bool) -> None:
     stream = state.current_stream_state(source.device.index)
     profile = machine.devices[source.device.index].profile
-    pinned, block = pinned_block_of(target), block_of(source)
+    locked, block = locked_span(target), block_of(source)
     operation = machine.begin(stream, TO_HOST)
     _touch(machine, operation, stream, block, source, writes=False)
-    if pinned is not None:
-        _touch(machine, operation, stream, pinned, target, writes=True)
-        _complete_earlier(pinned, target, writes=True)
+    if locked is not None:
+        machine.touch(operation, stream, *locked, writes=True)
+        _complete_earlier(*locked, writes=True)
     data = on_cpu(source, block)
-    bandwidth = profile.pageable if pinned is None else profile.device_to_host
+    bandwidth = profile.pageable if locked is None else profile.device_to_host
     machine.finish(operation, stream, "copy out", profile.copy_latency + source.nbytes / bandwidth)
-    if non_blocking and pinned is not None:
-        poison(target.detach())
-        _send(machine, _ToPinned(operation, pinned, target.detach(), data.to(target.dtype, copy=True)))
+    target = target.detach()
+    if non_blocking and locked is not None:
+        memory, span = locked
+        arriving = torch.empty_strided(target.size(), target.stride(), dtype=target.dtype).copy_(data)
+        poison(target)
+        kept = _kept(memory, target)
+        _send(machine, ToLocked(operation, memory, *span, machine.findings, kept, data=arriving))
         return
     machine.host_waits(stream.clock, stream.free_at)
-    machine.raise_found()
-    target.detach().copy_(data)
+    machine.findings.raise_found()
+    target.copy_(data)
+
+
+def _kept(memory: Block, tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor where memory is torch's: its allocator keeps that for the copy, but no registered memory."""
+    return None if memory.keeper is None else tensor.detach()
 
 
 def _touch(
@@ -175,86 +183,17 @@ def _touch(
         machine.touch(operation, stream, block, extent(tensor), writes=writes)
 
 
-def _complete_earlier(pinned: Block, tensor: torch.Tensor, *, writes: bool) -> None:
+def _complete_earlier(locked: Block, span: tuple[int, int], *, writes: bool) -> None:
     """Completes the copies that this one must come after: the stream waited for them, if not the host."""
-    start, stop = extent(tensor)
-    for copy in pinned.copies:
-        low, high = extent(copy.tensor)
-        if (writes or copy.writes) and low < stop and start < high:
+    start, stop = span
+    for copy in locked.copies:
+        if (writes or copy.writes) and copy.start < stop and start < copy.stop:
             copy.land()
 
 
-def _send(machine: Machine, copy: _PinnedCopy) -> None:
+def _send(machine: Machine, copy: LockedCopy) -> None:
     machine.in_flight.append(copy)
-    copy.pinned.copies += (copy,)
-
-
-@define(eq=False)
-class _PinnedCopy:
-    """A copy from or to pinned memory that the host has not waited for.
-
-    Attributes:
-        operation: What runs it.
-        pinned: The memory.
-        tensor: What of it.
-        writes: Whether it writes there.
-        landed: Whether it is known to be done.
-    """
-
-    operation: Operation
-    pinned: Block
-    tensor: torch.Tensor
-    writes: ClassVar[bool]
-    landed: bool = field(default=False, init=False)
-
-    def land(self) -> None:
-        """Is told that it is done, if it has not been told before."""
-        if not self.landed:
-            self.landed = True
-            self.pinned.copies = tuple(it for it in self.pinned.copies if it is not self)
-            self._complete()
-
-    def _complete(self) -> None:
-        raise NotImplementedError
-
-
-@define(eq=False)
-class _FromPinned(_PinnedCopy):
-    """A copy from pinned memory, which has to stay as it is until the copy is done."""
-
-    machine: Machine
-    before: int
-    writes = False
-
-    def _complete(self) -> None:
-        """Looks whether the source was changed."""
-        if checksum(self.tensor) == self.before:
-            return
-        memory, tensors = self.machine.describe(self.pinned, *extent(self.tensor))
-        self.machine.violations.append(
-            Violation(
-                rule="host write too early",
-                memory=memory,
-                tensors=tensors,
-                operation="writing",
-                stream=None,
-                earlier=self.operation.name,
-                earlier_stream=self.operation.stream,
-                remedy=HOST_FIRST,
-            )
-        )
-
-
-@define(eq=False)
-class _ToPinned(_PinnedCopy):
-    """A copy to pinned memory, which holds poison until the copy is done."""
-
-    data: torch.Tensor
-    writes = True
-
-    def _complete(self) -> None:
-        """Puts the data there."""
-        self.tensor.copy_(self.data)
+    copy.block.copies += (copy,)
 
 
 def pin_memory(tensor: torch.Tensor, _device: torch.device | None = None) -> torch.Tensor:
@@ -264,7 +203,8 @@ def pin_memory(tensor: torch.Tensor, _device: torch.device | None = None) -> tor
 
 def is_pinned(tensor: torch.Tensor, _device: torch.device | None = None) -> bool:
     """What `tensor.is_pinned()` says while the simulator is installed."""
-    return pinned_block_of(tensor) is not None
+    host_memory, address = state.get_machine().host_memory, tensor.untyped_storage().data_ptr()
+    return address in host_memory.allocated or host_memory.registered_at(address, address + 1) is not None
 
 
 def record_stream(tensor: torch.Tensor, stream: torch.Stream) -> None:

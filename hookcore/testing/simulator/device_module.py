@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookcore.testing.simulator import state
+from hookcore.testing.simulator.cuda_runtime import CudaRuntime
 from hookcore.testing.simulator.errors import UnsupportedOperationError
 from hookcore.testing.simulator.streams import Event, Stream
 
@@ -20,6 +21,7 @@ __all__ = [
     "Event",
     "Stream",
     "_sleep",
+    "cudart",
     "current_device",
     "current_stream",
     "default_stream",
@@ -112,13 +114,18 @@ def stream(stream: Stream | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if stream is None else stream
 
 
+def cudart() -> CudaRuntime:
+    """The functions of CUDA's runtime that torch offers."""
+    return CudaRuntime()
+
+
 def synchronize(device: AnyDevice = None) -> None:
     """Lets the host wait for all streams of a device."""
     machine = state.get_machine()
     with machine.lock:
         machine.reach("synchronize")
         machine.synchronize(state.device_index(device))
-        machine.raise_found()
+        machine.findings.raise_found()
 
 
 def _sleep(cycles: int) -> None:
@@ -126,8 +133,7 @@ def _sleep(cycles: int) -> None:
     machine = state.get_machine()
     stream = state.current_stream_state(state.current.device)
     with machine.lock:
-        machine.reach("launch")
-        machine.finish(machine.begin(stream, "sleep"), stream, "compute", cycles * 1e-9)
+        machine.finish(machine.launch(stream, "sleep"), stream, "compute", cycles * 1e-9)
 
 
 def _pool(device: AnyDevice) -> MemoryPool:

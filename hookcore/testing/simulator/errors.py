@@ -14,6 +14,24 @@ if TYPE_CHECKING:
     from hookcore.testing.simulator.ordering import StreamKey
 
 
+By = tuple[str, "StreamKey | None", str]
+"""An operation, its stream (None for the host), and what puts right that it did not wait."""
+
+WAIT_FIRST = (
+    "Let the later stream wait first, with wait_stream() or wait_event(), or let the host wait, with "
+    "synchronize()."
+)
+KEEP_LONGER = (
+    "Before the last reference goes, let the stream that it was allocated on wait for the other, or call "
+    "tensor.record_stream(other)."
+)
+HOST_FIRST = "Let the host wait first, with event.synchronize() or stream.synchronize()."
+KEEP_HOST_MEMORY = (
+    "Keep host memory, and its registration, until an event after the copy is done: torch keeps only memory "
+    "that its own allocator made."
+)
+
+
 class SimulatorError(HookcoreError, RuntimeError):
     """The simulator cannot do what was asked, or was used wrongly."""
 
@@ -33,7 +51,8 @@ class Violation:
 
     Attributes:
         rule: What was broken, in a few words: "read before it was written", "overwritten while in use",
-            "written twice at once", "freed while in use", "host read too early", "host write too early".
+            "written twice at once", "freed while in use", "unregistered while in use", "host read too early",
+            "host write too early".
         memory: Which memory, with its size.
         tensors: Names of the tensors that lie there, where `simulator.name_tensors` was told of them.
         operation: What happened last.

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookcore.testing.simulator import state
 from hookcore.testing.simulator.operators import facts_of
-from hookcore.testing.simulator.tensors import extent, pinned_block_of
+from hookcore.testing.simulator.tensors import locked_span
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -51,9 +51,10 @@ def _check(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         return  # a copy, which is checked as such
     machine = state.get_machine()
     for name, tensor in tensors:
-        if tensor.device.type == "cpu" and (block := pinned_block_of(tensor)) is not None:
+        if tensor.device.type == "cpu" and (found := locked_span(tensor)) is not None:
+            block, span = found
             with machine.lock:
-                machine.host_touches(block, *extent(tensor), name in facts.written, facts.name)
+                machine.host_touches(block, *span, name in facts.written, facts.name)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -146,8 +146,7 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
     machine = state.get_machine()
     stream = state.current_stream_state(device)
     with machine.lock:
-        machine.reach("launch")
-        operation = machine.begin(stream, facts.name)
+        operation = machine.launch(stream, facts.name)
         for _, host, is_written, block in call.uses:
             if block is not None:
                 machine.touch(operation, stream, block, extent(host), writes=is_written)
@@ -166,7 +165,7 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
         machine.finish(operation, stream, "compute", seconds)
         if facts.has_result_on_host or (facts.is_indexing and _has_mask(host_args)):
             machine.host_waits(stream.clock, stream.free_at)
-            machine.raise_found()
+            machine.findings.raise_found()
     return results
 
 

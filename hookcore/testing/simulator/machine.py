@@ -16,28 +16,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hookcore.testing.simulator.cuda_errors import CudaError, cuda_error
 from hookcore.testing.simulator.devices import Device, HostCopy, StreamState
-from hookcore.testing.simulator.errors import RaceError, Violation
+from hookcore.testing.simulator.errors import HOST_FIRST, KEEP_HOST_MEMORY, KEEP_LONGER, WAIT_FIRST
+from hookcore.testing.simulator.findings import Findings
+from hookcore.testing.simulator.host_memory import HostMemory
 from hookcore.testing.simulator.memory import Block, MemoryPool
-from hookcore.testing.simulator.ordering import Access, Clock, Operation, StreamKey, join
+from hookcore.testing.simulator.ordering import Access, Clock, Operation, join
 from hookcore.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from hookcore.testing.simulator.faults import Request, Watch
     from hookcore.testing.simulator.profiles import DeviceProfile
     from hookcore.testing.simulator.trace import Trace
-
-WAIT_FIRST = (
-    "Let the later stream wait first, with wait_stream() or wait_event(), or let the host wait, with "
-    "synchronize()."
-)
-KEEP_LONGER = (
-    "Before the last reference goes, let the stream that it was allocated on wait for the other, or call "
-    "tensor.record_stream(other)."
-)
-HOST_FIRST = "Let the host wait first, with event.synchronize() or stream.synchronize()."
 
 
 class Machine:
@@ -52,13 +43,11 @@ class Machine:
         host_time: The host's time, in seconds.
         origin: When `reset` was called last; times that are told are counted from there.
         host_waits_count: How often the host has waited.
-        pinned: Page-locked host memory.
+        host_memory: Page-locked memory of the host.
         blocks: Live blocks of devices, by address.
-        pinned_blocks: Live blocks of page-locked memory, by address.
-        in_flight: Copies from and to pinned memory that the host has not waited for.
-        violations: What was found and not yet raised.
-        strict: Whether to raise what is found, at once or at the next operation; else it is kept.
-        name_of: Gives the names of the tensors that lie in a range of a block.
+        in_flight: Copies from and to page-locked memory that the host has not waited for.
+        findings: What was found wrong.
+        pending_error: The error that a call of the runtime has left for the next kernel; `success` for none.
         trace: Where operations are noted; None for nowhere.
         watches: Who counts requests, and may fail one.
     """
@@ -70,15 +59,13 @@ class Machine:
         self.host_time = 0.0
         self.origin = 0.0
         self.host_waits_count = 0
-        self.pinned = MemoryPool()
+        self.host_memory = HostMemory()
         self.blocks: dict[int, Block] = {}
-        self.pinned_blocks: dict[int, Block] = {}
         self.in_flight: list[HostCopy] = []
-        self.violations: list[Violation] = []
-        self.strict = True
+        self.findings = Findings()
+        self.pending_error = CudaError.success
         self.trace: Trace | None = None
         self.watches: tuple[Watch, ...] = ()
-        self.name_of: Callable[[Block, int, int], tuple[str, ...]] = lambda _block, _start, _stop: ()
         self._freed: deque[Block] = deque()
 
     # Operations
@@ -92,6 +79,19 @@ class Machine:
         for watch in reversed(self.watches):
             watch.reach(request)
 
+    def launch(self, stream: StreamState, name: str) -> Operation:
+        """Issues a kernel on a stream.
+
+        Raises:
+            RaceError: Something was found since the last operation.
+            torch.AcceleratorError: A call of the runtime has left an error pending.
+        """
+        self.reach("launch")
+        if self.pending_error is not CudaError.success:
+            error, self.pending_error = self.pending_error, CudaError.success
+            raise cuda_error(error)
+        return self.begin(stream, name)
+
     def begin(self, stream: StreamState, name: str) -> Operation:
         """Issues an operation on a stream.
 
@@ -99,7 +99,7 @@ class Machine:
             RaceError: Something was found since the last operation.
         """
         self.settle()
-        self.raise_found()
+        self.findings.raise_found()
         self.host_time += self.devices[stream.key[0]].profile.launch_latency
         if stream.heard != self.host_waits_count:
             join(stream.clock, self.host_clock)
@@ -125,7 +125,7 @@ class Machine:
         earlier = block.history.conflict(*span, writes, stream.clock)
         if earlier is not None:
             rule = _rule(earlier.writes, writes)
-            self._found(rule, block, earlier, (operation.name, stream.key, WAIT_FIRST), now=True)
+            self.findings.add(rule, block, earlier, (operation.name, stream.key, WAIT_FIRST), now=True)
         block.history.record(Access(*span, writes, operation), self.host_clock)
 
     def finish(self, operation: Operation, stream: StreamState, engine: str, seconds: float) -> None:
@@ -169,6 +169,7 @@ class Machine:
         """Whether it is done. Asking takes time, so that a loop ends; a yes is as good as a wait."""
         self.host_time += self.devices[0].profile.launch_latency
         if time > self.host_time:
+            self.pending_error = CudaError.success  # as torch then clears "not ready", the last error
             return False
         self.host_waits(clock, time)
         return True
@@ -220,13 +221,50 @@ class Machine:
             )
 
     def pin(self, nbytes: int, address: int, keeper: object) -> Block:
-        """Counts page-locked host memory."""
+        """Counts an allocation of page-locked host memory.
+
+        Raises:
+            torch.AcceleratorError: The system doesn't let so much be page-locked.
+        """
         self.settle()
         self.reach("pin")
+        if not self.host_memory.can_lock(nbytes, self.devices[0].profile):
+            raise cuda_error(CudaError.memoryAllocation)
         block = Block(None, nbytes, address, keeper, (0, 0), "pinning")
-        self.pinned.take(nbytes)
-        self.pinned_blocks[address] = block
+        self.host_memory.pool.take(nbytes)
+        self.host_memory.allocated[address] = block
         return block
+
+    def register(self, device: int, address: int, nbytes: int) -> CudaError:
+        """Page-locks a range of host addresses where it is; see `HostMemory.registration_error`."""
+        self.settle()
+        error = self.host_memory.registration_error(address, nbytes, self.devices[device].profile)
+        if error is CudaError.success:
+            self.host_memory.add(Block(None, nbytes, address, None, (0, 0), "cudaHostRegister"))
+        return self._result(error)
+
+    def unregister(self, address: int) -> CudaError:
+        """Unlocks the range that was registered at an address.
+
+        A finalizer may call it at any moment, and the memory may be gone when it returns. So copies that are
+        under way end here, and its bytes are given back later.
+        """
+        block = self.host_memory.remove(address)
+        if block is None:
+            return self._result(CudaError.hostMemoryNotRegistered)
+        by = ("cudaHostUnregister", None, KEEP_HOST_MEMORY)
+        for access in block.history:
+            if not access.operation.is_before(self.host_clock):
+                self.findings.add("unregistered while in use", block, access, by, now=False)
+        for copy in block.copies:
+            copy.land()
+        self._freed.append(block)
+        return self._result(CudaError.success)
+
+    def _result(self, error: CudaError) -> CudaError:
+        if error is not CudaError.success:
+            self.pending_error = error
+        return error
 
     def drop(self, block: Block) -> None:
         """Is told that nothing refers to a block any more; may be called at any moment."""
@@ -237,8 +275,9 @@ class Machine:
         while self._freed:
             block = self._freed.popleft()
             if block.device is None:
-                del self.pinned_blocks[block.address]
-                self.pinned.give_back(block.nbytes)
+                if self.host_memory.allocated.get(block.address) is block:
+                    del self.host_memory.allocated[block.address]
+                self.host_memory.pool.give_back(block.nbytes)
             else:
                 del self.blocks[block.address]
                 self._free(block, self.devices[block.device])
@@ -251,7 +290,7 @@ class Machine:
                 continue
             if operation.is_before(owner.clock) or operation.is_before(self.host_clock):
                 continue
-            self._found(
+            self.findings.add(
                 "freed while in use", block, access, ("freeing it", block.stream, KEEP_LONGER), now=False
             )
         streams = [self.devices[index].streams[number] for index, number in block.recorded]
@@ -280,42 +319,7 @@ class Machine:
         earlier = block.history.conflict(start, stop, writes, self.host_clock)
         if earlier is not None:
             rule = "host write too early" if writes else "host read too early"
-            self._found(rule, block, earlier, (name, None, HOST_FIRST), now=True)
-
-    def describe(self, block: Block, start: int, stop: int) -> tuple[str, tuple[str, ...]]:
-        """A range of a block, and the tensors in it, for people."""
-        part = "" if (start, stop) == (0, block.nbytes) else f"bytes {start} to {stop} of "
-        return f"{part}{block}", self.name_of(block, start, stop)
-
-    def _found(
-        self, rule: str, block: Block, earlier: Access, by: tuple[str, StreamKey | None, str], *, now: bool
-    ) -> None:
-        """Raises or keeps that `by`, an operation on a stream, with a remedy, didn't wait for an access."""
-        operation, stream, remedy = by
-        memory, tensors = self.describe(block, earlier.start, earlier.stop)
-        violation = Violation(
-            rule=rule,
-            memory=memory,
-            tensors=tensors,
-            operation=operation,
-            stream=stream,
-            earlier=earlier.operation.name,
-            earlier_stream=earlier.operation.stream,
-            remedy=remedy,
-        )
-        if self.strict and now:
-            raise RaceError([violation])
-        self.violations.append(violation)
-
-    def raise_found(self) -> None:
-        """Raises what was found and not yet raised, if it is to be raised.
-
-        Raises:
-            RaceError: There is something.
-        """
-        if self.strict and self.violations:
-            found, self.violations = self.violations, []
-            raise RaceError(found)
+            self.findings.add(rule, block, earlier, (name, None, HOST_FIRST), now=True)
 
     def reset(self) -> None:
         """Waits for everything, and starts anew at time 0; what is allocated stays.
@@ -326,8 +330,10 @@ class Machine:
         for device in self.devices:
             self.synchronize(device.index)
         self.settle()
-        self.violations.clear()
-        for block in (*self.blocks.values(), *self.pinned_blocks.values()):
+        self.findings.violations.clear()
+        self.pending_error = CudaError.success
+        locked = (*self.host_memory.allocated.values(), *self.host_memory.registered)
+        for block in (*self.blocks.values(), *locked):
             block.history.forget()
         self.host_clock.clear()
         self.origin = self.host_time
@@ -335,7 +341,7 @@ class Machine:
             device.memory.peak = device.memory.allocated
             for stream in device.streams.values():
                 stream.clock.clear()
-        self.pinned.peak = self.pinned.allocated
+        self.host_memory.pool.peak = self.host_memory.pool.allocated
 
 
 def _rule(earlier_writes: bool, writes: bool) -> str:

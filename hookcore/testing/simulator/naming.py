@@ -53,10 +53,9 @@ def names_in(block: Block, start: int, stop: int) -> tuple[str, ...]:
 def _lies_in(tensor: torch.Tensor, block: Block, start: int, stop: int) -> bool:
     if tensor.device.type not in ("cpu", state.DEVICE_TYPE) or not has_memory(tensor):
         return False
-    if tensor.untyped_storage().data_ptr() != block.address:
-        return False
+    offset = tensor.untyped_storage().data_ptr() - block.address
     low, high = extent(tensor)
-    return low < stop and start < high
+    return low + offset < stop and start < high + offset
 
 
 def _named() -> Iterator[tuple[str, torch.Tensor]]:

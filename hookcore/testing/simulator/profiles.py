@@ -11,6 +11,7 @@ from typing import Any
 
 from attrs import evolve, field, frozen, validators
 
+from hookcore.testing.simulator.cuda_errors import CudaError
 from hookcore.units import parse_bytes
 
 GB = 1e9
@@ -41,6 +42,9 @@ class DeviceProfile:
         kernel_latency: Seconds that the shortest kernel takes.
         launch_latency: Seconds of the host's time to launch anything.
         lacks: Names that `torch.get_device_module("sim")` doesn't have, such as "Stream".
+        lockable: Bytes of host memory that can be page-locked; None for no limit. WSL, Tegra and systems that
+            are low on memory have a limit, which may be 0.
+        lock_error: What `cudaHostRegister` returns above the limit.
         pins: Whether host memory can be page-locked. Without, to pin memory gives ordinary memory.
         times_only_done_events: Whether `elapsed_time` raises for an event that the device has not reached.
         source: Where the figures are published.
@@ -58,7 +62,9 @@ class DeviceProfile:
     copy_latency: float = field(default=10e-6, validator=_not_negative)
     kernel_latency: float = field(default=3e-6, validator=_not_negative)
     launch_latency: float = field(default=5e-6, validator=_not_negative)
-    lacks: frozenset[str] = frozenset()
+    lacks: frozenset[str] = frozenset(("cudart",))
+    lockable: int | None = field(default=None, converter=_bytes)
+    lock_error: CudaError = CudaError.memoryAllocation
     pins: bool = True
     times_only_done_events: bool = False
     source: str = ""
@@ -78,7 +84,7 @@ STREAM_NAMES = frozenset(
 NO_STREAMS = evolve(
     GENERIC,
     name="no streams",
-    lacks=STREAM_NAMES,
+    lacks=STREAM_NAMES | GENERIC.lacks,
     pins=False,
     source="round figures; the names that PyPI's torchvulkan 0.2 lacks, and torch's own MPS but for Event",
 )
@@ -86,6 +92,7 @@ NO_STREAMS = evolve(
 CUDA = evolve(
     GENERIC,
     name="as CUDA",
+    lacks=frozenset(),
     times_only_done_events=True,
     source="round figures, with the rules that CUDA has beyond those of every device with streams",
 )

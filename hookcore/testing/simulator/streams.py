@@ -63,7 +63,7 @@ class Stream(torch.Stream):
         with machine.lock:
             machine.reach("synchronize")
             machine.host_waits(self.state.clock, self.state.free_at)
-            machine.raise_found()
+            machine.findings.raise_found()
 
     def query(self) -> bool:
         """Whether all is done that the stream was given."""
@@ -180,7 +180,7 @@ class Event(torch.Event):
             machine.reach("synchronize")
             if self._mark is not None:
                 machine.host_waits(*self._mark)
-                machine.raise_found()
+                machine.findings.raise_found()
 
     def elapsed_time(self, end_event: torch.Event) -> float:
         """Virtual milliseconds from this event to another one.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import zlib
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -172,9 +171,25 @@ def block_of(tensor: torch.Tensor) -> Block | None:
     return get_machine().blocks.get(tensor.untyped_storage().data_ptr())
 
 
-def pinned_block_of(tensor: torch.Tensor) -> Block | None:
-    """The block of page-locked memory that a CPU tensor lies in, if it does."""
-    return get_machine().pinned_blocks.get(tensor.untyped_storage().data_ptr())
+def locked_span(tensor: torch.Tensor) -> tuple[Block, tuple[int, int]] | None:
+    """The page-locked memory that a CPU tensor lies in, and which bytes of it; None if it doesn't.
+
+    Raises:
+        torch.AcceleratorError: A part of the tensor lies in such memory.
+    """
+    host_memory = get_machine().host_memory
+    base = tensor.untyped_storage().data_ptr()
+    block = host_memory.allocated.get(base)
+    if block is not None:
+        return block, extent(tensor)
+    if not host_memory.registered:
+        return None
+    start, stop = extent(tensor)
+    block = host_memory.registered_at(base + start, base + stop) if stop else None
+    if block is None:
+        return None
+    offset = base - block.address
+    return block, (start + offset, stop + offset)
 
 
 def on_cpu(tensor: torch.Tensor, block: Block | None, *, may_resize: bool = True) -> torch.Tensor:
@@ -233,7 +248,14 @@ def poison(host: torch.Tensor) -> None:
         host.fill_(float("nan"))
 
 
-def checksum(host: torch.Tensor) -> int:
-    """A number that tells whether a CPU tensor's bytes have changed."""
-    flat = host.detach().contiguous().view(-1).view(torch.uint8)
-    return zlib.crc32(flat.numpy().data)
+def over(address: int, nbytes: int, like: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor over bytes at an address, which the caller keeps there.
+
+    Args:
+        address: Of its first element.
+        nbytes: From its first element to its last.
+        like: A tensor of its size, stride and type.
+    """
+    memory = (ctypes.c_ubyte * nbytes).from_address(address)
+    flat = _retyped(torch.frombuffer(memory, dtype=torch.uint8), like.dtype)
+    return strided(flat, like.size(), like.stride(), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hookcore.memory.budget import choose_residents, largest_held
 from hookcore.memory.checkpoint import Checkpoint
+from hookcore.memory.copies import copy_as, copy_to, stop_copying_as, stop_copying_to
 from hookcore.memory.counts import StreamReport
 from hookcore.memory.device import DeviceMover
 from hookcore.memory.disk import DiskMover
@@ -87,6 +88,8 @@ __all__ = [
     "check_ties",
     "choose_layout",
     "choose_residents",
+    "copy_as",
+    "copy_to",
     "cost",
     "current_tensors",
     "dtype_hooks",
@@ -116,6 +119,8 @@ __all__ = [
     "set_origin",
     "slots_below",
     "spanning_groups",
+    "stop_copying_as",
+    "stop_copying_to",
     "stop_watching",
     "wanted_dtype",
     "watch",

@@ -6,19 +6,20 @@ What a user gives it instead, in place or as other data, is kept.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from attrs import define, field
+from attrs import define
 
 from hookcore.errors import CheckpointError
-from hookcore.memory.copies import copy_as, copy_as_is, is_copied_as_is
+from hookcore.memory.copies import copy_as, stop_copying_as
 from hookcore.memory.mapping import find_mapping
 from hookcore.memory.origins import Origin, origin_of, set_origin
 from hookcore.memory.written import settled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from hookcore.target import TensorSlot
 
@@ -31,8 +32,8 @@ class FileWeight:
     origin: Origin
     homes: list[torch.Tensor]
     """What each object shows between calls: the checkpoint's tensor, or what somebody gave it instead."""
-    copied: list[torch.Tensor] = field(factory=list)
-    """Of which objects copies are made to hold what calls find."""
+    as_in_calls: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Turns what an object shows into what calls find, for copies."""
 
     @classmethod
     def compare(cls, slot: TensorSlot, origin: Origin) -> FileWeight:
@@ -86,17 +87,18 @@ class FileWeight:
         """Has the parameter show the checkpoint's tensor from now on."""
         for tensor in self.tensors:
             set_origin(tensor, self.origin)
-            # Otherwise a technique inside of this one sees to its copies.
-            if self.converts and is_copied_as_is(tensor):
-                copy_as(tensor, _as_calls_find_it)
-                self.copied.append(tensor)
+        if self.converts:
+            self.as_in_calls = partial(in_dtype_of_calls, origin=self.origin)
+            for tensor in self.tensors:
+                copy_as(tensor, self.as_in_calls)
         self.show(self.homes)
 
     def give_back(self, values: Sequence[torch.Tensor]) -> None:
         """Has the parameter hold `values_to_give_back` again."""
         self.show(values)
-        for tensor in self.copied:
-            copy_as_is(tensor)
+        if self.as_in_calls is not None:
+            for tensor in self.tensors:
+                stop_copying_as(tensor, self.as_in_calls)
         self.origin.paused = self.origin.strides is not None
 
     def values_to_give_back(self) -> list[torch.Tensor]:
@@ -205,13 +207,6 @@ def is_as_stored(data: torch.Tensor, origin: Origin) -> bool:
 def in_dtype_of_calls(data: torch.Tensor, origin: Origin) -> torch.Tensor:
     """Data in the dtype that calls find; what was given in another than the checkpoint's keeps its own."""
     return data.to(origin.dtype) if is_as_stored(data, origin) else data
-
-
-def _as_calls_find_it(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of what a streamed parameter is in a call."""
-    origin = origin_of(tensor)
-    data = tensor.data if origin is None else in_dtype_of_calls(tensor.data, origin)
-    return data.clone() if data.data_ptr() == tensor.data_ptr() else data
 
 
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from hookcore.hook import Hook
+from hookcore.memory.copies import copy_to, stand_in, step_back, stop_copying_to
 from hookcore.memory.grouping import Group, entries_of
 from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.mover import Needed
@@ -73,6 +74,7 @@ class Placement:
         self._onload_device = onload_device
         unmoved = component.conventions.unmoved_kwargs if exclude_kwargs is None else exclude_kwargs
         self._unmoved_kwargs = frozenset(unmoved)
+        self._stand_ins: list[tuple[nn.Module, str]] = []
         self._told = ModelDevice(component, onload_device)
         # What placements that are joined have in common:
         self._refs = [weakref.ref(self)]  # or it would keep itself, and the groups' tensors, alive
@@ -138,6 +140,7 @@ class Placement:
             for group in reversed(done):
                 self._take(group)
             raise
+        self._stand_ins = stand_in(slot for group in self.resident for slot in group.slots)
         watch(self._watched, self._calls, self._before_read, self._uses)
         self._told.attach()
 
@@ -153,18 +156,25 @@ class Placement:
                 self._put(group)
             raise
         stop_watching(self._watched)
+        step_back(self._stand_ins)
         self._told.detach()
 
     def _put(self, group: Group) -> None:
         """Attaches a group, unless another placement has done so."""
         if not self._attached[group]:
+            came_from = [(tensor, tensor.device) for slot in group.slots for tensor in slot.tensors]
             self.mover.attach(group, resident=self._stays(group))
+            for tensor, device in came_from:
+                copy_to(tensor, device)
         self._attached[group] += 1
 
     def _take(self, group: Group) -> None:
         """Detaches a group, unless another placement needs it."""
         if self._attached[group] == 1:
             self.mover.detach(group)
+            for slot in group.slots:
+                for tensor in slot.tensors:
+                    stop_copying_to(tensor)
         self._attached[group] -= 1
 
     def _stays(self, group: Group) -> bool:

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.compiler import is_compiling
+
+from hookcore.memory.copies import PlacedTensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 
+    import torch
     from torch import nn
 
     from hookcore.memory.grouping import Group
@@ -37,13 +39,13 @@ def only_looking() -> Iterator[None]:
         _looking.depth -= 1
 
 
-class WatchedTensors(dict[str, torch.Tensor | None]):
-    """Stands in for a module's `_parameters` or `_buffers`.
+class WatchedTensors(PlacedTensors):
+    """Stands in for a module's `_parameters` or `_buffers`, and calls back before a tensor is read.
 
     `nn.Module.__getattr__` reads `_parameters[name]`, so this sees `module.weight` wherever it is
     written: in the module's own forward, or in its parent's. To go through all parameters while a call is
     under way, as many models do in a forward to learn their dtype, is no read: it would bring the whole model
-    at once. A copy or a pickle of it is a plain dict.
+    at once.
 
     While torch.compile reads a module's code, no read counts either: what a compiled call needs is brought
     for the whole of it, and code that noticed reads would be compiled for each module anew.
@@ -56,7 +58,7 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
         uses: How many calls hold each group, as far as that is known.
     """
 
-    __slots__ = ("_before_read", "_calls", "_groups", "_original", "_uses")
+    __slots__ = ("_before_read", "_calls", "_groups", "_uses")
 
     def __init__(
         self,
@@ -67,17 +69,10 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
         uses: Mapping[Group, int],
     ) -> None:
         super().__init__(original)
-        self._original = original
         self._groups = groups
         self._calls = calls
         self._uses = uses
         self._before_read = before_read
-
-    def give_back(self) -> dict[str, torch.Tensor | None]:
-        """Returns the original dict, with the tensors that there are now."""
-        self._original.clear()
-        self._original.update(self)
-        return self._original
 
     def __getitem__(self, name: str) -> torch.Tensor | None:
         if not is_compiling() and (group := self._groups.get(name)) is not None and not self._uses.get(group):
@@ -102,9 +97,6 @@ class WatchedTensors(dict[str, torch.Tensor | None]):
     def get(self, name: str, default: Any = None) -> Any:
         """As `dict.get`."""
         return self[name] if name in self else default  # noqa: SIM401 - that would be this method again
-
-    def __reduce_ex__(self, _protocol: Any) -> Any:
-        return dict, (dict(self),)
 
 
 def watch(

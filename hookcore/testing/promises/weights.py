@@ -51,7 +51,10 @@ class WeightPromises(Promises):
 
     @on_random_models
     def test_copies_are_plain_and_compute_the_same(self, data: st.DataObject) -> None:
-        """`copy.deepcopy` and pickle give a model without hooks that shares nothing with this one."""
+        """`copy.deepcopy` and pickle give a model without hooks that shares nothing with this one.
+
+        It is on the device that this one came from.
+        """
         case, model, bare, _ = self.draw_applied(data)
         if data.draw(st.booleans(), label="called"):
             self.call_both(case, model, bare)
@@ -62,6 +65,9 @@ class WeightPromises(Promises):
         for (fqn, module), (_, plain) in zip(copied.named_modules(), reference.named_modules(), strict=True):
             added = vars(module).keys() - vars(plain).keys()
             promise(not added, f"a {way} has no traces: {sorted(added)} in {fqn or 'the model'!r}")
+        where = {it.device.type for it in (*copied.parameters(), *copied.buffers())}
+        home = torch.device(self.home).type
+        promise(where <= {home}, f"a {way} is on {home}, where the model came from, not on {sorted(where)}")
         copied.to(self.device)  # it has no hooks that would bring its weights to where it computes
         self.call_both(case, copied, reference, home=self.device, when=f"in a {way}")
         with torch.no_grad():

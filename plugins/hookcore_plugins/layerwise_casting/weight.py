@@ -7,15 +7,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hookcore.memory import find_mapping, origin_of, wanted_dtype
+from hookcore.memory import copy_as, find_mapping, origin_of, stop_copying_as, wanted_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from typing import Any
 
-_COPYING = ("__deepcopy__", "__reduce_ex__")
+_CAST_WEIGHTS: weakref.WeakValueDictionary[int, CastWeight] = weakref.WeakValueDictionary()
+"""What holds a tensor, by the tensor's identity."""
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -35,7 +36,9 @@ class CastWeight:
     """
 
     __slots__ = (
+        "__weakref__",
         "_holders",
+        "_in_calls",
         "_keeps",
         "_kept",
         "_non_blocking",
@@ -61,6 +64,7 @@ class CastWeight:
         self.compute_dtype = compute_dtype
         self._non_blocking = non_blocking
         self._keeps = keep_originals
+        self._in_calls = partial(_in_calls, storage_dtype=storage_dtype, compute_dtype=compute_dtype)
         self._original_dtype = wanted_dtype(tensors[0])
         self._kept: list[Tensor] | None = None
         self._stored: Sequence[Tensor] = ()
@@ -119,7 +123,8 @@ class CastWeight:
         if not self._holders:
             self._stream_in(self.storage_dtype)
             for tensor in self.tensors:
-                _copy_as_plain(tensor, self.storage_dtype, self.compute_dtype)
+                copy_as(tensor, self._in_calls)
+                _CAST_WEIGHTS[id(tensor)] = self
         self._holders += 1
 
     @torch.inference_mode(False)
@@ -143,8 +148,8 @@ class CastWeight:
             self._kept = None
             self._stream_in(self._original_dtype)
             for tensor in self.tensors:
-                for method in _COPYING:
-                    del vars(tensor)[method]
+                stop_copying_as(tensor, self._in_calls)
+                del _CAST_WEIGHTS[id(tensor)]
 
     # Telling
 
@@ -235,49 +240,11 @@ def _same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     )
 
 
-def _copy_as_plain(tensor: Tensor, storage_dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
-    """Has `copy.deepcopy` and pickle make an ordinary compute-dtype parameter of a cast one.
-
-    A copied module has no hooks, so it needs weights that it can compute with. Both look these methods up
-    on the object. They refer to it weakly, so that it can be freed without the garbage collector.
-    """
-    reference = weakref.ref(tensor)
-    vars(tensor)["__deepcopy__"] = partial(_deepcopy, reference, storage_dtype, compute_dtype)
-    vars(tensor)["__reduce_ex__"] = partial(_reduce, reference, storage_dtype, compute_dtype)
-
-
 def is_cast(tensor: Tensor) -> bool:
     """Whether some `CastWeight` holds the tensor."""
-    method = vars(tensor).get("__deepcopy__")
-    return isinstance(method, partial) and method.func is _deepcopy
+    return id(tensor) in _CAST_WEIGHTS
 
 
-def _deepcopy(
-    reference: weakref.ref[Tensor],
-    storage_dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-    _memo: dict[int, Any],  # copy.deepcopy itself notes the result there
-) -> nn.Parameter:
-    return _plain_copy(reference, storage_dtype, compute_dtype)
-
-
-def _reduce(
-    reference: weakref.ref[Tensor], storage_dtype: torch.dtype, compute_dtype: torch.dtype, protocol: int
-) -> Any:
-    copied = _plain_copy(reference, storage_dtype, compute_dtype)
-    others = {name: value for name, value in vars(reference()).items() if name not in _COPYING}
-    vars(copied).update(others)
-    return copied.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
-
-
-def _plain_copy(
-    reference: weakref.ref[Tensor], storage_dtype: torch.dtype, compute_dtype: torch.dtype
-) -> nn.Parameter:
-    tensor = reference()
-    if tensor is None:
-        raise ReferenceError(
-            "the parameter that this method was made for is gone; copy parameters as a whole"
-        )
-    # Through the storage dtype even where the weight does not lie in it: these are the values in use.
-    value = converted(converted([tensor.data], storage_dtype), compute_dtype)[0]
-    return nn.Parameter(value, tensor.requires_grad)
+def _in_calls(data: Tensor, *, storage_dtype: torch.dtype, compute_dtype: torch.dtype) -> Tensor:
+    """What calls find where a parameter holds some data: rounded, whether these are stored or not."""
+    return converted(converted([data], storage_dtype), compute_dtype)[0]

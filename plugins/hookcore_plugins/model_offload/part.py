@@ -10,10 +10,12 @@ from hookcore.memory import (
     DeviceMover,
     Group,
     Packed,
+    copy_to,
     current_tensors,
     move_apart,
     packed_nbytes,
     planned_nbytes,
+    stop_copying_to,
 )
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ class Part:
     def attach(self) -> None:
         """Moves parameters to locked host memory and buffers to the device, unless that has been done."""
         if not self._attached:
+            came_from = [(tensor, tensor.device) for tensor in self._tensors]
             self._mover.attach(self._buffers, resident=True)
             now = {slot: tensors for slot in self._slots if (tensors := current_tensors(slot))}
             self._homes = {slot: tensors[0].device for slot, tensors in now.items()}
@@ -107,6 +110,8 @@ class Part:
                 move_apart({slot: self._homes[slot] for slot in self._uncounted})
                 self._mover.detach(self._buffers)
                 raise
+            for tensor, device in came_from:
+                copy_to(tensor, device)
         self._attached += 1
 
     def detach(self) -> None:
@@ -120,6 +125,8 @@ class Part:
                 self._mover.attach(self._buffers, resident=True)
                 raise
             self._release()
+            for tensor in self._tensors:
+                stop_copying_to(tensor)
         self._attached -= 1
 
     def begin_copy(self) -> None:
@@ -196,6 +203,10 @@ class Part:
         if self._load is None:
             raise RuntimeError("these weights have no memory on the device")
         return self._load
+
+    @property
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for slot in (*self._slots, *self._buffers.slots) for tensor in slot.tensors]
 
     def _pack(self) -> None:
         counted = [slot for slot in self._homes if slot not in self._uncounted]

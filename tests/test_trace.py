@@ -164,7 +164,7 @@ def test_why_a_call_was_not_traced_is_said():
     text = " ".join(str(handle.run_report()).split())
     told = "it has a tensor of float32 (3, 4) where the example has a tensor of float32 (2, 4)"
     assert f"Model: 1 x not traced: {told}" in text
-    assert "Model: 1 x not traced: its arguments are nested differently" in text
+    assert "Model: 1 x not traced: it has 7 where the example has 1, as factor" in text
     handle.reset()
     assert count(model)[2] == 0
 
@@ -305,3 +305,177 @@ def test_a_file_of_another_call_is_refused(tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(PlanError, match="is no trace that was saved here"):
         hookcore.apply(Model(), [Trace(torch.randn(2, 4), path=path)])
+
+
+# The same call in another form
+
+
+class Forms(nn.Module):
+    """A model whose calls can be written in many ways."""
+
+    defaults = {"factor": 1, "sizes": (2, [3.0]), "options": None, "shift": None, "kind": "plus"}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, factor=1, sizes=(2, [3.0]), options=None, *, shift=None, kind="plus", **more):
+        y = self.layer(x) * factor + sizes[0] * sizes[1][0]
+        tensors = tensors_in([shift, *more.values(), options])
+        return y + sum(tensors) if kind == "plus" else y - sum(tensors)
+
+
+@st.composite
+def values(draw):
+    """The arguments of a call of `Forms`, by name."""
+    tensor = torch.randn(2, 4, generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))
+    values = {
+        "x": tensor,
+        "factor": draw(st.sampled_from([1, 2, 1.5])),
+        "sizes": draw(st.sampled_from([(2, [3.0]), (2, [4.0]), [2, [3.0]]])),
+        "options": draw(st.sampled_from([None, {}, {"a": tensor, "b": 1}, {"b": {"c": [tensor]}}])),
+        "shift": draw(st.sampled_from([None, tensor])),
+        "kind": draw(st.sampled_from(["plus", "minus"])),
+    }
+    return values | dict.fromkeys(draw(st.sets(st.sampled_from("uvw"))), tensor)
+
+
+def written(draw, values):
+    """A way to write a call: positional arguments, and named ones in any order, with or without defaults."""
+    named = copy.deepcopy(values)
+    names = draw(st.permutations(list(named)))
+    at = draw(st.integers(0, 4))
+    args = tuple(named[name] for name in list(values)[:at])
+    for name in list(values)[:at]:
+        del named[name]
+    for name, default in Forms.defaults.items():
+        if name in named and equal(named[name], default) and draw(st.booleans()):
+            del named[name]
+    return args, {name: named[name] for name in names if name in named}
+
+
+def equal(value, default):
+    return type(value) is type(default) and value == default
+
+
+@settings(max_examples=60, deadline=None)
+@given(values(), st.data())
+def test_a_call_in_another_form_is_traced(example, data):
+    model = Forms().eval()
+    example_args, example_kwargs = written(data.draw, example)
+    inputs = example_kwargs if not example_args else example_args if not example_kwargs else example
+    with torch.no_grad():
+        handle = hookcore.apply(model, [Trace(inputs)])
+        for _ in range(3):
+            args, kwargs = written(data.draw, example)
+            assert torch.equal(model(*args, **kwargs), Forms.forward(model, *args, **kwargs))
+    assert count(model) == (1, 3, 0)
+    handle.remove()
+
+
+@settings(max_examples=100, deadline=None)
+@given(values(), values(), st.data())
+def test_the_first_difference_of_a_call_is_said_and_it_runs_untraced(example, other, data):
+    """By the argument's name, its place in it, and both values."""
+    model = Forms().eval()
+    args, kwargs = written(data.draw, other)
+    with torch.no_grad():
+        handle = hookcore.apply(model, [Trace(example)])
+        assert torch.equal(model(*args, **kwargs), Forms.forward(model, *args, **kwargs))
+    (entry,) = handle.run_report().entries
+    differing = [
+        name
+        for name in dict.fromkeys([*example, *other])
+        if name != "x" and shape_of(example.get(name, ...)) != shape_of(other.get(name, ...))
+    ]
+    assert bool(differing) == (entry.counted.untraced_calls == 1)
+    if differing:
+        (reason,) = entry.counted.reasons
+        assert any(
+            f"as {name}" in reason or f"{name}[" in reason or f"[{name!r}]" in reason for name in differing
+        )
+    handle.remove()
+
+
+def shape_of(value):
+    """What a trace relies on in a value."""
+    if isinstance(value, torch.Tensor):
+        return "tensor"
+    if isinstance(value, dict):
+        return [(key, shape_of(item)) for key, item in value.items()]
+    if isinstance(value, tuple | list):
+        return type(value), list(map(shape_of, value))
+    return type(value), value
+
+
+@pytest.mark.parametrize(
+    ("example", "other", "said"),
+    [
+        ({"factor": 1}, {"factor": 1.0}, "it has 1.0 where the example has 1, as factor"),
+        ({"options": {"a": 1}}, {}, "it has None where the example has a dict of 1, as options"),
+        (
+            {"options": {"a": {"b": [1, 2]}}},
+            {"options": {"a": {"b": [1, 3]}}},
+            "it has 3 where the example has 2, as options['a']['b'][1]",
+        ),
+        ({"options": {"a": 1}}, {"options": {"b": 1}}, "it has no options['a']"),
+        ({"options": {}}, {"options": {"b": 1}}, "the example has no options['b']"),
+        (
+            {"options": {"a": 1, "b": 2}},
+            {"options": {"b": 2, "a": 1}},
+            "the keys of options are in another order than in the example",
+        ),
+        (
+            {"sizes": (2, [3.0])},
+            {"sizes": [2, [3.0]]},
+            "it has a list of 2 where the example has a tuple of 2, as sizes",
+        ),
+        (
+            {"options": {"a": [1]}},
+            {"options": {"a": [1, 1]}},
+            "it has 2 items where the example has 1, as options['a']",
+        ),
+        ({}, {"w": torch.zeros(2, 4)}, "the example has no more['w']"),
+        (
+            {"kind": "minus"},
+            {"kind": "x" * 1000},
+            f"it has '{'x' * 99}... where the example has 'minus', as kind",
+        ),
+    ],
+)
+def test_what_is_said_of_a_difference(example, other, said):
+    model, x = Forms(), torch.zeros(2, 4)
+    handle = hookcore.apply(model, [Trace({"x": x, **example})])
+    model(x, **other)
+    (entry,) = handle.run_report().entries
+    assert dict(entry.counted.reasons) == {f"not traced: {said}": 1}
+
+
+def test_positional_arguments_of_any_number_are_traced_and_told_apart():
+    class Sum(nn.Linear):
+        def forward(self, first, /, scale=2, *rest):
+            return super().forward(first) * scale + sum(rest)
+
+    model, x = Sum(4, 4).eval(), torch.randn(2, 4)
+    handle = hookcore.apply(model, [Trace((x, 3, x))])
+    y = torch.randn(2, 4)
+    with torch.no_grad():
+        for args in ((y, 3, x), (y, 3), (y, 3, x, x), (y,)):
+            assert torch.allclose(model(*args), Sum.forward(model, *args))
+    (entry,) = handle.run_report().entries
+    assert entry.counted.traced_calls == 1
+    assert dict(entry.counted.reasons) == {
+        "not traced: it has 0 items where the example has 1, as rest": 1,
+        "not traced: it has 2 items where the example has 1, as rest": 1,
+        "not traced: it has 2 where the example has 3, as scale": 1,
+    }
+
+
+def test_reasons_are_bounded_however_calls_differ():
+    model, x = Model().eval(), torch.zeros(2, 4)
+    hookcore.apply(model, [Trace(x)])
+    for factor in range(2, 202):
+        model(x, factor)
+    (entry,) = hookcore.status(model).run_report().entries
+    assert len(entry.counted.reasons) == 51
+    assert count(model) == (1, 0, 200)

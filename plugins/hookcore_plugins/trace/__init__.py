@@ -1,4 +1,4 @@
-"""Tracing with torch.jit.trace: the operations of one call are recorded, and later run without Python."""
+"""Tracing with torch.jit.trace: records the operations of one call, and runs them without Python."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Trace", "TraceReport"]
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Technique]]:
-    """Brings `Trace`."""
+    """Registers `Trace`."""
     return [Trace]
 
 
 @hookimpl
 def hookcore_review_plan(plan: Plan) -> Iterator[str]:
-    """Says what torch says of tracing."""
+    """Notes that torch has deprecated tracing."""
     if any(isinstance(step.technique, Trace) for step in plan.steps):
         yield (
             "torch.jit.trace is deprecated; torch recommends torch.compile (the technique `compile`) or "

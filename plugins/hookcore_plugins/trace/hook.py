@@ -1,4 +1,4 @@
-"""The hook: runs the trace in the place of the call, where the call is like the example."""
+"""The hook of a traced entry: runs the trace in the place of each call that is like the example."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-Setting = tuple[torch.device, bool, bool]
-"""What a trace depends on beside the inputs: device, whether gradients are recorded, training or not."""
+Setting = tuple[tuple[torch.device, ...], bool, bool]
+"""What a trace depends on besides the arguments: their devices, whether gradients are recorded, training."""
+
+_MOST_REASONS = 50  # calls may differ from the example in any number of ways
 
 
 @frozen
 class TraceReport:
-    """What became of the calls of a traced entry.
+    """The numbers of calls of a traced entry.
 
     Attributes:
-        traces: How many traces there are: one for each device, with and without gradients, and in training.
-        traced_calls: How many calls ran as a trace.
-        untraced_calls: How many ran as ever.
-        reasons: How these differ from the example, and how often.
+        traces: Traces: one for each device, with and without gradients, and in training.
+        traced_calls: Calls that ran as a trace.
+        untraced_calls: Calls that ran without.
+        reasons: The first difference of these calls from the example, and how often.
     """
 
     traces: int
@@ -43,13 +45,13 @@ class TraceReport:
 
 
 class TraceHook(Hook):
-    """Traces an entry, and calls the trace.
+    """Traces an entry and calls the trace.
 
     Args:
-        signature: The entry's.
-        example: The call that is traced.
+        signature: The entry's signature.
+        example: The arguments of the traced call.
         entry: The entry's name.
-        path: Where the first trace is kept.
+        path: The file of the first trace; None for none.
     """
 
     def __init__(self, signature: inspect.Signature, example: Inputs, entry: str, path: Path | None) -> None:
@@ -63,56 +65,63 @@ class TraceHook(Hook):
 
     def attach(self, module: nn.Module) -> None:
         """Traces at once if the model is where the example is, and nothing is on it that may move it."""
-        place = _device_of(self._example)
+        devices = _devices(self._example)
         tensors = (*module.parameters(), *module.buffers())
-        if not status(module).attachments and all(it.device == place for it in tensors):
+        if not status(module).attachments and all(it.device == devices[0] for it in tensors):
             with torch.no_grad():
-                self._recording(module, bare_entry(module, self._entry), place)
+                self._recording(module, bare_entry(module, self._entry), devices)
 
     def detach(self, module: nn.Module) -> None:
         """Drops all traces."""
         self._recordings.clear()
 
     def substitute(self, module: nn.Module, entry: Callable[..., Any]) -> Callable[..., Any]:
-        """The traced entry."""
+        """Returns the traced entry."""
         return partial(self._call, module, entry)
 
     def _call(self, module: nn.Module, entry: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         inputs = Inputs.of(self._signature, args, kwargs)
         difference = self._example.difference(inputs)
         if difference is not None:
-            self._untraced[f"not traced: {difference}"] += 1
+            self._count_untraced(difference)
             return entry(*args, **kwargs)
-        recording = self._recording(module, entry, _device_of(inputs))
+        recording = self._recording(module, entry, _devices(inputs))
         self._traced += 1
         return recording(inputs.tensors)
 
-    def _recording(self, module: nn.Module, entry: Callable[..., Any], device: torch.device) -> Recording:
-        setting = device, torch.is_grad_enabled(), module.training
+    def _recording(
+        self, module: nn.Module, entry: Callable[..., Any], devices: tuple[torch.device, ...]
+    ) -> Recording:
+        setting = devices, torch.is_grad_enabled(), module.training
         recording = self._recordings.get(setting)
         if recording is None:
-            call = Call(module, self._entry, self._example, device)
+            call = Call(module, self._entry, entry, self._example, devices)
             path = None if self._recordings else self._path
-            if path is not None and path.exists():
-                recording = load(path, call)
-            else:
-                recording = record(call, entry)
+            recording = None if path is None else load(path, call)
+            if recording is None:
+                recording = record(call)
                 if path is not None:
                     save(recording, path, call)
             self._recordings[setting] = recording
         return recording
 
+    def _count_untraced(self, difference: str) -> None:
+        reason = f"not traced: {difference}"
+        if reason not in self._untraced and len(self._untraced) >= _MOST_REASONS:
+            reason = "not traced: for other reasons"
+        self._untraced[reason] += 1
+
     def reset(self, module: nn.Module) -> None:
-        """Forgets the counts."""
+        """Sets the counts to zero."""
         self._traced = 0
         self._untraced.clear()
 
     def run_report(self, module: nn.Module) -> TraceReport:
-        """Traces there are, and calls by whether they ran as a trace."""
+        """Returns the numbers of traces, and of calls by whether they ran as a trace."""
         return TraceReport(
             len(self._recordings), self._traced, self._untraced.total(), reasons=dict(self._untraced)
         )
 
 
-def _device_of(inputs: Inputs) -> torch.device:
-    return inputs.tensors[0].device
+def _devices(inputs: Inputs) -> tuple[torch.device, ...]:
+    return tuple(tensor.device for tensor in inputs.tensors)

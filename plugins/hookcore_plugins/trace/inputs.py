@@ -1,212 +1,141 @@
-"""What a call takes and gives, taken apart into tensors and the structure around them."""
+"""The arguments of a call: their tensors, and whether a trace of one call fits another."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from hookcore import UnsupportedModelError
-
 if TYPE_CHECKING:
     import inspect
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
-_CONSTANTS = (bool, int, float, str, type(None))
-
-
-# Inputs
+_COMPARED_BY_VALUE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_SHOWN = 100  # characters of a value in a message
 
 
 @frozen(eq=False)
 class Inputs:
-    """The arguments of a call.
+    """The arguments of a call, by the names of the parameters, with their defaults.
+
+    So it makes no difference whether an argument was given by position or by name, or equals its default.
 
     Attributes:
-        tensors: Those in them, in order.
-        others: What else there is; None where a tensor is.
-        spec: The structure around them.
+        signature: The parameters.
+        arguments: The value of each parameter.
+        leaves: What the values consist of.
+        spec: The nesting around the leaves.
     """
 
-    tensors: tuple[torch.Tensor, ...]
-    others: tuple[Any, ...]
+    signature: inspect.Signature
+    arguments: dict[str, Any]
+    leaves: list[Any]
     spec: TreeSpec
 
     @classmethod
     def of(cls, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        """Takes arguments apart.
-
-        Whether one was given by position or by name makes no difference, nor whether a default was given.
+        """Assigns arguments to parameters.
 
         Raises:
             TypeError: They do not fit the signature.
         """
-        leaves, spec = tree_flatten(_normalized(signature, args, kwargs))
-        return cls(
-            tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)),
-            tuple(None if isinstance(leaf, torch.Tensor) else _Other(leaf) for leaf in leaves),
-            spec,
-        )
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = bound.arguments
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:  # whose order means nothing
+                arguments[parameter.name] = dict(sorted(arguments[parameter.name].items()))
+        return cls(signature, arguments, *tree_flatten(arguments))
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors among the leaves, in order."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor))
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of the same structure with other tensors."""
+        """Returns positional and named arguments with other tensors.
+
+        Arguments are named where they can be and left out where they are defaults: code around a method often
+        looks for some by name.
+        """
         rest = iter(tensors)
-        leaves = [next(rest) if other is None else other.value for other in self.others]
-        args, kwargs = tree_unflatten(leaves, self.spec)
+        leaves = [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        arguments = tree_unflatten(leaves, self.spec)
+        parameters = self.signature.parameters.values()
+        by_position = any(it.kind is it.VAR_POSITIONAL and arguments[it.name] for it in parameters)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for parameter in parameters:
+            value = arguments[parameter.name]
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                args += value
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                kwargs |= value
+            elif parameter.kind is parameter.POSITIONAL_ONLY or (
+                by_position and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            ):
+                args.append(value)
+            elif value is not parameter.default:
+                kwargs[parameter.name] = value
         return tuple(args), kwargs
 
     def difference(self, other: Inputs) -> str | None:
-        """How others differ from these in what a trace relies on, or None."""
-        if self.spec != other.spec or len(self.others) != len(other.others):
-            return "its arguments are nested differently"
-        for mine, theirs in zip(self.others, other.others, strict=True):
-            if mine != theirs:
-                return f"it has {_shown(theirs)} where the example has {_shown(mine)}"
-        for expected, found in zip(self.tensors, other.tensors, strict=True):
-            if (expected.shape, expected.dtype) != (found.shape, found.dtype):
-                return f"it has {_described(found)} where the example has {_described(expected)}"
-        return None
+        """Returns the first way in which another call's arguments don't fit a trace of this call, or None."""
+        if self.spec == other.spec and all(map(_fit, self.leaves, other.leaves)):
+            return None
+        found = (_mismatches(value, other.arguments[name], name) for name, value in self.arguments.items())
+        return next(itertools.chain.from_iterable(found), "its arguments are nested differently")
 
     def describe(self) -> list[str]:
-        """What a trace relies on, as text."""
-        tensors = iter(self.tensors)
-        parts = [_described(next(tensors)) if other is None else _shown(other) for other in self.others]
-        return [str(self.spec), *parts]
+        """Returns all that a trace relies on as text."""
+        return [str(self.spec), *map(_shown, self.leaves)]
 
 
-def _normalized(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments, by name where that can be, in order, without those that are defaults anyway."""
-    given = signature.bind(*args, **kwargs).arguments
-    parameters = signature.parameters.values()
-    by_position = any(it.kind is it.VAR_POSITIONAL and given.get(it.name) for it in parameters)
-    positional: list[Any] = []
-    named: dict[str, Any] = {}
-    for parameter in parameters:
-        if parameter.name not in given:
-            continue
-        value = given[parameter.name]
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            positional += value
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            named |= value
-        elif parameter.kind is parameter.POSITIONAL_ONLY or (
-            by_position and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        ):
-            positional.append(value)
-        elif _Other(value) != _Other(parameter.default):
-            named[parameter.name] = value
-    return tuple(positional), dict(sorted(named.items()))
-
-
-class _Other:
-    """An argument that is no tensor; equal to another of its type if their values are, or are one object."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Other) or type(self.value) is not type(other.value):
-            return False
-        return self.value is other.value or (
-            isinstance(self.value, (*_CONSTANTS, torch.dtype, torch.device)) and self.value == other.value
+def _fit(expected: Any, found: Any) -> bool:
+    """Whether a trace made with one leaf can be used for another."""
+    if isinstance(expected, torch.Tensor):
+        return isinstance(found, torch.Tensor) and (expected.shape, expected.dtype) == (
+            found.shape,
+            found.dtype,
         )
-
-    def __hash__(self) -> int:
-        return hash(type(self.value))
-
-
-def _described(tensor: torch.Tensor) -> str:
-    return f"a tensor of {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    return expected is found or (
+        type(expected) is type(found) and isinstance(expected, _COMPARED_BY_VALUE) and expected == found
+    )
 
 
-def _shown(other: _Other | None) -> str:
-    return "a tensor" if other is None else repr(other.value)
+def _mismatches(expected: Any, found: Any, place: str) -> Iterator[str]:
+    """Yields how two values differ, in order, each with its place as Python would write it."""
+    parts, found_parts = _parts(expected), _parts(found)
+    if parts is None or found_parts is None or type(expected) is not type(found):
+        if not _fit(expected, found):
+            yield f"it has {_shown(found)} where the example has {_shown(expected)}, as {place}"
+        return
+    keys: Sequence[Any] = range(len(parts))
+    if isinstance(expected, dict):
+        keys = list(expected)
+        yield from (f"it has no {place}[{key!r}]" for key in keys if key not in found)
+        yield from (f"the example has no {place}[{key!r}]" for key in found if key not in expected)
+        if keys != list(found):
+            yield f"the keys of {place} are in another order than in the example"
+    if len(parts) != len(found_parts):
+        yield f"it has {len(found_parts)} items where the example has {len(parts)}, as {place}"
+    for key, part, found_part in zip(keys, parts, found_parts, strict=False):
+        yield from _mismatches(part, found_part, f"{place}[{key!r}]")
 
 
-# Outputs
+def _parts(value: Any) -> list[Any] | None:
+    """Returns the values directly inside a container; None for a leaf."""
+    parts, spec = tree_flatten(value, is_leaf=lambda it: it is not value)
+    return None if spec.is_leaf() else parts
 
-Structure = tuple[Any, ...]
-"""`(kind, class or value, children)`; children are pairs of a key and a structure."""
 
-
-def take_apart(value: Any, tensors: list[torch.Tensor]) -> Structure:
-    """Describes an output, and adds the tensors in it to a list, in order.
-
-    Raises:
-        UnsupportedModelError: It holds something that could not be put together again.
-    """
-    kind = type(value)
+def _shown(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return "tensor", None, ()
-    if kind in _CONSTANTS:
-        return "value", value, ()
-    if isinstance(value, Mapping):
-        # The outputs of diffusers and transformers are dicts with a class of their own.
-        return "mapping", kind, tuple((key, take_apart(item, tensors)) for key, item in value.items())
-    if isinstance(value, tuple | list):
-        how = "named" if hasattr(value, "_fields") else "sequence"
-        return how, kind, tuple((None, take_apart(item, tensors)) for item in value)
-    if hasattr(value, "__dict__") and not callable(value):  # such as the distribution of an autoencoder
-        return "object", kind, tuple((key, take_apart(item, tensors)) for key, item in vars(value).items())
-    raise UnsupportedModelError(f"its output holds a {kind.__qualname__}, which a trace cannot give back")
-
-
-def put_together(structure: Structure, tensors: Sequence[torch.Tensor]) -> Any:
-    """The value that was taken apart, with these tensors."""
-    rest = iter(tensors)
-
-    def build(part: Structure) -> Any:
-        how, what, children = part
-        if how == "tensor":
-            return next(rest)
-        if how == "value":
-            return what
-        items = [(key, build(child)) for key, child in children]
-        if how == "mapping":
-            return what(items) if what is dict else what(**dict(items))
-        if how == "named":
-            return what(*(item for _, item in items))
-        if how == "sequence":
-            return what(item for _, item in items)
-        made = object.__new__(what)
-        vars(made).update(items)
-        return made
-
-    return build(structure)
-
-
-def with_classes(structure: Any, named: Callable[[Any], Any]) -> Any:
-    """A structure in which each class is replaced by something else."""
-    how, what, children = structure
-    if how not in ("tensor", "value"):
-        what = named(what)
-    return [how, what, [[key, with_classes(child, named)] for key, child in children]]
-
-
-def name_of(kind: type) -> str:
-    """By which name a class can be found again."""
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def class_named(name: str) -> type:
-    """The class of that name, of what is imported.
-
-    Raises:
-        LookupError: There is none.
-    """
-    module, _, qualname = name.partition(":")
-    found: Any = sys.modules.get(module)
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, type):
-        raise LookupError(name)  # noqa: TRY004 -- there is nothing of this name
-    return found
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if _parts(value) is not None:
+        return f"a {type(value).__name__} of {len(_parts(value) or ())}"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

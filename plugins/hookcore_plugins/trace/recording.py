@@ -1,4 +1,4 @@
-"""One trace: made from a call, and called like it."""
+"""Records a trace of one call, and runs it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from attrs import frozen
 from torch import nn
 
 from hookcore import UnsupportedModelError
-from hookcore_plugins.trace.inputs import put_together, take_apart
+from hookcore_plugins.trace.outputs import put_together, take_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from hookcore_plugins.trace.inputs import Inputs, Structure
+    from hookcore_plugins.trace.inputs import Inputs
+    from hookcore_plugins.trace.outputs import Structure
 
 _TracerWarning: Any = vars(torch.jit)["TracerWarning"]
-_SHOWN = 400  # characters of what torch says
+_SHOWN = 400  # characters of torch's message
 
 
 @frozen(eq=False)
@@ -35,103 +36,117 @@ class Recording:
     output: Structure
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Calls it with tensors like the example's."""
+        """Runs the trace with tensors like the example's."""
         return put_together(self.output, self.script(*tensors))
 
 
 @frozen(eq=False)
 class Call:
-    """What is traced.
+    """The call to trace.
 
     Attributes:
-        model: The model, with its weights on the device.
+        model: The model, with its weights in place.
         entry: The name of one of its methods.
+        method: That method, without hooks.
         example: The arguments.
-        device: Where it is called.
+        devices: The device of each tensor among them.
     """
 
     model: nn.Module
     entry: str
+    method: Callable[..., Any]
     example: Inputs
-    device: torch.device
+    devices: tuple[torch.device, ...]
 
     def __str__(self) -> str:
         return f"{type(self.model).__name__}.{self.entry}()"
 
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """Returns copies of the example's tensors, on their devices."""
+        pairs = zip(self.example.tensors, self.devices, strict=True)
+        return tuple(tensor.detach().to(device, copy=True) for tensor, device in pairs)
 
-class _Flat(nn.Module):
+    @contextlib.contextmanager
+    def without_effect(self) -> Iterator[None]:
+        """Undoes at the end of a `with` block what calls changed in buffers and the random state.
+
+        Raises:
+            UnsupportedModelError: A call put another tensor in the place of a buffer or parameter.
+        """
+        device = self.devices[0]
+        devices = [] if device.type == "cpu" else [device]
+        kind = "cuda" if device.type == "cpu" else device.type
+        with _tensors_unchanged(self.model), torch.random.fork_rng(devices, device_type=kind), quiet():
+            yield
+
+
+class TensorCall(nn.Module):
     """A call that takes and returns tensors only.
 
     Args:
-        model: What the parameters belong to that the trace is to share.
-        call: The call.
-        example: The arguments, of which only tensors are replaced.
+        call: The call. Its model is a submodule, so that a trace shares its parameters.
     """
 
-    def __init__(self, model: nn.Module, call: Callable[..., Any], example: Inputs) -> None:
+    def __init__(self, call: Call) -> None:
         super().__init__()
-        self.model = model
-        self.train(model.training)
-        # In one list, which torch.jit does not look into.
-        self.outside: list[Any] = [call, example, None]
+        self.model = call.model
+        self.train(call.model.training)
+        self._hidden: list[Any] = [call, None]  # in a list, which torch.jit does not look into
+
+    @property
+    def output(self) -> Structure:
+        """The structure of the last call's output."""
+        structure: Structure = self._hidden[1]
+        return structure
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Calls, and notes the structure of the output."""
-        call, example, _ = self.outside
-        args, kwargs = example.with_tensors(tensors)
+        """Calls the method, and keeps the structure of its output."""
+        call: Call = self._hidden[0]
+        args, kwargs = call.example.with_tensors(tensors)
         found: list[torch.Tensor] = []
-        self.outside[2] = take_apart(call(*args, **kwargs), found)
+        self._hidden[1] = take_apart(call.method(*args, **kwargs), found)
         return tuple(found)
 
 
-def record(call: Call, entry: Callable[..., Any]) -> Recording:
-    """Traces a call.
-
-    The model is as before afterwards: what the call changed in buffers is undone.
-
-    Args:
-        call: What to trace.
-        entry: The entry, without hooks.
+def record(call: Call) -> Recording:
+    """Traces a call, and leaves the model as it was.
 
     Raises:
         UnsupportedModelError: It cannot be traced, or the trace does not compute the same.
     """
-    flat = _Flat(call.model, entry, call.example)
-    tensors = tuple(tensor.detach().to(call.device, copy=True) for tensor in call.example.tensors)
+    flat = TensorCall(call)
     trace: Any = torch.jit.trace
     try:
-        with _unchanged(call.model), _random_state(call.device), quiet():
+        with call.without_effect():
             # torch calls the trace, to compare, and only warns if it computes something else.
             warnings.filterwarnings("error", "Output nr .* does not match", _TracerWarning)
-            script = trace(flat, tensors, strict=False)
+            script = trace(flat, call.inputs(), strict=False, _store_inputs=False)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"cannot trace {call}: {error}") from error
     except Exception as error:  # torch has many, some of which print whole tensors
-        text = " ".join(str(error).split())
-        said = text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
-        raise UnsupportedModelError(f"cannot trace {call}: {said}. Leave it out, or use Compile") from error
-    return Recording(script, flat.outside[2])
+        raise UnsupportedModelError(
+            f"cannot trace {call}: {shortened(error)}. Leave it out, or use Compile"
+        ) from error
+    return Recording(script, flat.output)
+
+
+def shortened(error: BaseException) -> str:
+    """Returns an error's message in one line of bounded length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without torch's note that torch.jit is deprecated: the plan says that once."""
+    """Silences torch's note that torch.jit is deprecated: the plan has it once."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
         yield
 
 
 @contextlib.contextmanager
-def _random_state(device: torch.device) -> Iterator[None]:
-    """Gives the random state back that tracing used."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-        yield
-
-
-@contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Gives buffers the values back that they had; refuses a call that puts other tensors in their place."""
+def _tensors_unchanged(model: nn.Module) -> Iterator[None]:
+    """Restores the values of buffers; refuses a call that puts other tensors in their place."""
     places: list[tuple[nn.Module, Any, str]] = [
         (module, registered, name)
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""The technique: which call is traced, and with what."""
+"""The technique `Trace`: its options and its binding."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from hookcore import Component
 
 FROZEN_BELOW = (Resource.PLACEMENT, Resource.STORAGE_DTYPE, Resource.ATTENTION)
-"""What others may not have below, where a trace makes no calls: weights would have to be there all at once,
-and an attention backend would be in the trace for good."""
+"""Resources that no other technique may hold below, where a trace makes no calls: all weights have to be in
+place at once, and an attention backend would stay in the trace for good."""
 
 Examples = tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
 
 def _examples(value: object) -> Examples:
-    """Positional and named arguments."""
+    """Returns positional and named arguments."""
     if isinstance(value, torch.Tensor):
         return (value,), ()
     if isinstance(value, tuple):
@@ -42,7 +42,7 @@ def _examples(value: object) -> Examples:
 
 
 def _as_value(examples: Examples) -> Hashable:
-    """Examples in a form that can be compared and hashed."""
+    """Returns examples in a form that can be compared and hashed."""
     return tuple(map(_leaf_value, torch.utils._pytree.tree_leaves(list(examples))))
 
 
@@ -61,22 +61,22 @@ def _path(path: str | Path | None) -> Path | None:
 class Trace(Technique):
     """Records the operations of one call with `torch.jit.trace`, and runs these in the place of the call.
 
-    The traced call is fixed: a call with other shapes, dtypes or other arguments than the example's, or in
-    training where the model was not, is not traced but runs as ever, and is counted. On another device, or
-    with gradients where there were none, it is traced anew. Outputs have the class that they had, and the
-    model keeps all its attributes.
+    The trace serves calls with arguments like the example's: of the same shapes, dtypes and other values,
+    whether they are given by position, by name or by default. Any other call runs without it, and is counted
+    with the first difference. On another device, in training, or with gradients where there were none, the
+    call is traced anew. Outputs keep their class, and the model all its attributes.
 
-    Hooks of modules below would be frozen into the trace and are refused.
+    Hooks of modules below would become part of the trace and are refused.
 
     torch recommends `torch.compile` (the technique `compile`) or `torch.export` instead.
 
     Attributes:
-        example_inputs: Arguments of a call: a tensor, a tuple of positional ones, or a dict by name. Where
-            they lie on the model's device, and nothing else is on the model, the call is traced at once, or
-            else when it is first made.
-        entry: The method that is traced.
-        path: A file for the trace: loaded if it is there, otherwise written once the call is traced. It holds
-            no weights.
+        example_inputs: Arguments of a call: a tensor, a tuple of positional ones, or a dict by name. If they
+            lie on the model's device and nothing else is on the model, the call is traced at once, otherwise
+            when it is first made.
+        entry: The method to trace.
+        path: A file for the trace, without weights: loaded if it exists, otherwise written when the call is
+            traced. It holds TorchScript, which is a program: load only files that you trust.
     """
 
     name: ClassVar[str] = "trace"
@@ -94,10 +94,10 @@ class Trace(Technique):
             raise ValueError(f"entry is {value!r}; give the name of a method, such as 'decode'")
 
     def bind(self, component: Component) -> Iterator[Binding]:
-        """Lists one hook, at the entry.
+        """Yields one hook, at the entry.
 
         Raises:
-            PlanError: There is no such entry, or the example does not fit it.
+            PlanError: The entry does not exist, the example does not fit it, or the file's folder is missing.
         """
         model = component.module
         if not callable(getattr(model, self.entry, None)):
@@ -112,6 +112,8 @@ class Trace(Technique):
             ) from error
         if not example.tensors:
             raise PlanError("example_inputs has no tensor, so that there is nothing to trace")
+        if self.path is not None and not self.path.parent.is_dir():
+            raise PlanError(f"the folder of path='{self.path}' does not exist. Make it first")
         hook = TraceHook(signature, example, self.entry, self.path)
         claims = (Claim(Resource.CODE), Claim(Resource.ATTENTION))
         yield Binding("", hook, self.entry, claims, forbids_below=FROZEN_BELOW, encloses=True)

@@ -1,17 +1,20 @@
-"""Traces in files: without weights, which are the model's."""
+"""Reads and writes trace files: TorchScript without weights, which are the model's."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
+import os
+import secrets
+import stat
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hookcore import PlanError
-from hookcore_plugins.trace.inputs import class_named, name_of, with_classes
-from hookcore_plugins.trace.recording import Recording, quiet
+from hookcore_plugins.trace.recording import Recording, TensorCall, quiet, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,70 +22,137 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from hookcore_plugins.trace.outputs import Structure
     from hookcore_plugins.trace.recording import Call
 
-_FILE = "hookcore.json"
-_MODEL = "model."  # what stands before the FQNs of a model's tensors in a trace
+_FACTS = "hookcore.json"
+_MODEL = "model."  # the prefix of a model's FQNs in a trace
 
 
 def save(recording: Recording, path: Path, call: Call) -> None:
-    """Writes a trace, with what it fits.
+    """Writes a trace, with the facts of the call that it fits.
 
     Raises:
-        OSError: The file cannot be written.
+        PlanError: The file cannot be written.
     """
-    facts = _facts(call) | {"output": with_classes(recording.output, name_of)}
-    temporary = path.with_name(f"{path.name}.part")
+    facts = _facts(call) | {"output": _described(recording.output)}
+    buffer = io.BytesIO()
     with _without_weights(recording.script), quiet():
-        torch.jit.save(recording.script, temporary, _extra_files={_FILE: json.dumps(facts)})
-    temporary.replace(path)  # whole, or not at all
+        torch.jit.save(recording.script, buffer, _extra_files={_FACTS: json.dumps(facts)})
+    try:
+        _replace(path, buffer.getvalue())
+    except OSError as error:
+        raise PlanError(f"cannot write the trace to '{path}': {error}. Give another path, or none") from error
 
 
-def load(path: Path, call: Call) -> Recording:
-    """Reads a trace, and gives it the model's tensors.
+def load(path: Path, call: Call) -> Recording | None:
+    """Reads a trace and gives it the model's tensors; None if there is no file.
+
+    Nothing that the file names is looked up or made: the output's structure is that of the call itself, which
+    is run once and compared with the trace. The trace is TorchScript, which torch runs.
 
     Raises:
-        PlanError: It is no trace of such a call of such a model.
+        PlanError: The file is not a trace of such a call of such a model.
+        UnsupportedModelError: The call's output cannot be put together again.
     """
-    files = {_FILE: ""}
+    data = _read(path)
+    if data is None:
+        return None
+    expected = _facts(call)
     try:
-        with quiet():
-            read: Any = torch.jit.load
-            script = read(path, map_location=call.device, _extra_files=files)
-        facts = json.loads(files[_FILE])
-    except (RuntimeError, ValueError) as error:
-        raise PlanError(
-            f"'{path}' is no trace that was saved here ({error}). Give another path, or delete the file"
-        ) from error
-    for what, value in _facts(call).items():
-        if facts.get(what) != value:
-            raise PlanError(
-                f"the trace in '{path}' does not fit: its {what} is {_short(facts.get(what))}, expected "
-                f"{_short(value)}. Give another path, or delete the file to trace again"
-            )
-    try:
-        output = with_classes(facts["output"], class_named)
-    except LookupError as error:
-        raise PlanError(
-            f"the trace in '{path}' returns a {error}, which is not imported. Import it first"
-        ) from error
+        reader: Any = torch._C.PyTorchFileReader(io.BytesIO(data))
+        found = json.loads(reader.get_record(f"extra/{_FACTS}"))
+        if not isinstance(found, dict):
+            raise TypeError(f"{_FACTS} is a {type(found).__name__}, expected an object")  # noqa: TRY301
+    except Exception as error:
+        raise _no_trace(path, error) from error
+    # Before anything in the file is run: loading TorchScript may run some of it.
+    for what, value in expected.items():
+        _compare(path, what, found.get(what), value)
+    flat = TensorCall(call)
+    with call.without_effect():
+        results = flat(*call.inputs())
+        _compare(path, "output", found.get("output"), _described(flat.output))
+        script = _script(data, path, call)
+        _check(script, results, path, call)
+    return Recording(script, flat.output)
+
+
+def _script(data: bytes, path: Path, call: Call) -> torch.jit.ScriptModule:
+    """Loads the TorchScript of a trace, with the model's tensors in it."""
     tensors = dict(_tensors(call.model))
-    for holder, name, fqn in _places(script):
-        setattr(holder, name, tensors[fqn])
-    return Recording(script, output)
+    read: Any = torch.jit.load
+    try:
+        script: torch.jit.ScriptModule = read(io.BytesIO(data), map_location=call.devices[0])
+        for holder, name, fqn in _places(script):
+            setattr(holder, name, tensors[fqn])
+    except Exception as error:  # of torch's reader, compiler and unpickler
+        raise _no_trace(path, error) from error
+    return script
+
+
+def _check(script: Any, results: tuple[torch.Tensor, ...], path: Path, call: Call) -> None:
+    """Compares a trace with the call itself, as torch.jit.trace does."""
+    try:
+        outputs = script(*call.inputs())
+        if not isinstance(outputs, tuple):
+            outputs = (outputs,)
+        torch.testing.assert_close(outputs, results, rtol=1e-5, atol=1e-5, equal_nan=True)
+    except Exception as error:
+        raise PlanError(
+            f"the trace in '{path}' does not compute what {call} does ({shortened(error)}). Its code has "
+            "changed since, or the file is damaged: delete the file to trace again"
+        ) from error
+
+
+def _no_trace(path: Path, error: Exception) -> PlanError:
+    return PlanError(
+        f"'{path}' is no trace that was saved here ({shortened(error)}). Give another path, or delete the "
+        "file"
+    )
+
+
+def _compare(path: Path, what: str, found: Any, expected: Any) -> None:
+    if json.dumps(found) != json.dumps(expected):
+        raise PlanError(
+            f"the trace in '{path}' does not fit: its {what} is {_short(found)}, expected "
+            f"{_short(expected)}. Give another path, or delete the file to trace again"
+        )
+
+
+# Facts
 
 
 def _facts(call: Call) -> dict[str, Any]:
-    """What has to be the same for a trace to fit."""
+    """Returns all that has to be the same for a trace to fit, as JSON has it."""
     return {
-        "model": name_of(type(call.model)),
+        "model": _name_of(type(call.model)),
         "entry": call.entry,
-        "device": call.device.type,
+        "device": [device.type for device in call.devices],
         "gradients": torch.is_grad_enabled(),
         "training": call.model.training,
         "inputs": call.example.describe(),
         "tensors": [[fqn, list(it.shape), str(it.dtype)] for fqn, it in _tensors(call.model)],
     }
+
+
+def _described(structure: Structure) -> list[Any]:
+    """Returns a structure as text, to be compared and never to be looked up."""
+    how, what, children = structure
+    shown = _name_of(what) if isinstance(what, type) else repr(what)
+    return [how, shown, [[repr(key), _described(child)] for key, child in children]]
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else f"{text[:200]}..."
+
+
+# Tensors
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -91,7 +161,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _places(script: torch.jit.ScriptModule) -> Iterator[tuple[Any, str, str]]:
-    """Where a trace holds tensors of the model: module and attribute, and the FQN in the model."""
+    """Yields the module and attribute of each tensor in a trace, with its FQN in the model."""
     for fqn, _ in list(_tensors(script)):
         *holders, name = fqn.split(".")
         yield functools.reduce(getattr, holders, script), name, fqn.removeprefix(_MODEL)
@@ -99,7 +169,7 @@ def _places(script: torch.jit.ScriptModule) -> Iterator[tuple[Any, str, str]]:
 
 @contextlib.contextmanager
 def _without_weights(script: torch.jit.ScriptModule) -> Iterator[None]:
-    """Takes the tensors out of a trace for a while."""
+    """Takes the tensors out of a trace within a `with` block."""
     places = list(_places(script))
     tensors = [getattr(holder, name) for holder, name, _ in places]
     try:
@@ -111,6 +181,37 @@ def _without_weights(script: torch.jit.ScriptModule) -> Iterator[None]:
             setattr(holder, name, tensor)
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) < 200 else f"{text[:200]}..."
+# Files
+
+
+def _read(path: Path) -> bytes | None:
+    """Returns the content of a regular file; None if there is no file.
+
+    Raises:
+        PlanError: It is not a regular file, or cannot be read.
+    """
+    try:
+        # Without waiting for the writer of a pipe.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise PlanError(f"the path of a trace, '{path}', is not a regular file. Give another path")
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PlanError(f"cannot read the trace in '{path}': {error}. Give another path") from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, and replaces a link instead of following it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with open(temporary, "xb", opener=lambda name, _: os.open(name, flags, 0o666)) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink()
+            raise

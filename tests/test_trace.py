@@ -373,6 +373,20 @@ def test_a_call_in_another_form_is_traced(example, data):
     handle.remove()
 
 
+@settings(max_examples=20, deadline=None)
+@given(values(), st.data())
+def test_a_file_fits_the_same_call_in_another_form(tmp_path_factory, example, data):
+    """Also where a default is an object that each process makes anew."""
+    path = tmp_path_factory.mktemp("trace") / "trace.pt"
+    contents = []
+    for _ in range(2):
+        args, kwargs = written(data.draw, example)
+        inputs = kwargs if not args else args if not kwargs else example
+        with hookcore.apply(Forms().eval(), [Trace(inputs, path=path)]):
+            contents.append(path.read_bytes())
+    assert contents[0] == contents[1]
+
+
 @settings(max_examples=100, deadline=None)
 @given(values(), values(), st.data())
 def test_the_first_difference_of_a_call_is_said_and_it_runs_untraced(example, other, data):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 if TYPE_CHECKING:
     import inspect
@@ -78,7 +78,7 @@ class Inputs:
                 by_position and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
             ):
                 args.append(value)
-            elif value is not parameter.default:
+            elif not _is_default(value, parameter.default):
                 kwargs[parameter.name] = value
         return tuple(args), kwargs
 
@@ -90,8 +90,9 @@ class Inputs:
         return next(itertools.chain.from_iterable(found), "its arguments are nested differently")
 
     def describe(self) -> list[str]:
-        """Returns all that a trace relies on as text."""
-        return [str(self.spec), *map(_shown, self.leaves)]
+        """Returns all that a trace relies on as text; the same for each form of a call."""
+        leaves, spec = tree_flatten(self.with_tensors(self.tensors))
+        return [str(spec), *map(_text, leaves)]
 
 
 def _fit(expected: Any, found: Any) -> bool:
@@ -132,10 +133,20 @@ def _parts(value: Any) -> list[Any] | None:
     return None if spec.is_leaf() else parts
 
 
+def _is_default(value: Any, default: Any) -> bool:
+    if value is default:
+        return True
+    has_tensors = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+    return not has_tensors and not any(_mismatches(default, value, ""))
+
+
+def _text(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return f"a tensor of {str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+    return repr(leaf)
+
+
 def _shown(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if _parts(value) is not None:
-        return f"a {type(value).__name__} of {len(_parts(value) or ())}"
-    text = repr(value)
+    parts = _parts(value)
+    text = _text(value) if parts is None else f"a {type(value).__name__} of {len(parts)}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

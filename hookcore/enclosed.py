@@ -34,22 +34,22 @@ class EnclosedHook(Hook):
     swaps_weights: ClassVar[bool] = True
 
     def __init__(self, hook: Hook, module: nn.Module) -> None:
-        self._hook = hook
+        self.hook = hook
         self._module = module
 
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Does what the other does before its module's call."""
-        return self._hook.pre_forward(self._module, args, kwargs)
+        return self.hook.pre_forward(self._module, args, kwargs)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Does what the other does after its module's call."""
-        return self._hook.post_forward(self._module, output)
+        return self.hook.post_forward(self._module, output)
 
     def on_error(self, module: nn.Module, error: BaseException) -> None:
         """Does what the other does when its module's call fails."""
-        self._hook.on_error(self._module, error)
+        self.hook.on_error(self._module, error)
 
 
 def can_be_enclosed(hook: Hook) -> bool:

@@ -65,3 +65,37 @@ class ConcurrentCallError(HookcoreError, RuntimeError):
 
 class HookcoreWarning(UserWarning):
     """Something works, but otherwise than a user may expect."""
+
+
+_ORIGIN = "hookcore: raised in "
+
+
+def note_origin(error: BaseException, origin: str | None) -> None:
+    """Adds a note to an error that came out of a plugin, which says whose it is.
+
+    The first note stands: an error that goes on through other methods is not theirs. What a plugin refuses
+    with an error of hookcore's says all by itself, and an interrupt is nobody's.
+
+    Args:
+        error: The error.
+        origin: Method, technique and module: `"CastHook.attach() of casting at 'blocks.0'"`; None where that
+            is not known.
+    """
+    is_refusal = isinstance(error, HookcoreError) and not isinstance(error, PluginError)
+    if origin is not None and isinstance(error, Exception) and not is_refusal and not has_origin(error):
+        error.add_note(_ORIGIN + origin)
+
+
+def has_origin(error: BaseException) -> bool:
+    """Whether `note_origin` has said of an error whose it is."""
+    return _origin_in(error) is not None
+
+
+def describe_error(error: BaseException) -> str:
+    """An error in one line, with whose it is, for a note on another one."""
+    origin = _origin_in(error)
+    return repr(error) if origin is None else f"{error!r}, {origin.removeprefix('hookcore: ')}"
+
+
+def _origin_in(error: BaseException) -> str | None:
+    return next((note for note in getattr(error, "__notes__", ()) if note.startswith(_ORIGIN)), None)

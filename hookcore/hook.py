@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hookcore.overriding import check_overrides
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -30,6 +32,10 @@ class Hook:
     """Whether all that a call does is to have the module's tensors hold what they are to hold meanwhile. It
     may then be done around the call of a module further out, where that one's binding `encloses` what is
     below it: `module` is still the hook's own, arguments and output are the outer call's."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_overrides(cls, Hook)
 
     def attach(self, module: nn.Module) -> None:
         """Prepares the module; called once before the first call, and again after each `detach`.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import graphlib
 import heapq
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from attrs import evolve, field, frozen
 
+from hookcore.answers import ask_jointly, ask_reason, ask_sizes, noting_origin, read_bindings
 from hookcore.enclosed import can_be_enclosed
-from hookcore.errors import ConflictError, OrderError, PluginError
-from hookcore.hook import Hook, overrides
+from hookcore.errors import ConflictError, OrderError
+from hookcore.hook import overrides
 from hookcore.storage import planned_storage
 from hookcore.technique import Binding, JointTechnique, Skipped
 
@@ -82,7 +83,7 @@ class PlanStep:
         with planned_storage(self.storage):
             for binding in self.bindings:
                 if overrides(type(binding.hook), "needs"):
-                    total.update(binding.hook.needs(self.component.modules[binding.fqn]))
+                    total.update(ask_sizes(self.technique, binding, self.component, "needs"))
         return dict(total)
 
 
@@ -149,13 +150,11 @@ def make_joint_steps(places: Sequence[tuple[Technique, Component]]) -> list[Plan
     technique, component = places[0]
     if not isinstance(technique, JointTechnique):
         return [make_step(technique, component)]
-    bound = list(type(technique).bind_jointly(cast("Any", places)))
-    if len(bound) != len(places):
-        raise PluginError(
-            f"{technique.name}.bind_jointly() gave hooks for {len(bound)} components, expected {len(places)}"
-        )
     joint = object()
-    return [_step(*place, items, joint) for place, items in zip(places, bound, strict=True)]
+    return [
+        PlanStep(*place, *read_bindings(*place, answer, "bind_jointly"), joint=joint)
+        for place, answer in zip(places, ask_jointly(type(technique), places), strict=True)
+    ]
 
 
 def make_step(technique: Technique, component: Component) -> PlanStep:
@@ -165,25 +164,9 @@ def make_step(technique: Technique, component: Component) -> PlanStep:
         PlanError: From the technique: its options do not fit.
         PluginError: The technique gave bindings that name something the component lacks.
     """
-    return _step(technique, component, technique.bind(component))
-
-
-def _step(
-    technique: Technique, component: Component, items: Iterable[Binding | Skipped], joint: object = None
-) -> PlanStep:
-    bindings: list[Binding] = []
-    skipped: list[Skipped] = []
-    for item in items:
-        if isinstance(item, Skipped):
-            skipped.append(item)
-        else:
-            _check(item, technique, component)
-            bindings.append(item)
-    if len({id(binding.hook) for binding in bindings}) < len(bindings):
-        raise PluginError(
-            f"{technique.name} binds one hook object twice; each binding needs a hook of its own"
-        )
-    return PlanStep(technique, component, tuple(bindings), tuple(skipped), joint=joint)
+    with noting_origin(technique, "bind", component.label("")):
+        answer = technique.bind(component)
+    return PlanStep(technique, component, *read_bindings(technique, component, answer))
 
 
 def with_storage(steps: Sequence[PlanStep]) -> list[PlanStep]:
@@ -205,36 +188,8 @@ def left_alone(technique: Technique, component: Component) -> PlanStep | None:
     Raises:
         PluginError: The technique gave no text for a reason.
     """
-    reason = technique.skip_unless_named(component)
-    if reason is None:
-        return None
-    if not isinstance(reason, str):
-        raise PluginError(
-            f"{technique.name}.skip_unless_named() gave {reason!r}; expected a reason as text, or None"
-        )
-    return PlanStep(technique, component, (), (Skipped("", reason),))
-
-
-def _check(item: object, technique: Technique, component: Component) -> None:
-    if not isinstance(item, Binding) or not isinstance(item.hook, Hook):
-        raise PluginError(
-            f"{technique.name}.bind() gave {item!r}; expected a Binding of a Hook, or a Skipped"
-        )
-    module = component.modules.get(item.fqn)
-    if module is None:
-        raise PluginError(
-            f"{technique.name}.bind() names a module {item.fqn!r} that {component.label('')} lacks"
-        )
-    if not callable(getattr(module, item.entry, None)):
-        raise PluginError(
-            f"{technique.name}.bind() names an entry {item.entry!r} that "
-            f"{component.label(item.fqn)!r} ({type(module).__name__}) lacks"
-        )
-    for claim in item.claims:
-        if claim.tensor is not None and claim.tensor not in component.slot_of:
-            raise PluginError(
-                f"{technique.name}.bind() claims a tensor {claim.tensor!r} that {component.label('')} lacks"
-            )
+    reason = ask_reason(technique, component)
+    return None if reason is None else PlanStep(technique, component, (), (Skipped("", reason),))
 
 
 def share_modules(first: Component, second: Component) -> bool:
@@ -301,11 +256,12 @@ def check_conflicts(new: Sequence[PlanStep], existing: Sequence[Placed]) -> None
         return  # nothing is in conflict with itself
     holders: dict[object, _Holding] = {}
     for placed in everything:
-        held = _held(placed)
+        held = _held(placed, everything)
         if twice := holders.keys() & held.keys():
             for key in held:
                 if key in twice and not _may_share(holders[key], held[key]):
-                    raise _conflict(holders[key], held[key])
+                    applied = any(it is holders[key][0] for it in existing)
+                    raise _conflict(holders[key], held[key], applied=applied)
         holders |= held
     for placed in everything:
         _check_incompatible(placed, everything)
@@ -320,13 +276,17 @@ def _may_share(first: _Holding, second: _Holding) -> bool:
     return jointly and all(claim is None or claim.shared for _, _, claim in (first, second))
 
 
-def _held(placed: Placed) -> dict[object, _Holding]:
-    """All that a technique owns on a component: the entries that it hooks, and what it claims."""
+def _held(placed: Placed, everything: Iterable[Placed]) -> dict[object, _Holding]:
+    """All that a technique owns on a component: what it claims, and the entries that it hooks.
+
+    It owns these against an equal technique only, which would do the same once more.
+    """
     held: dict[object, _Holding] = {}
-    component, name = placed.component, placed.technique.name
+    component = placed.component
+    equal = id(next(it.technique for it in everything if it.technique == placed.technique))
     for binding in placed.bindings:
         module = id(component.modules[binding.fqn])
-        held.setdefault(("applied", name, module, binding.entry), (placed, binding, None))
+        held.setdefault((equal, module, binding.entry), (placed, binding, None))
         for claim in binding.claims:
             holding = placed, binding, claim
             if claim.tensor is None:
@@ -340,10 +300,10 @@ def _held(placed: Placed) -> dict[object, _Holding]:
     return held
 
 
-def _conflict(holder: _Holding, claimant: _Holding) -> ConflictError:
+def _conflict(holder: _Holding, claimant: _Holding, *, applied: bool) -> ConflictError:
     first, second = holder[1], claimant[1]
     claim = claimant[2]
-    name, other_name = (held[0].technique.name for held in (holder, claimant))
+    technique, other = (held[0].technique for held in (holder, claimant))
     label = claimant[0].component.label
     if claim is not None and claim.tensor is not None:
         what = f"the {claim.resource} of {label(claim.tensor)!r}"
@@ -351,15 +311,19 @@ def _conflict(holder: _Holding, claimant: _Holding) -> ConflictError:
         what = f"{second.entry}() of {label(second.fqn)!r}"
         if claim is not None:
             what = f"the {claim.resource} of {what}"
-    remedy = "Call applied.remove() on the first, or leave the module out of one of them"
-    if name == other_name:
-        reason = "it has already been applied there"
+    remedy = "Call applied.remove() on the first" if applied else "Give only one of them"
+    if technique.name == other.name and holder[0].component.module is claimant[0].component.module:
+        reason = "it has already been applied there" if applied else "it is given twice"
+        reason += "" if technique == other else ", with other options"
+    elif technique.name == other.name:
+        reason = f"it already does so at {holder[0].component.label(first.fqn)!r}"
+        remedy = remedy if applied else "Leave out one of the components"
     else:
-        reason = f"{name} already holds it"
-        if any(claim.resource in {other.resource for other in second.claims} for claim in first.claims):
+        reason = f"{technique.name} already holds it"
+        if any(claim.resource in {it.resource for it in second.claims} for claim in first.claims):
             reason += f", through its hook at {holder[0].component.label(first.fqn)!r}"
     return ConflictError(
-        f"{other_name} cannot claim {what}: {reason}. {remedy}",
+        f"{other.name} cannot claim {what}: {reason}. {remedy}, or leave the module out of one of them",
         first=_named(holder[0], first),
         second=_named(claimant[0], second),
     )

@@ -13,7 +13,6 @@ import functools
 import importlib.metadata
 import inspect
 import os
-import re
 import threading
 import traceback
 import warnings
@@ -27,9 +26,10 @@ from torch import nn
 
 from hookcore import hookspecs
 from hookcore.attention import AttentionFunction
-from hookcore.errors import HookcoreError, HookcoreWarning, PluginError
+from hookcore.errors import HookcoreError, HookcoreWarning, PluginError, has_origin
 from hookcore.hookspecs import PROJECT, ForeignMechanism, ModelConventions, OpenedTarget
-from hookcore.technique import Phase, Technique
+from hookcore.technique import Technique, check_complete
+from hookcore.units import is_snake_case
 
 if TYPE_CHECKING:
     import argparse
@@ -46,8 +46,6 @@ ALLOW_LIST = "HOOKCORE_PLUGINS"
 """Environment variable: comma separated names of the only plugins to load; empty loads none."""
 BLOCK_LIST = "HOOKCORE_DISABLED_PLUGINS"
 """Environment variable: comma separated names of plugins not to load; it wins over `ALLOW_LIST`."""
-
-_SNAKE_CASE = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
 
 @frozen
@@ -318,6 +316,8 @@ class PluginHost:
             except HookcoreError:
                 raise
             except Exception as error:
+                if has_origin(error):  # of a technique that the plugin only looked at
+                    raise
                 raise PluginError(self._failure(implementation, hook, error)) from error
             if answer is not None:
                 yield answer
@@ -328,8 +328,11 @@ class PluginHost:
             try:
                 _call(implementation, **arguments)
             except (Exception, SystemExit) as error:  # noqa: BLE001  # it becomes a warning
+                message = self._failure(implementation, hook, error)
+                if has_origin(error):  # of a technique that the plugin only looked at
+                    message = "\n".join([f"{type(error).__name__}: {error}", *error.__notes__])
                 # stacklevel: _tell, observe or register_commands, and then who called it.
-                warnings.warn(self._failure(implementation, hook, error), HookcoreWarning, stacklevel=3)
+                warnings.warn(message, HookcoreWarning, stacklevel=3)
 
     def _failure(self, implementation: pluggy.HookImpl, hook: str, error: BaseException) -> str:
         plugin = self._active(implementation.plugin_name)
@@ -406,24 +409,20 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _check_technique(technique: object) -> None:
-    """Refuses what is no technique class, or one without a phase or a name in snake_case."""
+    """Refuses what is no technique class; most of what can be wrong with one is refused when it is made."""
     if not (inspect.isclass(technique) and issubclass(technique, Technique)):
         raise _RefusedError(f"{technique!r} is no technique: expected a subclass of hookcore.Technique")
-    where = f"technique {technique.__module__}.{technique.__qualname__}"
-    name, phase = getattr(technique, "name", None), getattr(technique, "phase", None)
-    if not (isinstance(name, str) and _SNAKE_CASE.fullmatch(name)):
-        raise _RefusedError(f"{where} has the name {name!r}; expected snake_case, such as 'group_offload'")
-    if not isinstance(phase, Phase):
-        raise _RefusedError(
-            f"{where} has the phase {phase!r}; expected one of {', '.join(Phase.__members__)}"
-        )
+    try:
+        check_complete(technique)
+    except TypeError as error:
+        raise _RefusedError(str(error)) from None
 
 
 def _check_attention_function(function: object) -> None:
     """Refuses what is no attention function, or one without a name in snake_case."""
     if not isinstance(function, AttentionFunction):
         raise _RefusedError(f"{function!r} is no hookcore.AttentionFunction")
-    if not (isinstance(function.name, str) and _SNAKE_CASE.fullmatch(function.name)):
+    if not is_snake_case(function.name):
         raise _RefusedError(
             f"an attention function has the name {function.name!r}; expected snake_case, such as 'chunked'"
         )

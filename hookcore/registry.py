@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Self
 
 from tqdm import tqdm
 
-from hookcore.enclosed import enclosing_calls, enclosing_entries, moved_outside, wholes_of
-from hookcore.errors import ConcurrentCallError
+from hookcore.answers import ask_loss
+from hookcore.enclosed import EnclosedHook, enclosing_calls, enclosing_entries, moved_outside, wholes_of
+from hookcore.errors import ConcurrentCallError, describe_error, note_origin
 from hookcore.guard import CallLock, WeightGuard
 from hookcore.hook import overrides
 from hookcore.plan import check_conflicts, make_joint_steps, ordered, share_modules, with_storage
@@ -109,14 +110,31 @@ class Attachment:
     def finish(self) -> None:
         """Does what hooks have left to do when they are gone for good."""
         for module, binding in self.overriding("after_removal"):
-            binding.hook.after_removal(module)
+            self.ask(module, binding.hook, "after_removal")
+
+    def origin_of(self, hook: Hook, method: str) -> str | None:
+        """Which technique's method that is, and at which module, for people; None if the hook is not its."""
+        own = hook.hook if isinstance(hook, EnclosedHook) else hook
+        for binding in self.bindings:
+            if binding.hook is own:
+                label = self.component.label(binding.fqn)
+                return f"{type(own).__qualname__}.{method}() of {self.technique.name} at {label!r}"
+        return None
+
+    def ask(self, module: nn.Module, hook: Hook, method: str) -> None:
+        """Has one of the hooks do something to its module; an error says whose it is."""
+        try:
+            getattr(hook, method)(module)
+        except Exception as error:
+            note_origin(error, self.origin_of(hook, method))
+            raise
 
     def _attach_one(self, module: nn.Module, hook: Hook) -> None:
-        hook.attach(module)
+        self.ask(module, hook, "attach")
         self._prepared[id(hook)] = module, hook
 
     def _detach_one(self, module: nn.Module, hook: Hook) -> None:
-        hook.detach(module)
+        self.ask(module, hook, "detach")
         del self._prepared[id(hook)]
 
     def _progress(self, items: list[tuple[nn.Module, Hook]], verb: str) -> Iterable[tuple[nn.Module, Hook]]:
@@ -126,9 +144,11 @@ class Attachment:
 
     def losses(self) -> list[tuple[str, str]]:
         """What detaching could not give back exactly: module FQN and phrase."""
-        asked = self.overriding("loss_on_detach")
-        found = ((binding.fqn, binding.hook.loss_on_detach(module)) for module, binding in asked)
-        return [(self.component.label(fqn), loss) for fqn, loss in found if loss is not None]
+        return [
+            (self.component.label(binding.fqn), loss)
+            for _, binding in self.overriding("loss_on_detach")
+            if (loss := ask_loss(self.technique, binding, self.component)) is not None
+        ]
 
 
 _LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()
@@ -198,7 +218,7 @@ class HookRegistry:
         with self._quiet(self._found):
             for item in attachments:
                 for module, binding in item.overriding("reset"):
-                    binding.hook.reset(module)
+                    item.ask(module, binding.hook, "reset")
 
     def replan(self) -> bool:
         """Binds those techniques anew that ask for it, to their components as they are now.
@@ -330,7 +350,7 @@ class _Undo:
             try:
                 step()
             except Exception as another:  # noqa: BLE001 - the first error is the one to report
-                error.add_note(f"hookcore: undoing failed in part: {another!r}")
+                error.add_note(f"hookcore: undoing failed in part: {describe_error(another)}")
 
 
 def _rebind(items: Sequence[Attachment], after: Sequence[Attachment], undo: _Undo) -> None:
@@ -412,7 +432,7 @@ def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> Non
         hooks_at[key] = (outermost, *hooks_at.get(key, ()))
         needed_at[key] = (*needed_at.get(key, ()), *items)
     for key, hooks in hooks_at.items():
-        HookStack.set(*key, hooks, keeps_alive=needed_at[key])
+        HookStack.set(*key, hooks, owners=needed_at[key])
     for key in hooked:
         if key not in hooks_at:
             HookStack.set(*key, ())

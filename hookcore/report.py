@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from hookcore.answers import ask_sizes
 from hookcore.memory.mapping import find_mapping
 from hookcore.units import format_bytes, shortened
 
@@ -72,8 +73,8 @@ def _hooked(bindings: Sequence[Binding]) -> str:
 
 def _placed(item: Attachment) -> str:
     total: Counter[str] = Counter()
-    for module, binding in item.overriding("report"):
-        total.update(binding.hook.report(module))
+    for _, binding in item.overriding("report"):
+        total.update(ask_sizes(item.technique, binding, item.component, "report"))
     return ", ".join(f"{format_bytes(size)} {label}" for label, size in sorted(total.items()))
 
 

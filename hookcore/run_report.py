@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import frozen
 
+from hookcore.answers import ask_figures
 from hookcore.report import table
 from hookcore.units import format_bytes
 
@@ -55,8 +56,8 @@ def run_report(attachments: Iterable[Attachment]) -> RunReport:
         tuple(
             RunEntry(item.component.label(""), item.technique.name, counted)
             for item in attachments
-            for module, binding in item.overriding("run_report")
-            if (counted := binding.hook.run_report(module)) is not None
+            for _, binding in item.overriding("run_report")
+            if (counted := ask_figures(item.technique, binding, item.component)) is not None
         )
     )
 

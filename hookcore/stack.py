@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from hookcore.errors import PluginError, note_origin
 from hookcore.hook import Hook, overrides
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from types import CodeType
 
     from torch import nn
 
@@ -19,6 +22,13 @@ _PRE, _POST, _AROUND = Hook.pre_forward, Hook.post_forward, Hook.around_forward
 _SUBSTITUTE = Hook.substitute
 
 
+class Owner(Protocol):
+    """What hooks belong to; it lives as long as they stand at an entry."""
+
+    def origin_of(self, hook: Hook, method: str) -> str | None:
+        """Which technique's method that is, and at which module, for people; None if the hook is not its."""
+
+
 class _Chain:
     """A run of hooks around a call, of which at most the innermost overrides `around_forward`.
 
@@ -26,9 +36,15 @@ class _Chain:
     change, never at a call, and take effect all at once: a call under way ends with the hooks it began with.
     """
 
-    __slots__ = ("_parts",)
+    __slots__ = ("_owners", "_parts")
 
-    def _build(self, module: nn.Module, hooks: Sequence[Hook], innermost: Callable[..., Any]) -> None:
+    def _build(
+        self,
+        module: nn.Module,
+        hooks: Sequence[Hook],
+        innermost: Callable[..., Any],
+        owners: Sequence[Owner],
+    ) -> None:
         """Sets the hooks, outermost first, around a call."""
         # Written out, without `overrides` and lists: this runs for each of thousands of modules.
         pre: tuple[Callable[..., Any], ...] = ()
@@ -44,10 +60,11 @@ class _Chain:
                 inner = innermost
                 if rest := hooks[outer:]:
                     inner = _Chain()
-                    inner._build(module, rest, innermost)
+                    inner._build(module, rest, innermost, owners)
                 call = partial(hook.around_forward, module, inner)
                 hooks = hooks[:outer]
                 break
+        self._owners = owners
         self._parts = module, pre, call, post, hooks
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -58,43 +75,81 @@ class _Chain:
             for step in pre:
                 changed = step(module, args, kwargs)
                 if changed is not None:
-                    args, kwargs = changed
+                    try:
+                        args, kwargs = changed
+                    except (TypeError, ValueError):
+                        _refuse_arguments(changed)
+                    if type(args) is not tuple or type(kwargs) is not dict:
+                        _refuse_arguments(changed)
             step = call
-            output = call(*args, **kwargs)
+            output = call(*args, **kwargs) if kwargs else call(*args)  # an empty ** costs as much as a step
             for step in post:
                 changed = step(module, output)
                 if changed is not None:
                     output = changed
         except BaseException as error:
-            _tell(module, hooks[: _entered(hooks, pre, post, step)], error)
+            entered, method = _failed(hooks, pre, post, step)
+            if method is not None and not (step is call and _went_through(step, error)):
+                note_origin(error, _origin_of(self._owners, hooks[entered - (step is call)], method))
+            _tell(module, hooks[:entered], error, self._owners)
             raise
         return output
 
 
-def _entered(
+def _origin_of(owners: Iterable[Owner], hook: Hook, method: str) -> str | None:
+    return next((it for owner in owners if (it := owner.origin_of(hook, method)) is not None), None)
+
+
+def _refuse_arguments(found: object) -> NoReturn:
+    raise PluginError(f"pre_forward() gave {found!r}; expected (args, kwargs), a tuple and a dict, or None")
+
+
+def _went_through(around: Any, error: BaseException) -> bool:
+    """Whether an error that came out of `around_forward` was raised by the call that it stands around."""
+    inner = around.args[1]
+    entered = _Chain.__call__ if isinstance(inner, _Chain) else inspect.unwrap(inner)
+    code: CodeType | None = getattr(entered, "__code__", None)
+    if code is None:  # what is compiled leaves no frame
+        return True
+    trace = error.__traceback__ and error.__traceback__.tb_next
+    while trace is not None:
+        if trace.tb_frame.f_code is code:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _failed(
     hooks: Sequence[Hook],
     pre: Sequence[Callable[..., Any]],
     post: Sequence[Callable[..., Any]],
     failed: object,
-) -> int:
-    """How many hooks, counted from outside, had been entered and not yet left when a step failed."""
+) -> tuple[int, str | None]:
+    """How many hooks, counted from outside, had been entered and not yet left when a step failed.
+
+    Returns:
+        Their number, and the method that failed: of the next hook, or of the last one if it stands around the
+        call. None if the call itself failed, or nothing was begun.
+    """
     if failed is None:  # before the first step
-        return 0
+        return 0, None
     for method, steps in (("pre_forward", pre), ("post_forward", reversed(post))):
         overriding = (index for index, hook in enumerate(hooks) if overrides(type(hook), method))
         for index, step in zip(overriding, steps, strict=True):
             if step is failed:
-                return index
-    return len(hooks)
+                return index, method
+    around = hooks and overrides(type(hooks[-1]), "around_forward")
+    return len(hooks), "around_forward" if around else None
 
 
-def _tell(module: nn.Module, hooks: Sequence[Hook], error: BaseException) -> None:
+def _tell(module: nn.Module, hooks: Sequence[Hook], error: BaseException, owners: Sequence[Owner]) -> None:
     """Tells hooks, outermost first, of an error, from inside out."""
     for hook in reversed(hooks):
         try:
             hook.on_error(module, error)
         except Exception as another:  # noqa: BLE001 - the first error is the one to report
-            error.add_note(f"hookcore: {type(hook).__qualname__}.on_error failed too: {another!r}")
+            where = _origin_of(owners, hook, "on_error") or f"{type(hook).__qualname__}.on_error"
+            error.add_note(f"hookcore: {where} failed too: {another!r}")
 
 
 class HookStack(_Chain):
@@ -105,7 +160,6 @@ class HookStack(_Chain):
 
     Attributes:
         hooks: The hooks, outermost first.
-        keeps_alive: What has to live as long as the hooks do.
         __wrapped__: What the entry was before.
     """
 
@@ -116,7 +170,6 @@ class HookStack(_Chain):
         self._entry = entry
         self._replaced = module.__dict__.get(entry)
         self.hooks: tuple[Hook, ...] = ()
-        self.keeps_alive: object = None
         # As functools.update_wrapper would, at a tenth of the cost; __getattr__ finds the other names.
         self.__wrapped__ = getattr(module, entry)
         self.__doc__ = self.__wrapped__.__doc__
@@ -134,14 +187,14 @@ class HookStack(_Chain):
         return found
 
     @staticmethod
-    def set(module: nn.Module, entry: str, hooks: Sequence[Hook], *, keeps_alive: object = None) -> None:
+    def set(module: nn.Module, entry: str, hooks: Sequence[Hook], *, owners: Sequence[Owner] = ()) -> None:
         """Gives an entry exactly these hooks, outermost first; with none, the entry is as it ever was.
 
         Args:
             module: The module.
             entry: Name of a method, or of a callable that the instance itself holds.
             hooks: The hooks.
-            keeps_alive: What has to live as long as the hooks do.
+            owners: What they belong to.
         """
         stack = HookStack.at(module, entry)
         if hooks:
@@ -149,12 +202,15 @@ class HookStack(_Chain):
                 module.__dict__[entry] = stack = HookStack(module, entry)
                 _PlainReduction.begin(module, entry)
             stack.hooks = tuple(hooks)
-            stack.keeps_alive = keeps_alive
             innermost = stack.__wrapped__
             for hook in reversed(stack.hooks):
                 if type(hook).substitute is not _SUBSTITUTE:
-                    innermost = hook.substitute(module, innermost)
-            stack._build(module, stack.hooks, innermost)
+                    try:
+                        innermost = hook.substitute(module, innermost)
+                    except Exception as error:
+                        note_origin(error, _origin_of(owners, hook, "substitute"))
+                        raise
+            stack._build(module, stack.hooks, innermost, owners)
         else:
             if stack is not None:
                 stack._give_back()
@@ -170,7 +226,7 @@ class HookStack(_Chain):
                 attributes[self._entry] = self._replaced
         # Whoever kept the stack calls what it wraps.
         self.hooks = ()
-        self.keeps_alive = None
+        self._owners = ()
         self._parts = self._module, (), self.__wrapped__, (), ()
 
     def __getattr__(self, name: str) -> Any:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from attrs import field, frozen
+
+from hookcore.overriding import check_overrides
+from hookcore.units import is_snake_case
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
@@ -60,6 +63,8 @@ class Claim:
 
 
 def _claims(claims: Iterable[Claim]) -> tuple[Claim, ...]:
+    if isinstance(claims, Claim):
+        raise TypeError(f"claims of a Binding is {claims!r}, expected a list of Claims: write [{claims!r}]")
     return tuple(claims)
 
 
@@ -132,6 +137,17 @@ class Technique:
     materializes: ClassVar[bool] = False
     encloses: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_overrides(cls, Technique)
+        if hasattr(cls, "name") or hasattr(cls, "phase"):  # or else it is a base for others
+            _check_declared(cls)
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
+        """Makes a technique, of a class that is complete."""
+        check_complete(cls)
+        return super().__new__(cls)
+
     def skip_unless_named(self, component: Component) -> str | None:
         """Why this technique leaves a component alone that nobody named, as a phrase for people.
 
@@ -167,6 +183,10 @@ class JointTechnique(Technique):
     writes `bind_jointly` instead of `bind`.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_overrides(cls, JointTechnique)
+
     @property
     def joint_key(self) -> Hashable:
         """A value that is equal for techniques whose components are bound together."""
@@ -191,3 +211,42 @@ class JointTechnique(Technique):
         """Lists the hooks on a component that is bound alone."""
         (bound,) = self.bind_jointly([(self, component)])
         return bound
+
+
+def check_complete(kind: type[Technique]) -> None:
+    """Refuses a class of which no techniques can be made.
+
+    Raises:
+        TypeError: It lacks a name or a phase, or attrs has not made its options a value.
+    """
+    _check_declared(kind)
+    if "__attrs_attrs__" not in vars(kind):
+        raise TypeError(
+            f"{_where(kind)} is not decorated. Write @attrs.frozen above the class, so that its options are "
+            "compared, shown and cannot be changed"
+        )
+
+
+def _check_declared(kind: type[Technique]) -> None:
+    name, phase = getattr(kind, "name", None), getattr(kind, "phase", None)
+    if not is_snake_case(name):
+        raise TypeError(
+            f"{_where(kind)} has the name {name!r}, expected snake_case. Write name: ClassVar[str] = "
+            "'group_offload' or the like"
+        )
+    if not isinstance(phase, Phase):
+        raise TypeError(
+            f"{_where(kind)} has the phase {phase!r}, expected one of {', '.join(Phase.__members__)}. Write "
+            "phase: ClassVar[Phase] = Phase.COMPUTE or the like"
+        )
+    for attribute in ("before", "after", "incompatible_with"):
+        names = getattr(kind, attribute)
+        if isinstance(names, str) or not all(isinstance(it, str) for it in names):
+            raise TypeError(
+                f"{_where(kind)} has {attribute} = {names!r}, expected names of techniques, such as "
+                "('tiling',)"
+            )
+
+
+def _where(kind: type[Technique]) -> str:
+    return f"technique {kind.__module__}.{kind.__qualname__}"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b|b|)\s*", re.IGNORECASE)
+_SNAKE_CASE = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _FACTORS = {"": 1, "b": 1} | {
     f"{letter}{infix}b": base**power
     for power, letter in enumerate("kmgt", start=1)
@@ -122,6 +123,11 @@ def parse_module_names(names: str | Iterable[str] | None) -> tuple[str, ...]:
         if not isinstance(name, str):
             raise TypeError(f"exclude_modules has {name!r}, expected FQNs of modules, such as 'blocks.0'")
     return parsed
+
+
+def is_snake_case(name: object) -> bool:
+    """Whether something is a name such as `"group_offload"`."""
+    return isinstance(name, str) and _SNAKE_CASE.fullmatch(name) is not None
 
 
 def shortened(names: Sequence[str], shown: int = 5) -> str:

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 _numbers = itertools.count()
 
 PROLOGUE = """
+from attrs import frozen
 from hookcore.errors import *
 from hookcore.hookspecs import ForeignMechanism, ModelConventions, hookimpl
 from hookcore.technique import Phase, Technique
 
 def technique(name, phase=Phase.COMPUTE):
-    return type("Made", (Technique,), {"name": name, "phase": phase, "__module__": __name__})
+    return frozen(type("Made", (Technique,), {"name": name, "phase": phase, "__module__": __name__}))
 """
 
 

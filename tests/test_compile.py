@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from attrs import field, frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -79,20 +80,21 @@ class PreparingHook(CallHook):
         self.calls.append("attach")
 
 
+@frozen
 class Watch(Technique):
     """Watches calls of one module."""
 
     name = "watch"
     phase = Phase.COMPUTE
 
-    def __init__(self, fqn):
-        object.__setattr__(self, "fqn", fqn)
-        object.__setattr__(self, "calls", [])
+    fqn: str
+    calls: list = field(factory=list, eq=False)
 
     def bind(self, component):
         yield Binding(self.fqn, CallHook(self.calls))
 
 
+@frozen
 class Prepare(Watch):
     """Does something to a module, which what stands outside is taken off for, and put on again."""
 

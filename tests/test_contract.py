@@ -418,23 +418,6 @@ class EqualsNothing(Technique):
     mark: object = field(factory=object)
 
 
-class Undecorated(Technique):
-    name: ClassVar[str] = "undecorated"
-    phase: ClassVar[Phase] = Phase.COMPUTE
-
-
-@frozen
-class BadName(Technique):
-    name: ClassVar[str] = "Bad-Name"
-    phase: ClassVar[Phase] = Phase.COMPUTE
-
-
-@frozen
-class BadPhase(Technique):
-    name: ClassVar[str] = "bad_phase"
-    phase: ClassVar[int] = 2
-
-
 @frozen
 class RefusesTooLate(Technique):
     """Finds out while it is put on, and does not tidy up."""
@@ -506,9 +489,6 @@ BROKEN = [
     (IgnoresTheSecondTime(), "test_applying_twice_is_refused"),
     (CannotBeHashed(), "test_options_are_a_value"),
     (EqualsNothing, "test_options_are_a_value"),
-    (Undecorated(), "test_options_are_a_value"),
-    (BadName(), "test_options_are_a_value"),
-    (BadPhase(), "test_options_are_a_value"),
     ("no technique", "test_options_are_a_value"),
 ]
 

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from attrs import frozen
 from checkpoints import (
     Wide,
     X,
@@ -700,6 +701,7 @@ def test_values_that_differ_from_the_checkpoint_are_refused(budget, folder):
     assert not hookcore.status(model).techniques
 
 
+@frozen
 class Failing(Technique):
     """Fails to attach, inside or outside of the others."""
 

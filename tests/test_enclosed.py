@@ -129,6 +129,7 @@ def test_what_a_whole_call_needs_is_one_unit_wherever_that_module_goes():
 
 
 def test_a_failure_to_bind_anew_leaves_everything_as_it_was():
+    @frozen
     class Failing(Bring):
         name = "failing"
 
@@ -158,6 +159,7 @@ def test_replanning_below_a_whole_call_stands_outside_of_it():
 
 
 def test_a_hook_that_does_more_is_refused_below_and_called_at_the_whole_call():
+    @frozen
     class Seeing(Bring):
         name = "seeing"
 

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from attrs import frozen
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -746,6 +747,7 @@ class _Spy(Hook):
 def test_hooks_inside_find_the_copy():
     seen = []
 
+    @frozen
     class Spying(Technique):
         name = "spying"
         phase = Phase.COMPUTE

@@ -242,7 +242,8 @@ def test_techniques_conflict_exactly_when_they_claim_the_same_thing(case, first,
     text = str(error)
     assert text.startswith(f"second cannot claim the {first.resource} of ")
     assert "first already holds it, through its hook at " in text
-    assert text.endswith("Call applied.remove() on the first, or leave the module out of one of them")
+    remedy = "Call applied.remove() on the first" if existing else "Give only one of them"
+    assert text.endswith(f"{remedy}, or leave the module out of one of them")
 
 
 def claiming(name, claims=(), fqn="", entry="forward", **attributes):
@@ -263,7 +264,7 @@ def test_a_conflict_names_both_sides_the_thing_and_the_remedy():
         check_conflicts([first, second], [])
     assert str(caught.value) == (
         "streams cannot claim the placement of 'unet.other.weight': moves already holds it, through its hook "
-        "at 'unet.one'. Call applied.remove() on the first, or leave the module out of one of them"
+        "at 'unet.one'. Give only one of them, or leave the module out of one of them"
     )
     held, wanted = caught.value.first, caught.value.second
     assert (held, wanted) == (first.bindings[0], second.bindings[0])
@@ -284,13 +285,102 @@ def test_a_conflict_over_an_entry_names_the_entry():
     )
 
 
-def test_one_technique_twice_on_one_entry_is_refused():
+@pytest.mark.parametrize(
+    ("existing", "found"),
+    [
+        (1, "it has already been applied there. Call applied.remove() on the first"),
+        (0, "it is given twice. Give only one of them"),
+    ],
+)
+def test_one_technique_twice_on_one_entry_is_refused(existing, found):
     on = component(nn.Identity(), "vae")
-    steps = [step(claiming("slicing"), on) for _ in range(2)]
-    with pytest.raises(
-        ConflictError, match=r"^slicing cannot claim forward\(\) of 'vae': it has already been"
-    ):
-        check_conflicts(steps[1:], steps[:1])
+    technique = claiming("slicing")
+    steps = [step(technique, on) for _ in range(2)]
+    with pytest.raises(ConflictError) as caught:
+        check_conflicts(steps[existing:], steps[:existing])
+    assert str(caught.value) == (
+        f"slicing cannot claim forward() of 'vae': {found}, or leave the module out of one of them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("existing", "found"),
+    [
+        (1, "it has already been applied there, with other options. Call applied.remove() on the first"),
+        (0, "it is given twice, with other options. Give only one of them"),
+    ],
+)
+def test_two_of_one_name_conflict_where_they_claim_the_same(existing, found):
+    on = component(nn.Identity(), "vae")
+    steps = [step(claiming("slicing", [Claim(Resource.BATCH_SPLIT)]), on) for _ in range(2)]
+    with pytest.raises(ConflictError) as caught:
+        check_conflicts(steps[existing:], steps[:existing])
+    assert str(caught.value) == (
+        f"slicing cannot claim the batch split of forward() of 'vae': {found}, or leave the module out of "
+        "one of them"
+    )
+
+
+class Affine(Hook):
+    def __init__(self, factor, term):
+        self.factor, self.term = factor, term
+
+    def post_forward(self, module, output):
+        return output * self.factor + self.term
+
+
+@frozen
+class Maps(Technique):
+    """Maps what some entries of a module put out, which in another order gives something else."""
+
+    name = "maps"
+    phase = Phase.COMPUTE
+
+    factor: int
+    term: int
+    entries: tuple = ("forward",)
+
+    def bind(self, component):
+        return [Binding("", Affine(self.factor, self.term), entry) for entry in self.entries]
+
+
+maps = st.builds(
+    Maps,
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.sampled_from([("forward",), ("decode",), ("forward", "decode")]),
+)
+
+
+@given(st.lists(maps, max_size=5), st.data())
+def test_techniques_of_one_class_stand_at_one_entry_in_the_order_given(techniques, data):
+    """However many calls of `apply` they are spread over, and whichever is taken off again."""
+    model = nn.Identity()
+    model.decode = model.forward
+    on: list[Maps] = []
+    handles = []
+    for technique in techniques:
+        again = any(it == technique for it in on)
+        if again:
+            with pytest.raises(ConflictError, match="it has already been applied there"):
+                hookcore.apply(model, [technique])
+        else:
+            handles.append(hookcore.apply(model, [technique]))
+            on.append(technique)
+    if on and data.draw(st.booleans(), label="given at once"):
+        for handle in handles:
+            handle.remove()
+        handles = [hookcore.apply(model, list(on))]
+    elif on and data.draw(st.booleans(), label="one is taken off"):
+        at = data.draw(st.integers(0, len(on) - 1), label="which")
+        handles.pop(at).remove()
+        on.pop(at)
+    for entry in ("forward", "decode"):
+        expected = 1
+        for technique in reversed(on):  # the first stands outermost
+            if entry in technique.entries:
+                expected = expected * technique.factor + technique.term
+        assert getattr(model, entry)(1) == expected
 
 
 def test_one_technique_may_hook_different_entries_and_different_resources_of_one_module():
@@ -359,7 +449,10 @@ def test_components_of_one_mapping_conflict_where_they_share_a_module():
         step(claiming("moves", [Claim(Resource.PLACEMENT, f"{fqn}.weight")], fqn), component(model, name))
         for model, name, fqn in ((one, "one", "text"), (other, "other", "also"))
     ]
-    with pytest.raises(ConflictError, match=r"^moves cannot claim forward\(\) of 'other\.also'"):
+    with pytest.raises(
+        ConflictError,
+        match=r"^moves cannot claim .* 'other\.also\.weight': it already does so at 'one\.text'\. Leave out",
+    ):
         check_conflicts(moves, [])
 
 
@@ -458,7 +551,7 @@ def test_a_technique_without_bind_says_so():
         name = "unfinished"
         phase = Phase.COMPUTE
 
-    with pytest.raises(NotImplementedError, match=r"^Unfinished has to define bind\(\)$"):
+    with pytest.raises(NotImplementedError, match=r"^Unfinished has to define bind\(\)"):
         make_step(Unfinished(), component(nn.Identity()))
 
 

@@ -69,12 +69,16 @@ FAULTS = [
     Fault("<class 'int'>", at_registration="yield int"),
     Fault("is no technique", at_registration="yield technique('an_object')()"),
     Fault("the name None", at_registration="yield Technique"),
-    Fault("the name None", at_registration="yield technique(None)"),
-    Fault("the phase None", at_registration="yield technique('without_phase', None)"),
-    Fault("the phase 2", at_registration="yield technique('number_for_phase', 2)"),
+    Fault("the name None", at_registration="yield technique(None)", has_traceback=True),
+    Fault("the phase None", at_registration="yield technique('without_phase', None)", has_traceback=True),
+    Fault("the phase 2", at_registration="yield technique('number_for_phase', 2)", has_traceback=True),
+    Fault(
+        "is not decorated",
+        at_registration="yield type('T', (Technique,), {'name': 't', 'phase': Phase.CAST})",
+    ),
     Fault("this plugin itself", at_registration="yield from [technique('twin'), technique('twin')]"),
     *[
-        Fault(repr(name), at_registration=f"yield technique({name!r})")
+        Fault(repr(name), at_registration=f"yield technique({name!r})", has_traceback=True)
         for name in ("", "CamelCase", "with-dash", "1st", "_private", "trailing_", "two words", "new\n")
     ],
 ]

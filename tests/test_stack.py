@@ -457,7 +457,7 @@ def test_hooks_and_what_they_need_live_as_long_as_the_stack_and_no_longer():
 
     module, needed, hook = Named(World(Scenario([]))), Needed(), Silent()
     gone = weakref.ref(needed), weakref.ref(hook)
-    HookStack.set(module, "forward", [hook], keeps_alive=needed)
+    HookStack.set(module, "forward", [hook], owners=[needed])
     del needed, hook
     gc.collect()
     assert all(reference() is not None for reference in gone)

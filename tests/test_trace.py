@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from attrs import frozen
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -218,6 +219,7 @@ def test_tracing_leaves_buffers_and_random_numbers_alone():
 # Refused
 
 
+@frozen
 class Watching(Technique):
     name = "watching"
     phase = Phase.COMPUTE

@@ -29,7 +29,7 @@ from hookcore.testing.models import real_models
 from hookcore.testing.modules import WeightReader, module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.layerwise_casting import LayerwiseCasting
-from hookcore_plugins.layerwise_casting.weight import CastWeight
+from hookcore_plugins.layerwise_casting.cast_weight import CastWeight
 
 FP8 = torch.float8_e4m3fn
 DTYPES = (FP8, torch.float8_e5m2, torch.bfloat16, torch.float16)

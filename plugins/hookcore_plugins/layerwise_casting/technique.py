@@ -26,8 +26,8 @@ from hookcore import (
     parse_dtype,
 )
 from hookcore.memory import ModelDtypeHook, models_with_dtype, wanted_dtype
-from hookcore_plugins.layerwise_casting.units import find_units
-from hookcore_plugins.layerwise_casting.weight import CastWeight
+from hookcore_plugins.layerwise_casting.cast_weight import CastWeight
+from hookcore_plugins.layerwise_casting.discovery import find_units
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

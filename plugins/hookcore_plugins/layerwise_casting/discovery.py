@@ -11,7 +11,7 @@ from torch import nn
 
 from hookcore import Skipped
 from hookcore.memory import wanted_dtype
-from hookcore_plugins.layerwise_casting.weight import is_cast
+from hookcore_plugins.layerwise_casting.cast_weight import is_cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -142,6 +142,11 @@ def check_ties(component: Component, parameters: Iterable[TensorSlot]) -> None:
                 )
 
 
+_OTHER_DTYPE = (
+    "Call hookcore.remove() first and convert the model in memory, or give torch_dtype= to hookcore.load()"
+)
+
+
 def dtype_hooks(component: Component, origins: Mapping[TensorSlot, Origin]) -> Iterator[Binding]:
     """Has models tell the dtype that calls find, where their weights show another one between calls."""
     converted: set[nn.Module] = {
@@ -154,4 +159,4 @@ def dtype_hooks(component: Component, origins: Mapping[TensorSlot, Origin]) -> I
         if not converted.isdisjoint(model.modules()):
             dtypes = (wanted_dtype(parameter) for parameter in model.parameters())
             first = next((dtype for dtype in dtypes if dtype.is_floating_point), model.dtype)
-            yield Binding(fqn, ModelDtypeHook(first))
+            yield Binding(fqn, ModelDtypeHook(first, _OTHER_DTYPE))

@@ -235,7 +235,7 @@ def moving_and_staying(
     kept = set(staying)
     moving = [slot for slot in component.slots if slot not in kept]
     away = [slot for slot in staying if not all(is_on(tensor, onload_device) for tensor in slot.tensors)]
-    check_movable(component, [*moving, *away])
+    check_movable(component, [*moving, *away], exclude_option="exclude_modules")
     return moving, [Group("excluded", staying, ())] if staying else []
 
 

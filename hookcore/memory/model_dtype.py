@@ -34,10 +34,12 @@ class ModelDtypeHook(Hook):
 
     Args:
         dtype: The answer.
+        remedy: How to have calls compute in another dtype, to end a refusal with.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, remedy: str) -> None:
         self._dtype = dtype
+        self._remedy = remedy
 
     def attach(self, module: nn.Module) -> None:
         """Has the module answer."""
@@ -52,8 +54,7 @@ class ModelDtypeHook(Hook):
         if dtype not in (None, self._dtype):
             raise ConflictError(
                 f"cannot convert {type(model).__name__} to {dtype}: its weights lie in another dtype between "
-                f"calls than calls compute in, which is {self._dtype}. Nothing was converted. Call "
-                "hookcore.remove() first, and apply with the other dtype (compute_dtype=, or torch_dtype= "
-                "where it is loaded)"
+                f"calls than calls compute in, which is {self._dtype}. Nothing was converted. "
+                f"{self._remedy}"
             )
         return call_own_to(model, own, non_blocking=non_blocking, device=device, memory_format=memory_format)

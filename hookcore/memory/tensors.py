@@ -19,13 +19,26 @@ if TYPE_CHECKING:
 _use_count = torch._C._storage_Use_Count
 
 
-def check_movable(component: Component, slots: Iterable[TensorSlot]) -> None:
+def check_movable(
+    component: Component, slots: Iterable[TensorSlot], *, exclude_option: str | None = None
+) -> None:
     """Refuses tensors whose data cannot be exchanged by `tensor.data = other`.
+
+    Args:
+        component: The component.
+        slots: The tensors to move.
+        exclude_option: The technique's option that leaves modules out, to name in the error; None if there is
+            none.
 
     Raises:
         PlanError: A tensor has no data yet.
         UnsupportedModelError: It is of a kind that wraps other tensors or has no plain memory.
     """
+    remedy = (
+        f"Move its module to where it computes, and name it in {exclude_option}="
+        if exclude_option
+        else "Apply the technique to modules that don't have it"
+    )
     for slot in slots:
         for tensor in slot.tensors:
             if has_memory(tensor):
@@ -38,7 +51,7 @@ def check_movable(component: Component, slots: Iterable[TensorSlot]) -> None:
                 )
             raise UnsupportedModelError(
                 f"{where!r} is a {type(tensor).__name__} with layout {tensor.layout}; only plain, "
-                "strided tensors can be moved. Move its module to where it computes, and exclude it"
+                f"strided tensors can be moved. {remedy}"
             )
         if len(slot.tensors) > 1 and len({tensor.dtype for tensor in slot.tensors}) > 1:
             names = " and ".join(repr(component.label(fqn)) for fqn in slot.fqns)

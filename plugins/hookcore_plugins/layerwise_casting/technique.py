@@ -38,6 +38,9 @@ DEFAULT_SKIP_MODULES_PATTERN = ("pos_embed", "patch_embed", "norm", "^proj_in$",
 """What diffusers leaves alone too."""
 
 
+_OTHER_DTYPE = "Call hookcore.remove() first, and apply with compute_dtype= set to the other dtype"
+
+
 def _optional_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return None if dtype is None else parse_dtype(dtype)
 
@@ -162,7 +165,7 @@ class LayerwiseCasting(Technique):
         owners = {owner for unit in found.units for slot in unit.slots for owner, _ in slot.owners}
         for fqn, model in models_with_dtype(component.modules):
             if not owners.isdisjoint(model.modules()):
-                yield Binding(fqn, ModelDtypeHook(self._computed_in(model.dtype, usual)))
+                yield Binding(fqn, ModelDtypeHook(self._computed_in(model.dtype, usual), _OTHER_DTYPE))
         cast: dict[TensorSlot, CastWeight] = {}
         for unit in found.units:
             new = [slot for slot in unit.slots if slot not in cast]

@@ -50,7 +50,7 @@ def find_entries(component: Component, checkpoint: Checkpoint) -> dict[TensorSlo
         for tensor in slot.tensors:
             if tuple(tensor.shape) != entry.shape:
                 raise CheckpointError(
-                    f"{entry.key!r} has shape {shown(entry.shape)} in '{entry.path}', but {tuple(tensor.shape)} in "
-                    f"{model!r}. Use the config that it was saved with"
+                    f"{entry.key!r} has shape {shown(entry.shape)} in '{entry.path}', but "
+                    f"{tuple(tensor.shape)} in {model!r}. Use the config that it was saved with"
                 )
     return found

@@ -39,7 +39,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import hookcore
 from hookcore import CheckpointError, Hook, Phase, Technique
-from hookcore.memory import DiskMover, disk, find_mapping, origin_of
+from hookcore.memory import DiskMover, disk, find_mapping, origin_of, workers
 from hookcore.memory.arena import rounded
 from hookcore.memory.mapping import MappedFile
 from hookcore.testing import models
@@ -296,7 +296,7 @@ def test_an_output_that_is_a_view_of_a_weight_stays_right(way, stored, tmp_path)
 
 def test_a_layer_computes_with_what_was_read_for_it(folder):
     """However long that takes: the mapping has the same values, but using it is another way to read."""
-    read_range, linear = disk.DirectReader.read_range, nn.functional.linear
+    read_range, linear = workers.DirectReader.read_range, nn.functional.linear
     mapped = []
 
     def slow(*args, **kwargs):
@@ -308,7 +308,7 @@ def test_a_layer_computes_with_what_was_read_for_it(folder):
         return linear(value, weight, bias)
 
     with (
-        patch.object(disk.DirectReader, "read_range", slow),
+        patch.object(workers.DirectReader, "read_range", slow),
         patch.object(nn.functional, "linear", looking),
         reading("read"),
     ):
@@ -614,7 +614,7 @@ def test_removal_leaves_nothing_on_weights_that_were_converted(folder):
 
 def test_removal_waits_for_what_is_being_read_and_closes_files(folder):
     under_way, closed = [], []
-    read_range, close = disk.DirectReader.read_range, disk.DirectReader.close
+    read_range, close = workers.DirectReader.read_range, workers.DirectReader.close
 
     def slow(reader, *args, **kwargs):
         under_way.append(reader)
@@ -630,13 +630,13 @@ def test_removal_waits_for_what_is_being_read_and_closes_files(folder):
         close(reader)
 
     with (
-        patch.object(disk.DirectReader, "read_range", slow),
-        patch.object(disk.DirectReader, "close", checked),
+        patch.object(workers.DirectReader, "read_range", slow),
+        patch.object(workers.DirectReader, "close", checked),
         reading("read"),
     ):
         streamed = hookcore.load(Wide, folder, [DiskOffload(read_ahead="1MiB")])
         call(streamed)  # at its end the next call's weights begin to be read
-        readers = set(mover_of(streamed)._readers.values())
+        readers = set(mover_of(streamed)._workers._readers.values())
         hookcore.remove(streamed)
     assert readers
     assert set(closed) == readers

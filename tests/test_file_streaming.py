@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import hookcore
 from hookcore import BudgetError, CheckpointError
-from hookcore.memory import file_engine, file_reader, find_mapping, origin_of, stream
+from hookcore.memory import file_engine, file_reader, find_mapping, origin_of, stream, workers
 from hookcore.testing import simulator
 from hookcore.testing.modules import Counter
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
@@ -160,7 +160,7 @@ def reading(way="mixed", seed=0, likely=0.5):
         return ways.random() < 0.5 if way == "mixed" else way == "cached"
 
     with (
-        patch.object(file_reader, "ThreadPoolExecutor", LazyWorkers),
+        patch.object(workers, "ThreadPoolExecutor", LazyWorkers),
         patch.object(file_reader, "is_cached", is_cached),
     ):
         yield
@@ -169,7 +169,7 @@ def reading(way="mixed", seed=0, likely=0.5):
 @contextlib.contextmanager
 def failing_reads(numbers):
     """Has some of the reads fail, by their numbers."""
-    read_range, asked = file_reader.DirectReader.read_range, []
+    read_range, asked = workers.DirectReader.read_range, []
 
     def failing(reader, *args, **kwargs):
         asked.append(reader)
@@ -177,7 +177,7 @@ def failing_reads(numbers):
             raise CheckpointError("the disk failed")
         return read_range(reader, *args, **kwargs)
 
-    with patch.object(file_reader.DirectReader, "read_range", failing):
+    with patch.object(workers.DirectReader, "read_range", failing):
         yield
 
 
@@ -299,7 +299,7 @@ class Twins:
         here = {id(it): it.nbytes for it in self.model.parameters() if it.device.type == "sim"}
         if self.technique.memory_budget is not None:
             assert sum(here.values()) + mover._engine.slab.size <= self.technique.memory_budget
-        mover.store._reader._workers.finish()
+        mover.store._reader._workers._pool.finish()
         gc.collect()  # reads that failed are in cycles with their tracebacks
         assert simulator.pinned_bytes() <= pinned_room(self.model, self.technique.read_ahead)
 
@@ -664,7 +664,7 @@ def test_removal_waits_for_what_is_being_read_and_closes_files(sim, folder):
     model = streamed(folder)
     call_wide(model)  # at its end the next call's weights begin to be read
     reader = mover_of(model).store._reader
-    readers = list(reader._readers.values())
+    readers = list(reader._workers._readers.values())
     assert readers
     hookcore.remove(model)
     assert all(it._fd == -1 for it in readers)
@@ -674,9 +674,9 @@ def test_a_model_may_go_away_with_its_hooks_on(sim, folder):
     model = streamed(folder, memory_budget=2 * LAYER)
     for _ in range(3):
         call_wide(model)  # the next one's first groups are on their way
-    workers = mover_of(model).store._reader._workers
+    pool = mover_of(model).store._reader._workers._pool
     del model
-    workers.shutdown()  # what is being read at this moment is read to its end
+    pool.shutdown()  # what is being read at this moment is read to its end
     gc.collect()
     sim.check()
     assert torch.get_device_module("sim").memory_allocated() == 0

@@ -6,10 +6,13 @@ import errno
 import gc
 import inspect
 import io
+import os
+import stat
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from unittest.mock import patch
 
@@ -176,6 +179,41 @@ def test_bytes_of_the_storage_dtype_travel(sim, tmp_path):
         assert same_bits(call(model, "sim"), call(cast))
 
 
+@each_device
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_only_the_owner_can_read_what_is_written(sim, device, mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        hookcore.apply(model := wide(), [GroupOffload(device, offload_to_disk_path=tmp_path / "new")])
+    finally:
+        os.umask(before)
+    (file,) = written_files(tmp_path / "new")
+    assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) & 0o077 == 0
+    hookcore.remove(model)
+
+
+@each_device
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_handle_keeps_no_space_on_the_disk(sim, device, changes, tmp_path):
+    model = wide()
+    applied = hookcore.apply(model, [GroupOffload(device, offload_to_disk_path=tmp_path)])
+    call(model, device)
+    mappings = [weakref.ref(find_mapping(it)[0]) for it in model.parameters()]
+    if changes:  # the handle goes on showing the plan that it was made with
+        model.layers[3] = nn.Linear(128, 128)
+        call(model, device)
+    plan = applied.plan
+    applied.remove()
+    for _ in range(200):  # a thread may look at it still
+        gc.collect()
+        if not any(mapping() for mapping in mappings):
+            break
+        time.sleep(0.01)
+    assert not any(mapping() for mapping in mappings)
+    assert plan.steps
+
+
 # Failing
 
 
@@ -201,9 +239,9 @@ class Full(io.RawIOBase):
 def test_nothing_is_touched_if_the_disk_is_full(sim, device, left, tmp_path):
     model = wide()
     before = ModelSnapshot.take(model)
-    opening = Path.open
+    opening = os.fdopen
     with (
-        patch.object(Path, "open", lambda path, *mode: Full(opening(path, *mode), left)),
+        patch.object(os, "fdopen", lambda descriptor, mode: Full(opening(descriptor, mode), left)),
         pytest.raises(
             CheckpointError,
             match=r"516 KiB of weights cannot be written to .*: No space left on device\. Nothing was",

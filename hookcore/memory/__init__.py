@@ -34,6 +34,7 @@ from hookcore.memory.header import TensorEntry
 from hookcore.memory.host import HostMemory
 from hookcore.memory.keys import find_entries
 from hookcore.memory.layout import Layout, choose_layout
+from hookcore.memory.leftovers import make_claimed
 from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
 from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
@@ -102,6 +103,7 @@ __all__ = [
     "known_origins",
     "largest_held",
     "leaf_units",
+    "make_claimed",
     "make_groups",
     "map_checkpoint",
     "merge_neighbours",

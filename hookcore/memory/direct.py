@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from typing import TYPE_CHECKING, Self
 
 from hookcore.errors import CheckpointError
@@ -37,7 +38,7 @@ class DirectReader:
     the range afterwards.
 
     Args:
-        path: The file, held open until `close`.
+        path: The file, held open until `close`, or until nobody refers to the reader.
         cached: Whether to read through the system's cache, and to leave that as it is.
 
     Attributes:
@@ -56,6 +57,7 @@ class DirectReader:
             self._fd = open_regular(path, os.O_DIRECT if self.direct else 0)
         except OSError as error:
             raise unreadable(path, error, "be opened") from error
+        self._close = weakref.finalize(self, os.close, self._fd)
 
     def __enter__(self) -> Self:
         return self
@@ -70,9 +72,8 @@ class DirectReader:
 
     def close(self) -> None:
         """Close the file. No read may be under way."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._fd = -1
+        self._close()
 
     def read_range(self, buffer: Piece, start: int, stop: int, *, at: int = 0) -> int:
         """Read the file's bytes [start, stop) into a buffer. Blocks, without the GIL.

@@ -12,8 +12,6 @@ idea of taking weights from a mapping is safetensors'; that of learning the orde
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,12 +20,13 @@ from hookcore.errors import CheckpointError
 from hookcore.memory import file_weights
 from hookcore.memory.arena import Piece, piece_beside, rounded
 from hookcore.memory.budget import largest_held
-from hookcore.memory.direct import DirectReader, aligned_span
+from hookcore.memory.direct import aligned_span
 from hookcore.memory.file_loads import Load, Streamed, place_of
 from hookcore.memory.file_ranges import drop, is_cached, was_written
 from hookcore.memory.file_weights import FileWeight, is_as_stored
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.order import LearnedOrder
+from hookcore.memory.workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -35,12 +34,9 @@ if TYPE_CHECKING:
 
     from hookcore.memory.checkpoint import Checkpoint
     from hookcore.memory.disk_room import DiskRoom
+    from hookcore.memory.file_origins import FileOrigins
     from hookcore.memory.grouping import Group
     from hookcore.memory.mover import Needed
-    from hookcore.memory.origins import Origin
-    from hookcore.target import TensorSlot
-
-_WORKERS = 2  # one reads the next group while the other lets go of the last
 
 
 class DiskMover(GroupMover):
@@ -71,7 +67,7 @@ class DiskMover(GroupMover):
     def __init__(
         self,
         groups: Sequence[Group],
-        origins: Mapping[TensorSlot, Origin],
+        origins: FileOrigins,
         device: torch.device,
         room: DiskRoom,
         *,
@@ -97,9 +93,7 @@ class DiskMover(GroupMover):
         self._calls = 0
         self._is_running = False
         self._files: dict[Path, Checkpoint] = {}
-        self._readers: dict[Path, DirectReader] = {}
-        self._reader_lock = threading.Lock()
-        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="hookcore-disk")
+        self._workers = Workers("hookcore-disk")
 
     def __del__(self) -> None:
         # A model that goes away with its hooks on. What is being read keeps it alive until that is done.
@@ -120,6 +114,7 @@ class DiskMover(GroupMover):
         for weight in streamed.weights:
             weight.take_over()
             self._files[weight.origin.entry.path] = weight.origin.checkpoint
+        self._origins.take(group.slots)
         self._streamed[group] = streamed
         if resident:
             self._to_stay.append(group)
@@ -170,7 +165,7 @@ class DiskMover(GroupMover):
         Raises:
             CheckpointError: Values have to be converted, and a file has changed.
         """
-        file_weights.settle(group.slots)
+        self._origins.settle(group.slots)
 
     def needs(self) -> dict[str, int]:
         """As much memory as groups of all components may take, said by the first of them.
@@ -370,8 +365,12 @@ class DiskMover(GroupMover):
         load.ranges = ()
 
     def _load_of(self, group: Group) -> Load:
-        """The load that was begun ahead, or one that begins now."""
-        return self._ahead.pop(group) if group in self._ahead else self._start(group)
+        """The load that was begun ahead, or one that begins now: also if what was begun has failed."""
+        load = self._ahead.pop(group, None)
+        if load is not None and load.done.done() and load.done.exception() is not None:
+            self._let_go(load)
+            load = None
+        return self._start(group) if load is None else load
 
     def _start(self, group: Group) -> Load:
         """Has a worker bring a group that is needed now, after making room for it."""
@@ -453,20 +452,12 @@ class DiskMover(GroupMover):
         at = 0
         positions = []
         for it in load.ranges:
-            reader = self._reader(it.mapping.path)
+            reader = self._workers.reader(it.mapping.path)
             positions.append(reader.read_range(load.read, it.start, it.stop, at=at))
             at += aligned_span(it.start, it.stop)
         load.positions = positions
 
-    def _reader(self, path: Path) -> DirectReader:
-        with self._reader_lock:
-            if path not in self._readers:
-                self._readers[path] = DirectReader(path)
-            return self._readers[path]
-
     def _close(self) -> None:
         self.discard_ahead()
         self._room.wait_for_leaving()
-        for reader in self._readers.values():
-            reader.close()
-        self._readers.clear()
+        self._workers.close()

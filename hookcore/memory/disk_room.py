@@ -25,11 +25,11 @@ from hookcore.memory.rounds import Rounds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from concurrent.futures import Future
 
     from hookcore.memory.arena import Piece
     from hookcore.memory.disk import DiskMover
     from hookcore.memory.grouping import Group
+    from hookcore.memory.workers import Task
 
 
 class DiskRoom:
@@ -51,7 +51,7 @@ class DiskRoom:
         self.read_ahead = read_ahead
         self.is_shared = is_shared
         self._arena: Arena | None = None  # until a call needs it, and when nobody is left who does
-        self._leaving: list[tuple[Future[None], Piece]] = []  # mapped pages that are being let go
+        self._leaving: list[tuple[Task[None], Piece]] = []  # mapped pages that are being let go
         self._left_behind: deque[Piece] = deque()  # by movers that went away; any thread may add some
         # A model that nobody else keeps goes away, whatever becomes of those that it ran with.
         self._expecting: weakref.WeakValueDictionary[str, DiskMover] = weakref.WeakValueDictionary()
@@ -191,7 +191,7 @@ class DiskRoom:
         if self._arena is not None:
             self._arena.give_back(piece)
 
-    def give_back_after(self, done: Future[None], piece: Piece) -> None:
+    def give_back_after(self, done: Task[None], piece: Piece) -> None:
         """Takes a piece back when the pages that it stands for were let go."""
         self._leaving.append((done, piece))
 
@@ -202,8 +202,8 @@ class DiskRoom:
 
     def wait_for_leaving(self) -> None:
         """Waits for pages to be let go: until then nobody may write to them."""
-        for future, _ in self._leaving:
-            future.result()
+        for task, _ in self._leaving:
+            task.exception()
         self._collect()
 
     @property

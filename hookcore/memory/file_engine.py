@@ -18,13 +18,13 @@ from hookcore.memory.file_ranges import was_written
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from concurrent.futures import Future
 
     from hookcore.memory.file_packed import FilePacked
     from hookcore.memory.file_reader import FileReader
     from hookcore.memory.host import Staging
+    from hookcore.memory.workers import Task
 
-    Read = Future[tuple[bool, float]]
+    Read = Task[tuple[bool, float]]
 
 
 @define(eq=False)

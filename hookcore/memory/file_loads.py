@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from attrs import define, field
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from hookcore.memory.arena import Piece
+    from hookcore.memory.workers import Task
 
 
 class Streamed:
@@ -65,7 +65,7 @@ class Load:
     converted_used: int = 0
     shown: list[tuple[FileWeight, list[torch.Tensor], list[int]]] = field(factory=list)
     """What the parameters of which weight hold now, and how often torch had counted a change of each."""
-    done: Future[None] = field(factory=Future)
+    done: Task[None] = field(init=False)
 
     def wait(self) -> None:
         """Waits until it is in memory; raises what reading it raised."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hookcore.errors import UnsupportedModelError
+from hookcore.memory import file_weights
 from hookcore.memory.checkpoint import Checkpoint
+from hookcore.memory.file_weights import forget_paused
 from hookcore.memory.keys import find_entries
 from hookcore.memory.mapping import find_mapping, map_checkpoint
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from hookcore.memory.mapping import MappedFile
     from hookcore.target import Component, TensorSlot
 
 
@@ -34,11 +38,17 @@ class FileOrigins(Mapping["TensorSlot", Origin]):
     """
 
     def __init__(
-        self, known: Mapping[TensorSlot, Origin], unwritten: Iterable[TensorSlot], folder: Path | None
+        self,
+        known: Mapping[TensorSlot, Origin],
+        unwritten: Iterable[TensorSlot] = (),
+        folder: Path | None = None,
     ) -> None:
         self._known = dict(known)
+        self._taken: dict[TensorSlot, weakref.ref[Origin]] = {}
         self._unwritten = list(unwritten)
         self._folder = folder
+        self._settled: set[TensorSlot] = set()
+        self._mappings: set[MappedFile] = set()  # of those that are settled
 
     def __getitem__(self, slot: TensorSlot) -> Origin:
         """Where a parameter lies.
@@ -49,13 +59,39 @@ class FileOrigins(Mapping["TensorSlot", Origin]):
         if slot in self._unwritten and self._folder is not None:
             self._known |= write_origins(self._unwritten, self._folder)
             self._unwritten.clear()
-        return self._known[slot]
+        taken = self._taken.get(slot)
+        origin = None if taken is None else taken()
+        return self._known[slot] if origin is None else origin
+
+    def take(self, slots: Iterable[TensorSlot]) -> None:
+        """Leave origins to the parameters that have taken them over.
+
+        What a plan refers to for as long as somebody looks at it would keep the files of a removed technique.
+        """
+        for slot in slots:
+            if slot in self._known:
+                self._taken[slot] = weakref.ref(self._known.pop(slot))
+
+    def settle(self, slots: Iterable[TensorSlot]) -> None:
+        """Have parameters lie in memory, or simply show the checkpoint's tensor, for good.
+
+        Raises:
+            CheckpointError: Values have to be converted, and a file has changed.
+        """
+        slots = list(slots)
+        mappings = {self[slot].mapping for slot in slots if slot in self}
+        file_weights.settle(slots)
+        self._settled.update(slots)
+        self._mappings |= mappings
+        if self._settled.issuperset(self):
+            forget_paused(self._mappings)
+            self._mappings.clear()
 
     def __iter__(self) -> Iterator[TensorSlot]:
-        return iter((*self._known, *self._unwritten))
+        return iter((*self._known, *self._taken, *self._unwritten))
 
     def __len__(self) -> int:
-        return len(self._known) + len(self._unwritten)
+        return len(self._known) + len(self._taken) + len(self._unwritten)
 
 
 def known_origins(slots: Iterable[TensorSlot], *, again: bool) -> dict[TensorSlot, Origin]:

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from attrs import frozen
 
 from hookcore.memory.arena import Piece, piece_beside
-from hookcore.memory.direct import ALIGNMENT, DirectReader
+from hookcore.memory.direct import ALIGNMENT
 from hookcore.memory.file_ranges import FileRange, are_aligned, is_cached, was_written
+from hookcore.memory.workers import WORKERS, Task, Workers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import torch
 
     from hookcore.memory.origins import Origin
 
-_WORKERS = 2  # so that the disk always has something to do
 _CHUNK_BYTES = 8 * 2**20
 _CACHED_CHUNK_BYTES = 2**20  # is still in the processor's cache when it is copied on
 
@@ -60,14 +58,12 @@ class FileReader:
     """Reads groups of weights. Files are held open until `close`."""
 
     def __init__(self) -> None:
-        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="hookcore-files")
-        self._readers: dict[tuple[Path, bool], DirectReader] = {}
-        self._reader_lock = threading.Lock()
+        self._workers = Workers("hookcore-files")
         self._local = threading.local()
 
     def submit(
         self, targets: Sequence[Target], ranges: Sequence[FileRange], memory: torch.Tensor
-    ) -> Future[tuple[bool, float]]:
+    ) -> Task[tuple[bool, float]]:
         """Has a worker `read`; gives what that returns."""
         return self._workers.submit(self.read, targets, ranges, memory)
 
@@ -104,13 +100,13 @@ class FileReader:
         for target in targets:
             if target.origin is None or not from_file:
                 target.view(memory).copy_(target.home)
-        return from_file, (time.perf_counter() - begin) / _WORKERS
+        return from_file, (time.perf_counter() - begin) / WORKERS
 
     def _read_range(
         self, wanted: FileRange, targets: Sequence[Target], memory: torch.Tensor, *, cached: bool
     ) -> None:
         """Reads a range of a file piece by piece, and scatters each."""
-        reader = self._reader(wanted.mapping.path, cached=cached)
+        reader = self._workers.reader(wanted.mapping.path, cached=cached)
         inside = [
             (it, it.origin.entry)
             for it in targets
@@ -144,16 +140,6 @@ class FileReader:
         buffer: Piece = self._local.buffer
         return buffer
 
-    def _reader(self, path: Path, *, cached: bool) -> DirectReader:
-        with self._reader_lock:
-            if (path, cached) not in self._readers:
-                self._readers[path, cached] = DirectReader(path, cached=cached)
-            return self._readers[path, cached]
-
     def close(self) -> None:
-        """Waits for what is being read, and closes files; reading again opens them again."""
-        self._workers.shutdown(cancel_futures=True)
-        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="hookcore-files")
-        for reader in self._readers.values():
-            reader.close()
-        self._readers.clear()
+        """Wait for what is being read, and close files; reading again opens them again."""
+        self._workers.close()

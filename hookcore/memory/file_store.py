@@ -23,14 +23,13 @@ from hookcore.memory.store import Store
 from hookcore.storage import planned_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from hookcore.memory.checkpoint import Checkpoint
     from hookcore.memory.engine import CopyEngine
+    from hookcore.memory.file_origins import FileOrigins
     from hookcore.memory.grouping import Group
-    from hookcore.memory.origins import Origin
     from hookcore.memory.packed import Packed
-    from hookcore.target import TensorSlot
 
 
 class FileStore(Store):
@@ -43,7 +42,7 @@ class FileStore(Store):
         read_ahead: Bytes of host memory for what is read before it can be copied, beside one group.
     """
 
-    def __init__(self, origins: Mapping[TensorSlot, Origin], read_ahead: int) -> None:
+    def __init__(self, origins: FileOrigins, read_ahead: int) -> None:
         self._origins = origins
         self._read_ahead = read_ahead
         self._reader = FileReader()
@@ -68,6 +67,7 @@ class FileStore(Store):
         weights = [FileWeight.compare(slot, self._origins[slot]) for slot in group.slots]
         for weight in weights:
             weight.take_over()
+        self._origins.take(group.slots)
         packed = FilePacked(weights, group.name)
         self._taken[packed] = None
         self._checkpoints.update(weight.origin.checkpoint for weight in weights)
@@ -109,7 +109,7 @@ class FileStore(Store):
         Raises:
             CheckpointError: Values have to be converted, and a file has changed.
         """
-        file_weights.settle(group.slots)
+        self._origins.settle(group.slots)
 
     def keep_on(self, packed: Packed, device: torch.device) -> None:
         """Reads parameters into memory on the device."""

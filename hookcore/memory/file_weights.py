@@ -15,12 +15,13 @@ from attrs import define
 from hookcore.errors import CheckpointError
 from hookcore.memory.copies import copy_as, stop_copying_as
 from hookcore.memory.mapping import find_mapping
-from hookcore.memory.origins import Origin, origin_of, set_origin
+from hookcore.memory.origins import Origin, origin_of, paused_origins, set_origin
 from hookcore.memory.written import settled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
+    from hookcore.memory.mapping import MappedFile
     from hookcore.target import TensorSlot
 
 
@@ -173,6 +174,14 @@ def settle(slots: Iterable[TensorSlot]) -> None:
             set_origin(tensor, None)
         if left is not None:
             settled(left)
+
+
+def forget_paused(mappings: Collection[MappedFile]) -> None:
+    """Forget where parameters lay that are on no model any more, since it was changed under a technique."""
+    for tensor, origin in paused_origins():
+        if origin.mapping in mappings:
+            set_origin(tensor, None)
+            settled(origin)
 
 
 def report(weights: Iterable[FileWeight], on_device: str | None = None) -> dict[str, int]:

@@ -66,6 +66,12 @@ def origin_of(tensor: torch.Tensor, *, paused: bool = False) -> Origin | None:
     return found if found is not None and found.paused == paused else None
 
 
+def paused_origins() -> list[tuple[torch.Tensor, Origin]]:
+    """All tensors whose origins are paused, with these."""
+    found: list[tuple[torch.Tensor, Origin]] = list(_ORIGINS.items())  # type: ignore[no-untyped-call]
+    return [(tensor, origin) for tensor, origin in found if origin.paused]
+
+
 def wanted_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype in which calls find a tensor, before any technique further inside."""
     origin = origin_of(tensor)

@@ -1,16 +1,18 @@
 """Weights that are in no file yet, written to one, for as long as something streams them from there.
 
 A file is written under another name first: one that stands under its own name is complete. It goes away when
-its weights have been given back for good, when nothing refers to it any more, or when the process ends, and
-stays, complete, if the process is killed.
+its weights have been given back for good, when nothing refers to it any more, or when the process that wrote
+it ends, and stays, complete, if that is killed. Only its owner can read it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import uuid
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from attrs import define
 from hookcore.errors import CheckpointError
 from hookcore.memory.checkpoint import Checkpoint
 from hookcore.memory.header import DTYPES
+from hookcore.memory.leftovers import make_claimed
 from hookcore.memory.mapping import MappedFile
 from hookcore.memory.origins import Origin
 from hookcore.units import format_bytes
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH_BYTES = 8
+_UNFINISHED = "hookcore-*.unfinished"
 
 
 @define(eq=False)
@@ -64,7 +68,7 @@ def write_origins(slots: Iterable[TensorSlot], folder: Path) -> dict[TensorSlot,
     _write(path, {slot.name: slot.tensors[0].detach() for slot in slots})
     checkpoint = Checkpoint.open(path)
     mapping = MappedFile(path)
-    _FILES[path] = _File(set(checkpoint.entries), weakref.finalize(mapping, _remove, path))
+    _FILES[path] = _File(set(checkpoint.entries), weakref.finalize(mapping, _remove, path, os.getpid()))
     return {slot: Origin.of_entry(checkpoint, checkpoint.entries[slot.name], mapping) for slot in slots}
 
 
@@ -95,8 +99,8 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     text += b" " * (-len(text) % _LENGTH_BYTES)
     unfinished = path.with_suffix(".unfinished")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("xb") as file:
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        with os.fdopen(make_claimed(path.parent, _UNFINISHED, partial(_create, unfinished)), "wb") as file:
             file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
             for _, tensor in ordered:
                 file.write(_bytes(tensor))
@@ -112,12 +116,18 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         ) from error
 
 
+def _create(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+
 def _bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, process: int) -> None:
     _FILES.pop(path, None)
+    if process != os.getpid():
+        return  # a forked child reads along
     with contextlib.suppress(OSError):  # somebody removed it, or a system keeps what is still mapped
         path.unlink()

@@ -25,9 +25,9 @@ from hookcore.memory import (
     DeviceMover,
     DiskMover,
     DiskRoom,
+    FileOrigins,
     FileStore,
     Group,
-    Origin,
     Placement,
     Room,
     StreamMover,
@@ -45,9 +45,9 @@ from hookcore.memory import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Sequence
 
-    from hookcore import Component, TensorSlot
+    from hookcore import Component
 
 
 _GROUPS_AHEAD = 3
@@ -137,7 +137,7 @@ class DiskOffload(JointTechnique):
         self,
         component: Component,
         groups: Sequence[Group],
-        origins: Mapping[TensorSlot, Origin],
+        origins: FileOrigins,
         room: Room,
     ) -> Iterator[Binding]:
         """Has groups be read ahead of use, and copied to the device while others compute."""
@@ -150,7 +150,7 @@ class DiskOffload(JointTechnique):
         self,
         component: Component,
         groups: Sequence[Group],
-        origins: Mapping[TensorSlot, Origin],
+        origins: FileOrigins,
         room: DiskRoom,
     ) -> Iterator[Binding]:
         """Has groups be brought into host memory, where the CPU uses them."""
@@ -163,7 +163,7 @@ class DiskOffload(JointTechnique):
         mover = DiskMover(streamed, origins, here, room, costs=costs, what=component.label(""))
         return Placement(component, streamed, resident, mover, here).bindings()
 
-    def _origins(self, component: Component) -> dict[TensorSlot, Origin]:
+    def _origins(self, component: Component) -> FileOrigins:
         """Finds where each parameter's values lie: known from loading, or by name in the checkpoint."""
         parameters = [slot for slot in component.slots if not slot.is_buffer]
         check_ties(component, parameters)
@@ -172,13 +172,13 @@ class DiskOffload(JointTechnique):
         again = self.name in status(component.module).techniques
         known = known_origins(parameters, again=again)
         if known or again:
-            return known
+            return FileOrigins(known)
         if self.checkpoint is None:
             raise CheckpointError(
                 f"{component.label('')!r} was not made by hookcore.load, so nobody knows where its weights "
                 "lie. Give DiskOffload the path of its safetensors files as checkpoint="
             )
-        return origins_in(component, parameters, Checkpoint.open(self.checkpoint))
+        return FileOrigins(origins_in(component, parameters, Checkpoint.open(self.checkpoint)))
 
 
 @hookimpl

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from attrs import asdict, frozen
 from tqdm import tqdm
 
 from hookcore import format_bytes, parse_bytes
+from hookcore.memory import make_claimed
 from hookcore_plugins.demo.errors import DemoError
 
 if TYPE_CHECKING:
@@ -184,9 +186,19 @@ def check_budget(model: DemoModel, checkpoints: DemoCheckpoints, device: torch.d
 
 @contextmanager
 def scratch_folder(cache: Path) -> Iterator[Path]:
-    """A folder on the model's disk that is deleted at the end, also when a process of the demo is killed."""
-    with tempfile.TemporaryDirectory(dir=cache, prefix="scratch-") as folder:
-        yield Path(folder)
+    """A folder on the model's disk that is deleted at the end, or by the next demo if this one is killed."""
+    made: list[Path] = []
+
+    def make() -> int:
+        made.append(Path(tempfile.mkdtemp(dir=cache, prefix="scratch-")))
+        return os.open(made[0], os.O_RDONLY)
+
+    claim = make_claimed(cache, "scratch-*", make)
+    try:
+        yield made[0]
+    finally:
+        shutil.rmtree(made[0])
+        os.close(claim)
 
 
 def run_way(request: Request, tell: Callable[[str, float], object]) -> tuple[Measurement, torch.Tensor]:

@@ -26,13 +26,13 @@ from hookcore_plugins import DiskOffload, GroupOffload
 
 
 def in_child(function):
-    """Runs a function in a forked child; fails where it does, or where it takes a minute."""
+    """Runs a function in a forked child; fails where it does, or where it takes half a minute."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(60)
+            signal.alarm(30)
             function()
             status = 0
         except SystemExit:
@@ -65,9 +65,11 @@ def test_a_child_has_threads_of_its_own(tmp_path):
         assert workers.reader(path)
         workers.close()
 
-    in_child(child)
-    assert not before[0].done()
-    goes_on.set()
+    try:
+        in_child(child)
+        assert not before[0].done()
+    finally:
+        goes_on.set()
     assert before[2].result() == os.getpid()
     assert workers.reader(path) is reader
     workers.close()
@@ -78,8 +80,10 @@ def test_a_child_closes_what_it_has_never_used():
     goes_on = threading.Event()
     for _ in range(3):
         workers.submit(goes_on.wait)
-    in_child(workers.close)
-    goes_on.set()
+    try:
+        in_child(workers.close)
+    finally:
+        goes_on.set()
     workers.close()
 
 

@@ -42,7 +42,8 @@ def ask_jointly(kind: type[JointTechnique], places: Sequence[tuple[Technique, Co
         answers = list(answer) if isinstance(answer, Iterable) else []
     if len(answers) != len(places):
         raise PluginError(
-            f"{technique.name}.bind_jointly() gave hooks for {len(answers)} components, expected {len(places)}"
+            f"{technique.name}.bind_jointly() gave hooks for {len(answers)} components, "
+            f"expected {len(places)}"
         )
     return answers
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Self
 
 from attrs import frozen
 
-from hookcore.errors import LossyRemovalError
+from hookcore.errors import HookcoreWarning, LossyRemovalError, has_origin
 from hookcore.plugins import plugins
 from hookcore.registry import CHANGING, HookRegistry
 from hookcore.report import attachment_table, tensor_bytes
 from hookcore.run_report import RunReport, run_report
+from hookcore.units import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,7 +36,7 @@ class Applied:
         self.plan = plan
         self._attachments = attachments
 
-    def remove(self, *, allow_lossy: bool = False) -> None:
+    def remove(self, *, allow_lossy: bool = False, force: bool = False) -> None:
         """Takes these techniques off and leaves all others on; a second call does nothing.
 
         Every tensor object, dtype, device, tie and attribute is as it was before, with the values that it
@@ -42,12 +44,15 @@ class Applied:
 
         Args:
             allow_lossy: Go on where the original weights cannot be given back exactly.
+            force: Give up on hooks that raise when they are taken off, and take off all others. A
+                `HookcoreWarning` says which, since what they did to their modules may be left.
 
         Raises:
             LossyRemovalError: Weights were rounded and no originals were kept; nothing was removed.
             ConcurrentCallError: The model is being called at this moment.
+            Exception: What a hook raised; nothing was removed.
         """
-        take_off(self._attachments, allow_lossy=allow_lossy)
+        take_off(self._attachments, allow_lossy=allow_lossy, force=force)
 
     def reset(self) -> None:
         """Makes the techniques forget earlier calls (traces, counters), ready for another run.
@@ -116,16 +121,32 @@ class Status:
         return attachment_table(self.attachments)
 
 
-def take_off(attachments: Sequence[Attachment], *, allow_lossy: bool) -> None:
+def take_off(attachments: Sequence[Attachment], *, allow_lossy: bool, force: bool) -> None:
     """Removes attachments, all or none, after asking what that would lose."""
     with CHANGING:
         here = [item for item in attachments if item.attached]
         if not here:
             return
-        if not allow_lossy:
-            _refuse_loss(here)
-        HookRegistry([item.component for item in here]).detach(here)
+        try:
+            if not allow_lossy:
+                _refuse_loss(here)
+            given_up = HookRegistry([item.component for item in here]).detach(here, force=force)
+        except Exception as error:
+            if has_origin(error):
+                error.add_note(
+                    "hookcore: nothing was removed. remove(force=True) gives up on hooks that fail and takes "
+                    "off all others; with allow_lossy=True none is asked what would be lost"
+                )
+            raise
     plugins().observe("removed", techniques=[item.technique for item in here])
+    if given_up:
+        warnings.warn(
+            f"removed by force, although {len(given_up)} of the hooks failed in it: {shortened(given_up)}. "
+            "What they did to their modules may be left: attributes, weights on another device or in another "
+            "dtype. Load the model again to be sure",
+            HookcoreWarning,
+            stacklevel=3,
+        )
 
 
 def _refuse_loss(attachments: Sequence[Attachment]) -> None:

@@ -15,13 +15,14 @@ from hookcore.plan import (
     Plan,
     PlanStep,
     check_conflicts,
+    check_hooks_are_new,
     left_alone,
     make_steps,
     ordered,
     with_storage,
 )
 from hookcore.plugins import plugins
-from hookcore.registry import CHANGING, HookRegistry
+from hookcore.registry import CHANGING, HookRegistry, attached_anywhere
 from hookcore.target import Component, open_components, why
 from hookcore.technique import Technique
 
@@ -70,12 +71,13 @@ def plan(target: Any, techniques: Techniques, *, components: Iterable[str] | Non
     return _plan(target, techniques, components)[0]
 
 
-def remove(target: Any, *, allow_lossy: bool = False) -> None:
+def remove(target: Any, *, allow_lossy: bool = False, force: bool = False) -> None:
     """Takes off everything that was put on a target or on modules inside it; nothing there is fine.
 
     Args:
         target: As for `apply`.
         allow_lossy: Go on where the original weights cannot be given back exactly.
+        force: Give up on hooks that raise when they are taken off, as `Applied.remove` does.
 
     Raises:
         LossyRemovalError: Weights were rounded and no originals were kept; nothing was removed.
@@ -95,7 +97,7 @@ def remove(target: Any, *, allow_lossy: bool = False) -> None:
                 f"{outer.technique.name} was put on {type(outer.component.module).__name__}, which holds the "
                 "target. Call hookcore.remove() on that model, or remove() on the handle of its apply()"
             )
-        take_off(here, allow_lossy=allow_lossy)
+        take_off(here, allow_lossy=allow_lossy, force=force)
 
 
 def status(target: Any) -> Status:
@@ -124,6 +126,7 @@ def _plan(target: Any, techniques: Techniques, components: Iterable[str] | None)
         _refuse_foreign(component)
     registry = HookRegistry(touched)
     steps = _steps(wanted, opened, registry.attachments)
+    check_hooks_are_new(steps, attached_anywhere())
     check_conflicts(steps, registry.attachments)
     present: list[Placed] = [*registry.attachments, *steps]
     made = Plan(

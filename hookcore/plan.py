@@ -11,7 +11,7 @@ from attrs import evolve, field, frozen
 
 from hookcore.answers import ask_jointly, ask_reason, ask_sizes, noting_origin, read_bindings
 from hookcore.enclosed import can_be_enclosed
-from hookcore.errors import ConflictError, OrderError
+from hookcore.errors import ConflictError, OrderError, PluginError
 from hookcore.hook import overrides
 from hookcore.storage import planned_storage
 from hookcore.technique import Binding, JointTechnique, Skipped
@@ -239,6 +239,27 @@ def _stands_outside(technique: Technique, other: Technique) -> bool:
         return False
     named = other.name in technique.before or technique.name in other.after
     return technique.phase < other.phase or named
+
+
+def check_hooks_are_new(steps: Sequence[PlanStep], existing: Iterable[Placed]) -> None:
+    """Refuses a hook object that stands somewhere already, in whatever model.
+
+    Raises:
+        PluginError: Names both places.
+    """
+    used: dict[int, tuple[Placed, Binding]] = {}
+    for placed in (*existing, *steps):
+        for binding in placed.bindings:
+            other, there = used.setdefault(id(binding.hook), (placed, binding))
+            if other is not placed:
+                found, expected = (
+                    f"{it.component.label(at.fqn)!r} of {type(it.component.module).__name__}"
+                    for it, at in ((placed, binding), (other, there))
+                )
+                raise PluginError(
+                    f"{placed.technique.name} binds a hook object to {found} that stands at {expected}. A "
+                    "hook serves one module: have bind() make new ones each time"
+                )
 
 
 def check_conflicts(new: Sequence[PlanStep], existing: Sequence[Placed]) -> None:

@@ -16,7 +16,14 @@ from hookcore.enclosed import EnclosedHook, enclosing_calls, enclosing_entries, 
 from hookcore.errors import ConcurrentCallError, describe_error, note_origin
 from hookcore.guard import CallLock, WeightGuard
 from hookcore.hook import overrides
-from hookcore.plan import check_conflicts, make_joint_steps, ordered, share_modules, with_storage
+from hookcore.plan import (
+    check_conflicts,
+    check_hooks_are_new,
+    make_joint_steps,
+    ordered,
+    share_modules,
+    with_storage,
+)
 from hookcore.replaced import ReplacedHook
 from hookcore.stack import HookStack
 from hookcore.structure import ReplanHook, Structure
@@ -53,11 +60,13 @@ class Attachment:
         lock: What a call that swaps weights has to hold; shared by all attachments that share modules.
         structure: What the component consisted of when it was last bound, if it is to be bound anew.
         joint: An object that those have in common that were bound jointly; None where it was bound alone.
+        given_up: The errors of hooks that are given up while it is taken off by force; None otherwise.
     """
 
     def __init__(self, step: PlanStep) -> None:
         self.technique: Technique = step.technique
         self.joint = step.joint
+        self.given_up: list[str] | None = None
         self.attached = False
         self.lock = CallLock()
         self.structure: Structure | None = None
@@ -104,13 +113,27 @@ class Attachment:
     def take_off(self, undo: _Undo) -> None:
         """Detaches all hooks that are attached, in reverse."""
         for module, hook in self._progress(list(reversed(self._prepared.values())), "removing"):
-            self._detach_one(module, hook)
-            undo.then(partial(self._attach_one, module, hook))
+            if self._undoes(module, hook, "detach"):
+                del self._prepared[id(hook)]
+                undo.then(partial(self._attach_one, module, hook))
+            else:
+                undo.then(partial(self._prepared.__setitem__, id(hook), self._prepared.pop(id(hook))))
 
     def finish(self) -> None:
         """Does what hooks have left to do when they are gone for good."""
         for module, binding in self.overriding("after_removal"):
-            self.ask(module, binding.hook, "after_removal")
+            self._undoes(module, binding.hook, "after_removal")
+
+    def _undoes(self, module: nn.Module, hook: Hook, method: str) -> bool:
+        """Has a hook undo what it did; returns False if it failed and is given up."""
+        try:
+            self.ask(module, hook, method)
+        except Exception as error:
+            if self.given_up is None:
+                raise
+            self.given_up.append(describe_error(error))
+            return False
+        return True
 
     def origin_of(self, hook: Hook, method: str) -> str | None:
         """Which technique's method that is, and at which module, for people; None if the hook is not its."""
@@ -154,6 +177,12 @@ class Attachment:
 _LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
+def attached_anywhere() -> list[Attachment]:
+    """All that is attached in this process, in the order in which it was."""
+    with CHANGING:
+        return sorted((item for item in _LIVE if item.attached), key=lambda item: item.number)
+
+
 class HookRegistry:
     """All that is attached to some components, or to modules that share something with these.
 
@@ -166,8 +195,7 @@ class HookRegistry:
     """
 
     def __init__(self, components: Iterable[Component], *, joint: bool = False) -> None:
-        with CHANGING:
-            rest = sorted((item for item in _LIVE if item.attached), key=lambda item: item.number)
+        rest = attached_anywhere()
         reached = list(components)
         found: list[Attachment] = []
         joints: set[object] = set()
@@ -199,15 +227,30 @@ class HookRegistry:
             self._change_to([*self._found, *new])
         return new
 
-    def detach(self, attachments: Collection[Attachment]) -> None:
+    def detach(self, attachments: Collection[Attachment], *, force: bool = False) -> list[str]:
         """Takes hooks off, all or none; what has been taken off before is passed over.
+
+        Args:
+            attachments: Whose hooks.
+            force: Give up on those hooks that fail in it, and take off all others.
+
+        Returns:
+            The errors of the hooks that were given up, in words.
 
         Raises:
             ConcurrentCallError: A call is under way on these modules.
             BaseException: Whatever a hook's `detach` raised, after everything was undone.
         """
-        with self._quiet(self._found):
-            self._change_to([item for item in self._found if item not in attachments])
+        leaving = [item for item in self._found if item in attachments]
+        try:
+            for item in leaving:
+                item.given_up = [] if force else None
+            with self._quiet(self._found):
+                self._change_to([item for item in self._found if item not in leaving])
+            return [error for item in leaving for error in item.given_up or ()]
+        finally:
+            for item in leaving:
+                item.given_up = None
 
     def reset(self, attachments: Collection[Attachment]) -> None:
         """Has hooks forget what they learned from earlier calls.
@@ -365,6 +408,7 @@ def _rebind(items: Sequence[Attachment], after: Sequence[Attachment], undo: _Und
         steps = make_joint_steps([(it.technique, on) for it, on in zip(together, seen, strict=True)])
         step_of |= zip(together, steps, strict=True)
     steps = [step_of[item] for item in items]
+    check_hooks_are_new(steps, [item for item in attached_anywhere() if item not in items])
     check_conflicts(steps, [item for item in after if item not in items])
     for step in with_storage(steps):
         _ = step.needs  # raises if a budget is too small for it
@@ -386,7 +430,7 @@ def _hooked_entries(item: Attachment) -> list[Key]:
 
 
 def _techniques_on(module: nn.Module) -> list[str]:
-    return [item.technique.name for item in _LIVE if item.attached and item.component.module is module]
+    return [item.technique.name for item in attached_anywhere() if item.component.module is module]
 
 
 def _share_locks(attachments: Iterable[Attachment]) -> None:

@@ -187,7 +187,7 @@ def test_static_and_class_methods_and_what_is_no_method():
         post_forward = Hook.post_forward
 
     assert Fine().reset(None) is None
-    with pytest.raises(TypeError, match=r"found @staticmethod reset\(self, module\), expected reset\(self, m"):
+    with pytest.raises(TypeError, match=r"found @staticmethod reset\(self, module\), expected reset\(self"):
         make(Hook, {"reset": staticmethod(lambda self, module: None)})
     with pytest.raises(
         TypeError, match=r"found pre_forward = 3, expected pre_forward\(self, module, args, kwargs\)"

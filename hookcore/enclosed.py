@@ -54,7 +54,7 @@ class EnclosedHook(Hook):
 
 def can_be_enclosed(hook: Hook) -> bool:
     """Whether a hook may stand at a module whose calls others enclose."""
-    if hook.only_brings_weights or _goes_outside(hook):
+    if hook.only_brings_weights or hook.outermost_only or _goes_outside(hook):
         return True
     return not any(overrides(type(hook), method) for method in _AT_CALLS)
 
@@ -128,6 +128,8 @@ def _goes_outside(hook: Hook) -> bool:
 
 def _outside(hook: Hook, module: nn.Module) -> Hook | None:
     """What stands for a hook at the call that encloses its module's; None for one that does nothing there."""
+    if hook.outermost_only:
+        return None
     if hook.only_brings_weights:
         return EnclosedHook(hook, module)
     return hook.outside(module) if _goes_outside(hook) else None

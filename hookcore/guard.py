@@ -24,13 +24,15 @@ class CallLock:
 
     Attributes:
         depth: How many hooked calls are under way.
+        is_mine: Says whether this thread is in such a call.
     """
 
-    __slots__ = ("_lock", "depth")
+    __slots__ = ("_lock", "depth", "is_mine")
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self.depth = 0
+        self.is_mine: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]
 
     def enter(self) -> bool:
         """Takes the lock, unless another thread holds it; to wait for that would only hide the mistake."""

@@ -33,6 +33,10 @@ class Hook:
     may then be done around the call of a module further out, where that one's binding `encloses` what is
     below it: `module` is still the hook's own, arguments and output are the outer call's."""
 
+    outermost_only: ClassVar[bool] = False
+    """Whether the hook has nothing to do within another hooked call of its component: inner calls pass it by.
+    So any module can have its weights for whoever calls it, at next to no cost to inner calls."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_overrides(cls, Hook)

@@ -382,6 +382,8 @@ def _check_hidden(placed: Placed, binding: Binding, everything: Iterable[Placed]
             continue
         for inner in other.bindings:
             at = other.component.modules[inner.fqn]
+            if inner.hook.outermost_only:
+                continue  # is never needed within another call
             # A method of the module's own, such as `_decode`, is called by the one that runs as one with it.
             its_own = binding.encloses and at is top and inner.entry.startswith("_")
             if at not in below and not its_own:

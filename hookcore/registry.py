@@ -30,6 +30,7 @@ from hookcore.structure import ReplanHook, Structure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
     from types import TracebackType
 
     from torch import nn
@@ -467,27 +468,53 @@ def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> Non
         hooks_at |= added | {key: hooks_at[key] + added[key] for key in shared}
         needed_at |= needed | {key: needed_at[key] + needed[key] for key in shared}
     guards = {item.lock: WeightGuard(item.lock) for item in attachments}
+    inner_hooks: dict[Key, tuple[Hook, ...]] = {}
     for key, hooks in hooks_at.items():
-        for hook in hooks:
-            if hook.swaps_weights:
-                hooks_at[key] = (guards[needed_at[key][0].lock], *hooks)
-                break
-    for key, outermost, items in _for_whole_components(attachments, enclosing):
+        guard = guards[needed_at[key][0].lock]
+        if any(hook.outermost_only for hook in hooks):
+            inner_hooks[key] = _guarded([hook for hook in hooks if not hook.outermost_only], guard)
+        hooks_at[key] = _guarded(hooks, guard)
+    locks = {key: needed_at[key][0].lock for key in inner_hooks}
+    for key, outermost, items in _for_whole_components(attachments, enclosing, inner_hooks.keys()):
         hooks_at[key] = (outermost, *hooks_at.get(key, ()))
         needed_at[key] = (*needed_at.get(key, ()), *items)
     for key, hooks in hooks_at.items():
-        HookStack.set(*key, hooks, owners=needed_at[key])
+        lock = locks.get(key)
+        HookStack.set(
+            *key,
+            hooks,
+            owners=needed_at[key],
+            is_inner=None if lock is None else lock.is_mine,
+            inner_hooks=inner_hooks.get(key, ()),
+        )
     for key in hooked:
         if key not in hooks_at:
             HookStack.set(*key, ())
 
 
+def _guarded(hooks: Sequence[Hook], guard: WeightGuard) -> tuple[Hook, ...]:
+    """The hooks, with a guard outside of them if they swap weights."""
+    return (guard, *hooks) if any(hook.swaps_weights for hook in hooks) else tuple(hooks)
+
+
 def _for_whole_components(
-    attachments: Sequence[Attachment], enclosing: Mapping[nn.Module, list[Key]]
+    attachments: Sequence[Attachment],
+    enclosing: Mapping[nn.Module, list[Key]],
+    parts: AbstractSet[Key],
 ) -> Iterator[tuple[Key, Hook, list[Attachment]]]:
-    """Hooks that look what has become of components, at the calls by users, and for what attachments."""
+    """Hooks that look what has become of components, at the calls by users, and for what attachments.
+
+    Args:
+        attachments: What is attached.
+        enclosing: What `enclosing_calls` found.
+        parts: Entries at which users may call a part of a component by itself.
+    """
     replanning = [item for item in attachments if item.technique.replans]
-    for key, items in _called_by_users(replanning, enclosing).items():
+    called = _called_by_users(replanning, enclosing)
+    for item in replanning:
+        for key in parts & item.hooks_at.keys() - called.keys():
+            called[key] = [item]
+    for key, items in called.items():
         structures = tuple(item.structure for item in items if item.structure is not None)
         yield key, ReplanHook(key[1], structures, partial(_replan, items[0].component)), items
     for key, items in _called_by_users(attachments, enclosing).items():

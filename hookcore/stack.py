@@ -152,7 +152,13 @@ def _tell(module: nn.Module, hooks: Sequence[Hook], error: BaseException, owners
             error.add_note(f"hookcore: {where} failed too: {another!r}")
 
 
-class HookStack(_Chain):
+class LeftOutOfCopies:
+    """Base of what lies in a hooked module's `__dict__`, and in no copy or pickle of the module."""
+
+    __slots__ = ()
+
+
+class HookStack(_Chain, LeftOutOfCopies):
     """The ordered hooks of one entry of one module: the callable that stands in for the entry.
 
     It lies in the instance's `__dict__` under the entry's name, as long as it has hooks. It has the name,
@@ -170,6 +176,7 @@ class HookStack(_Chain):
         self._entry = entry
         self._replaced = module.__dict__.get(entry)
         self.hooks: tuple[Hook, ...] = ()
+        self._inner: tuple[Callable[[], bool], Callable[..., Any]]
         # As functools.update_wrapper would, at a tenth of the cost; __getattr__ finds the other names.
         self.__wrapped__ = getattr(module, entry)
         self.__doc__ = self.__wrapped__.__doc__
@@ -187,7 +194,15 @@ class HookStack(_Chain):
         return found
 
     @staticmethod
-    def set(module: nn.Module, entry: str, hooks: Sequence[Hook], *, owners: Sequence[Owner] = ()) -> None:
+    def set(
+        module: nn.Module,
+        entry: str,
+        hooks: Sequence[Hook],
+        *,
+        owners: Sequence[Owner] = (),
+        is_inner: Callable[[], bool] | None = None,
+        inner_hooks: Sequence[Hook] = (),
+    ) -> None:
         """Gives an entry exactly these hooks, outermost first; with none, the entry is as it ever was.
 
         Args:
@@ -195,6 +210,9 @@ class HookStack(_Chain):
             entry: Name of a method, or of a callable that the instance itself holds.
             hooks: The hooks.
             owners: What they belong to.
+            is_inner: Says of a call that begins whether it goes through `inner_hooks` instead; None where
+                none does.
+            inner_hooks: Those of the hooks that inner calls go through.
         """
         stack = HookStack.at(module, entry)
         if hooks:
@@ -211,6 +229,14 @@ class HookStack(_Chain):
                         note_origin(error, _origin_of(owners, hook, "substitute"))
                         raise
             stack._build(module, stack.hooks, innermost, owners)
+            stack.__class__ = HookStack
+            if is_inner is not None:
+                inner: Any = innermost
+                if inner_hooks:
+                    inner = _Chain()
+                    inner._build(module, tuple(inner_hooks), innermost, owners)
+                stack._inner = is_inner, inner
+                stack.__class__ = _OutermostStack
         else:
             if stack is not None:
                 stack._give_back()
@@ -225,6 +251,7 @@ class HookStack(_Chain):
             else:
                 attributes[self._entry] = self._replaced
         # Whoever kept the stack calls what it wraps.
+        self.__class__ = HookStack
         self.hooks = ()
         self._owners = ()
         self._parts = self._module, (), self.__wrapped__, (), ()
@@ -238,6 +265,16 @@ class HookStack(_Chain):
         if self._replaced is None:
             return getattr, (self._module, self._entry)
         return getattr, (self._replaced, "__call__")
+
+
+class _OutermostStack(HookStack):
+    """A stack with other hooks for inner calls; a class of its own, so that other stacks need not ask."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        is_inner, inner = self._inner
+        if is_inner():
+            return inner(*args, **kwargs)
+        return _Chain.__call__(self, *args, **kwargs)
 
 
 def bare_entry(module: nn.Module, entry: str) -> Callable[..., Any]:
@@ -295,8 +332,8 @@ def _without_hooks(reduced: Any) -> Any:
     if type(reduced) is dict:
         plain = {}
         for name, value in reduced.items():
-            if isinstance(value, HookStack):
-                if value._replaced is not None:
+            if isinstance(value, LeftOutOfCopies):
+                if isinstance(value, HookStack) and value._replaced is not None:
                     plain[name] = value._replaced
             elif name not in (_REDUCE, _DEEPCOPY):
                 plain[name] = value
@@ -309,7 +346,9 @@ def _deepcopy_without_hooks(module: nn.Module, memo: dict[int, Any]) -> Any:
     copied = type(module).__deepcopy__(module, memo)  # type: ignore[attr-defined]
     if copied is not module and isinstance(copied, type(module)):
         for name, value in vars(module).items():
-            if isinstance(value, HookStack) and vars(copied).pop(name, None) is not None and value._replaced:
+            if not isinstance(value, LeftOutOfCopies) or vars(copied).pop(name, None) is None:
+                continue
+            if isinstance(value, HookStack) and value._replaced:
                 vars(copied)[name] = copy.deepcopy(value._replaced, memo)
         vars(copied).pop(_REDUCE, None)
         vars(copied).pop(_DEEPCOPY, None)

@@ -129,7 +129,7 @@ def largest_held(plan):
     root = step.component.module
     held = {}
     for binding in step.bindings:
-        held.setdefault(root.get_submodule(binding.fqn), set()).update(binding.hook._groups)
+        held.setdefault(root.get_submodule(binding.fqn), set()).update(getattr(binding.hook, "_groups", ()))
     most = 0
     for fqn, _ in root.named_modules(remove_duplicate=False):
         path = fqn.split(".") if fqn else []

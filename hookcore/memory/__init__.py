@@ -19,8 +19,10 @@ from hookcore.memory.file_origins import (
 )
 from hookcore.memory.file_ranges import cost
 from hookcore.memory.file_store import FileStore
+from hookcore.memory.gradients import Gradients, move_gradient
 from hookcore.memory.grouping import (
     Group,
+    callable_parts,
     entries_of,
     find_blocks,
     leaf_units,
@@ -60,6 +62,7 @@ __all__ = [
     "DiskRoom",
     "FileOrigins",
     "FileStore",
+    "Gradients",
     "Group",
     "GroupMover",
     "HostMemory",
@@ -85,6 +88,7 @@ __all__ = [
     "Together",
     "Use",
     "WatchedTensors",
+    "callable_parts",
     "check_movable",
     "check_ties",
     "choose_layout",
@@ -109,6 +113,7 @@ __all__ = [
     "merge_neighbours",
     "models_with_dtype",
     "move_apart",
+    "move_gradient",
     "moved",
     "moving_and_staying",
     "origin_of",

@@ -239,6 +239,19 @@ def moving_and_staying(
     return moving, [Group("excluded", staying, ())] if staying else []
 
 
+def callable_parts(component: Component) -> Iterator[str]:
+    """Finds the modules that can be called and have tensors, of their own or below them.
+
+    Yields:
+        FQNs, parents before children; the component itself among them.
+    """
+    names = [fqn for slot in component.slots for fqn in slot.fqns]
+    above = {fqn[:at] for fqn in names for at, char in enumerate(fqn) if char == "."}
+    for module, fqns in component.fqns.items():
+        if _can_be_called(module) and (fqns[0] == "" or not above.isdisjoint(fqns)):
+            yield fqns[0]
+
+
 def entries_of(component: Component) -> tuple[str, ...]:
     """The methods, of those that the model's library declares, that the component has."""
     return tuple(

@@ -85,6 +85,10 @@ class GroupMover(Protocol):
         """Forgets what it learned and counted in earlier calls."""
         return
 
+    def train(self) -> None:
+        """Has parameters lie from now on, between calls, where they lie at this moment: they are trained."""
+        return
+
     def run_report(self) -> object:
         """What it counted since it was made or last reset: an attrs object; None for nothing."""
         return None

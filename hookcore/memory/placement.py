@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from hookcore.hook import Hook
 from hookcore.memory.copies import copy_to, stand_in, step_back, stop_copying_to
-from hookcore.memory.grouping import Group, entries_of
+from hookcore.memory.gradients import Gradients
+from hookcore.memory.grouping import Group, callable_parts, entries_of
 from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.mover import Needed
 from hookcore.memory.reads import stop_watching, watch
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from hookcore.target import Component
 
 
+_CPU = torch.device("cpu")
+
+
 class Placement:
     """Brings each group of a component for the calls that hold it.
 
@@ -48,6 +52,7 @@ class Placement:
             their device tell this one.
         borrowed: Groups whose tensors have their home in a group of another placement, which this one joins.
         exclude_kwargs: Names of keyword inputs that are not moved; None for what the model's library says.
+        offload_device: Where the weights lie between calls.
 
     Attributes:
         groups: As given.
@@ -65,6 +70,7 @@ class Placement:
         *,
         borrowed: Mapping[Group, Group] | None = None,
         exclude_kwargs: Collection[str] | None = None,
+        offload_device: torch.device = _CPU,
     ) -> None:
         self._component = component
         self.groups = tuple(groups)
@@ -75,13 +81,14 @@ class Placement:
         unmoved = component.conventions.unmoved_kwargs if exclude_kwargs is None else exclude_kwargs
         self._unmoved_kwargs = frozenset(unmoved)
         self._stand_ins: list[tuple[nn.Module, str]] = []
-        self._told = ModelDevice(component, onload_device)
+        self._told = ModelDevice(component, onload_device, offload_device)
         # What placements that are joined have in common:
         self._refs = [weakref.ref(self)]  # or it would keep itself, and the groups' tensors, alive
         self._attached: Counter[Group] = Counter()  # by how many of them
         self._calls: list[list[Group]] = []  # what each running call holds, the innermost last
         self._uses: dict[Group, int] = {}  # how often each group that is in memory is held
         self._lingering: list[Group] = []  # in memory though nobody holds it; one at most
+        self._gradients = Gradients(component.slots, self._train)
         mover.expect(self._needed())
 
     def join(self, other: Placement) -> None:
@@ -109,7 +116,11 @@ class Placement:
         return iter(dict.fromkeys((*self.resident, *self.groups, *self._borrowed.values())))
 
     def bindings(self) -> Iterator[Binding]:
-        """Lists the hooks: at the component's entries, and at each call that holds a group."""
+        """Lists the hooks: at the component's entries, at each call that holds a group, and at all parts.
+
+        Somebody may call a part by itself, as `generate` calls an encoder. The hook there then does what
+        those at the component's entries do.
+        """
         held: dict[tuple[str, str], list[Group]] = {("", entry): [] for entry in entries_of(self._component)}
         claimed: dict[tuple[str, str], list[Group]] = {}
         first = next(iter(held))
@@ -128,6 +139,10 @@ class Placement:
                 for slot in group.slots
             ]
             yield Binding(fqn, hook_class(self, tuple(groups)), entry, claims)
+        if self.groups or self._borrowed:
+            for fqn in callable_parts(self._component):
+                if (fqn, "forward") not in held:
+                    yield Binding(fqn, _PartHook(self))
 
     def attach(self) -> None:
         """Puts all groups where they lie between calls, and begins to watch reads."""
@@ -158,6 +173,10 @@ class Placement:
         stop_watching(self._watched)
         step_back(self._stand_ins)
         self._told.detach()
+        self._gradients.stop()
+
+    def _train(self) -> None:
+        self.mover.train()
 
     def _put(self, group: Group) -> None:
         """Attaches a group, unless another placement has done so."""
@@ -225,6 +244,8 @@ class Placement:
         try:
             if len(self._calls) == 1:
                 self.mover.begin()
+                if torch.is_grad_enabled():
+                    self._gradients.watch()
             # What is there comes first, or it could be dropped to make room for the others.
             for group in groups:
                 if group in self._uses:
@@ -278,6 +299,22 @@ class Placement:
             group = self._lingering.pop()
             del self._uses[group]
             self.mover.offload(group)
+
+    @property
+    def is_called(self) -> bool:
+        """Whether a call is under way."""
+        return bool(self._calls)
+
+    def groups_for(self, module: nn.Module) -> tuple[Group, ...]:
+        """The groups that a call of a module needs which neither it nor a call below it brings."""
+        below = set(module.modules())
+        modules = self._component.modules
+        return tuple(
+            self._borrowed.get(group, group)
+            for group in (*self.groups, *self._borrowed)
+            if any(owner in below for slot in group.slots for owner, _ in slot.owners)
+            and not any(fqn in modules and modules[fqn] in below for fqn, _ in group.holders)
+        )
 
     @property
     def _watched(self) -> list[Group]:
@@ -350,6 +387,41 @@ class _PlacementHook(_HoldHook):
     def recording(self, timeline: Timeline) -> AbstractContextManager[None]:
         """Times what is moved until the end of the block."""
         return self._placement.recording(timeline)
+
+
+class _PartHook(Hook):
+    """Makes a call of a part of the component by itself an outermost call."""
+
+    swaps_weights: ClassVar[bool] = True
+    only_brings_weights: ClassVar[bool] = True
+    outermost_only: ClassVar[bool] = True
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+        self._needed: tuple[Group, ...] | None = None
+        self._entered: list[bool] = []  # for each call under way
+
+    def pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Brings what the part needs, unless a call is under way that has or brings it."""
+        placement = self._placement
+        moved_inputs = None
+        if enters := not placement.is_called:
+            if self._needed is None:
+                self._needed = placement.groups_for(module)
+            moved_inputs = placement.enter(self._needed, args, kwargs)
+        self._entered.append(enters)
+        return moved_inputs
+
+    def post_forward(self, module: nn.Module, output: Any) -> None:
+        """Lets go of it."""
+        if self._entered.pop():
+            self._placement.leave()
+
+    def on_error(self, module: nn.Module, error: BaseException) -> None:
+        """Lets go of it."""
+        self.post_forward(module, None)
 
 
 def moved(value: Any, device: torch.device) -> Any:

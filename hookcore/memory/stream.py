@@ -103,6 +103,7 @@ class StreamMover(GroupMover):
         self._exposed: set[Group] = set()
         self._times: PassTimes | None = None
         self._is_divided = False  # by what they showed, where the memory is its own
+        self._is_trained = False
 
     def __del__(self) -> None:
         # A model that goes away with its hooks on: copies to memory that goes with it may still be under way.
@@ -147,6 +148,10 @@ class StreamMover(GroupMover):
         if self._room.is_shared:
             self._times = None
         self.loads.drop_all()
+
+    def train(self) -> None:
+        """Lets no more groups get their home on the device."""
+        self._is_trained = True
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
         """Where the bytes of the group lie."""
@@ -379,7 +384,7 @@ class StreamMover(GroupMover):
 
     def learn_layout(self) -> None:
         """Divides memory that it has for itself by what the first pass has shown."""
-        if self._is_divided or not self.is_measured:
+        if self._is_divided or self._is_trained or not self.is_measured:
             return
         self._is_divided = True
         self.loads.drop_ahead()

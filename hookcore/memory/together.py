@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from hookcore.errors import UnsupportedModelError
 from hookcore.memory.grouping import Group, make_groups
 from hookcore.memory.placement import Placement
@@ -16,11 +18,12 @@ from hookcore.memory.placement import Placement
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    import torch
-
     from hookcore.memory.grouping import Unit
     from hookcore.memory.mover import GroupMover
     from hookcore.target import Component, TensorSlot
+
+
+_CPU = torch.device("cpu")
 
 
 class Together:
@@ -39,6 +42,7 @@ class Together:
         make_mover: Callable[[], GroupMover],
         onload_device: torch.device,
         exclude_kwargs: Collection[str] | None = None,
+        offload_device: torch.device = _CPU,
     ) -> Placement:
         """Makes a placement, which joins those on components that share weights with this one.
 
@@ -50,6 +54,7 @@ class Together:
             make_mover: Makes what brings and drops groups, unless a component that shares weights has one.
             onload_device: Where the inputs of the outermost call are moved to.
             exclude_kwargs: Names of keyword inputs that are not moved; None for what its library says.
+            offload_device: Where the weights lie between calls.
 
         Raises:
             UnsupportedModelError: A tensor is tied to one of another component in a way that is none there.
@@ -80,6 +85,7 @@ class Together:
             onload_device,
             borrowed=borrowed,
             exclude_kwargs=exclude_kwargs,
+            offload_device=offload_device,
         )
         for other in joined:
             other.join(joined[0])

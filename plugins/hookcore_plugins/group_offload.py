@@ -256,6 +256,7 @@ class GroupOffload(JointTechnique):
             make_mover=partial(self._mover, component, room),
             onload_device=here,
             exclude_kwargs=self.exclude_kwargs,
+            offload_device=self.offload_device,
         )
         yield from placement.bindings()
 

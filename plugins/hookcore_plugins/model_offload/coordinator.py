@@ -150,6 +150,8 @@ class Coordinator:
             if not self._calls:
                 self.link.recorder = weights.recorder
             copied = weights.turn_on(parts) if self._calls else self._bring_alone(weights)
+            if torch.is_grad_enabled():
+                weights.watch_gradients()
             if not self._calls:
                 weights.begin_timing()
             # What calls a layer that is another component's, too, does not call that one.
@@ -168,7 +170,7 @@ class Coordinator:
             weights.end_timing()
             if self.link.copies_ahead:
                 weights.needed = self.link.peak - self._before
-            if weights.name == self._goes_at_once:
+            if weights.name == self._goes_at_once or weights.is_trained:
                 weights.turn_off()
 
     # How it is done

@@ -13,6 +13,7 @@ from hookcore.memory import (
     copy_to,
     current_tensors,
     move_apart,
+    move_gradient,
     packed_nbytes,
     planned_nbytes,
     stop_copying_to,
@@ -172,6 +173,7 @@ class Part:
         self._copy(changed, self._packed.views(self._packed.host) if changed else (), load.views)
         self._note()
         self.is_on = True
+        self._move_gradients()
         return copies
 
     def turn_off(self) -> None:
@@ -188,6 +190,7 @@ class Part:
                 tensor.data = data.to(_CPU)
             move_apart(dict.fromkeys(self._uncounted, _CPU))
             self.is_on = False
+            self._move_gradients()
         self._drop()
 
     def expose(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -207,6 +210,10 @@ class Part:
     @property
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for slot in (*self._slots, *self._buffers.slots) for tensor in slot.tensors]
+
+    def _move_gradients(self) -> None:
+        for tensor in self._packed.tensors:
+            move_gradient(tensor)
 
     def _pack(self) -> None:
         counted = [slot for slot in self._homes if slot not in self._uncounted]

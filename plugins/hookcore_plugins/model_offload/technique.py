@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
 from attrs import field, frozen
-from torch import nn
 
 from hookcore import (
     Binding,
@@ -22,7 +21,15 @@ from hookcore import (
     parse_onload_device,
     status,
 )
-from hookcore.memory import ModelDevice, check_movable, entries_of, has_streams, moved, slots_below
+from hookcore.memory import (
+    ModelDevice,
+    callable_parts,
+    check_movable,
+    entries_of,
+    has_streams,
+    moved,
+    slots_below,
+)
 from hookcore_plugins.model_offload.coordinator import Coordinator
 from hookcore_plugins.model_offload.weights import ComponentWeights, OffloadReport
 
@@ -30,8 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    import torch
     from attrs import Attribute
+    from torch import nn
 
     from hookcore import Component, TensorSlot
     from hookcore.memory import Timeline
@@ -124,27 +131,14 @@ class ModelOffload(JointTechnique):
         coordinator.plan(weights)
         claims = [Claim(Resource.PLACEMENT, slot.name, shared=True) for slot in component.slots]
         first, *others = entries_of(component)
-        told = ModelDevice(component, self.device)
+        told = ModelDevice(component, self.device, torch.device("cpu"))
         whole = _ComponentHook(coordinator, weights, component.slots, self.device, told)
         yield Binding("", whole, first, claims)
-        for fqn, entry in [*(("", entry) for entry in others), *_parts(component)]:
-            slots = slots_below(component, [fqn]) if fqn else component.slots
-            hook = _EntryHook(coordinator, weights, slots, self.device)
-            yield Binding(fqn, hook, entry)
-
-
-def _parts(component: Component) -> Iterator[tuple[str, str]]:
-    """Calls of the outermost modules in a component; methods of it that nobody declares make these."""
-
-    def search(module: nn.Module) -> Iterator[nn.Module]:
-        for child in module.children():
-            if type(child).forward is nn.Module.forward:  # a list: only what is in it can be called
-                yield from search(child)
-            elif next(itertools.chain(child.parameters(), child.buffers()), None) is not None:
-                yield child
-
-    for module in dict.fromkeys(search(component.module)):
-        yield component.fqns[module][0], "forward"
+        for entry in others:
+            yield Binding("", _EntryHook(coordinator, weights, component.slots, self.device), entry)
+        for fqn in callable_parts(component):
+            if fqn or "forward" not in (first, *others):
+                yield Binding(fqn, _PartHook(coordinator, weights, component, fqn, self.device))
 
 
 class _EntryHook(Hook):
@@ -186,6 +180,57 @@ class _EntryHook(Hook):
     def on_error(self, module: nn.Module, error: BaseException) -> None:
         """Ends the call; the component stays."""
         self._coordinator.leave(self._weights)
+
+
+class _PartHook(Hook):
+    """Has the component be on the device for a call of a part of it by itself."""
+
+    swaps_weights: ClassVar[bool] = True
+    only_brings_weights: ClassVar[bool] = True
+    outermost_only: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        weights: ComponentWeights,
+        component: Component,
+        fqn: str,
+        device: torch.device,
+    ) -> None:
+        self._coordinator = coordinator
+        self._weights = weights
+        self._component = component
+        self._fqn = fqn
+        self._device = device
+        self._parts: list[Part] | None = None
+        self._entered: list[bool] = []  # for each call under way
+
+    def pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Brings the component and the inputs, unless one of its calls is under way."""
+        if self._weights.calls:
+            self._entered.append(False)
+            return None
+        if self._parts is None:
+            self._parts = self._weights.parts_of(slots_below(self._component, [self._fqn]))
+        self._coordinator.enter(self._weights, self._parts)
+        try:
+            inputs = moved(args, self._device), moved(kwargs, self._device)
+        except BaseException:
+            self._coordinator.leave(self._weights)
+            raise
+        self._entered.append(True)
+        return inputs
+
+    def post_forward(self, module: nn.Module, output: Any) -> None:
+        """Ends the call; the component stays."""
+        if self._entered.pop():
+            self._coordinator.leave(self._weights)
+
+    def on_error(self, module: nn.Module, error: BaseException) -> None:
+        """Ends the call; the component stays."""
+        self.post_forward(module, None)
 
 
 class _ComponentHook(_EntryHook):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, evolve
 
 from hookcore import UnsupportedModelError
-from hookcore.memory import Group, Recorder, current_tensors, stop_watching, watch
+from hookcore.memory import Gradients, Group, Recorder, current_tensors, stop_watching, watch
 from hookcore_plugins.model_offload.part import Part
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class ComponentWeights:
         needed: Bytes of the device that a call took besides what was there when it began; None before the
             first one. Never too few, as it is read off the peak so far.
         recorder: Times its calls; None for nothing.
+        is_trained: Whether gradients have been computed for it.
     """
 
     def __init__(self, component: Component, device: torch.device, link: Link) -> None:
@@ -82,6 +83,8 @@ class ComponentWeights:
         self._label = component.label
         self._device = device
         self._counts = OffloadReport()
+        self.is_trained = False
+        self._gradients = Gradients(component.slots, self._train)
         # To be watched, each alone:
         self._groups = {Group(slot.name, (slot,), ()): slot for slot in component.slots}
 
@@ -158,6 +161,17 @@ class ComponentWeights:
                 part.attach()
             raise
         stop_watching(list(self._groups))
+        self._gradients.stop()
+
+    def _train(self) -> None:
+        """Takes the component off between calls from now on, so that optimizers find it on the host."""
+        self.is_trained = True
+        if not self.calls:
+            self.turn_off()
+
+    def watch_gradients(self) -> None:
+        """Has gradients from now on lie where the parameters are."""
+        self._gradients.watch()
 
     def begin_copy(self) -> None:
         """Begins to copy what isn't there to the device.

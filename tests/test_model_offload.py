@@ -19,7 +19,7 @@ from hookcore import BudgetError, ConcurrentCallError, PlanError
 from hookcore.testing import models
 from hookcore.testing.modules import module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
-from hookcore_plugins.model_offload import ModelOffload, offload
+from hookcore_plugins.model_offload import ModelOffload, offload, part
 from hookcore_plugins.model_offload.order import ComponentOrder
 
 NAMES = ("text", "denoiser", "vae", "safety")
@@ -167,10 +167,15 @@ class Twins:
 STEPS = [Twins.call, Twins.call, Twins.call, Twins.edit, Twins.edit, Twins.fail, Twins.go_off, Twins.compare]
 
 
+@pytest.fixture(params=[part._LARGE, 0], ids=["large buffers move", "all buffers move"])
+def moving_buffers(request, monkeypatch):
+    monkeypatch.setattr(part, "_LARGE", request.param)
+
+
 @pytest.mark.parametrize("device", ["cpu", "sim"])
 @FEWER
 @given(data=st.data())
-def test_any_calls_and_edits_in_any_order_give_the_bits_of_the_bare_models(sim, device, data):
+def test_any_calls_and_edits_in_any_order_give_the_bits_of_the_bare_models(sim, device, moving_buffers, data):
     cases = data.draw(st.lists(module_trees(), min_size=1, max_size=4), label="models")
     twins = {name: Twins(case) for name, case in zip(NAMES, cases, strict=False)}
     names = st.sampled_from(list(twins))

@@ -22,17 +22,22 @@ from hookcore.memory import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import nn
+
     from hookcore import TensorSlot
     from hookcore_plugins.model_offload.link import Link, Load
 
 _CPU = torch.device("cpu")
+_LARGE = 2**10
+"""Bytes from which a buffer moves like a weight: quantized layers hold weights and scales as buffers."""
 
 
 class Part:
     """Weights that lie side by side in locked host memory, which is kept while they are on the device.
 
     So going off costs nothing but what was changed: what torch counts as changed, and what was read between
-    two calls, since `weight.data` can be changed uncounted. Buffers, which calls change, stay on the device.
+    two calls, since `weight.data` can be changed uncounted. Small buffers, which calls change, stay on the
+    device.
 
     Args:
         name: Of the components that have it, for people.
@@ -51,8 +56,10 @@ class Part:
         self.is_on = False
         self._device = device
         self._link = link
-        self._slots = [slot for slot in slots if not slot.is_buffer]
-        self._buffers = Group("buffers", tuple(slot for slot in slots if slot.is_buffer), ())
+        staying = tuple(slot for slot in slots if slot.is_buffer and slot.nbytes < _LARGE)
+        self._slots = [slot for slot in slots if slot not in staying]
+        self._moving_buffers = [slot for slot in self._slots if slot.is_buffer]
+        self._buffers = Group("buffers", staying, ())
         self._attached = 0  # by how many components
         self._mover = DeviceMover(device, _CPU)
         self._homes: dict[TensorSlot, torch.device] = {}
@@ -66,7 +73,7 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device, without buffers."""
+        """Bytes on the device, without the buffers that stay."""
         return self._packed.nbytes + sum(slot.nbytes for slot in self._uncounted)
 
     @property
@@ -136,7 +143,7 @@ class Part:
         Raises:
             torch.OutOfMemoryError: The device has no room for it.
         """
-        if not self._packed.is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
+        if not self._is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
             self._release()
             self._pack()
         self._load = self._link.copy(self._packed)
@@ -157,7 +164,7 @@ class Part:
                 self._link.use(self._loaded)
                 return False
             self.turn_off()
-        elif self.is_loaded and not self._packed.is_home:
+        elif self.is_loaded and not self._is_home:
             self._drop()
         copies = not self.is_loaded
         if copies:
@@ -189,6 +196,9 @@ class Part:
             for tensor, data in given:
                 tensor.data = data.to(_CPU)
             move_apart(dict.fromkeys(self._uncounted, _CPU))
+            for module, name, tensor in self._replaced_buffers():
+                # The call may have returned this very tensor: it must stay where it is.
+                module._buffers[name] = tensor.to(_CPU)
             self.is_on = False
             self._move_gradients()
         self._drop()
@@ -215,7 +225,25 @@ class Part:
         for tensor in self._packed.tensors:
             move_gradient(tensor)
 
+    @property
+    def _is_home(self) -> bool:
+        """Whether the tensors in the modules are those that were packed, with the data that was."""
+        return self._packed.is_home and not self._replaced_buffers()
+
+    def _replaced_buffers(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
+        """The buffers that stand where those were that move: module, name, buffer."""
+        return [
+            (module, name, tensor)
+            for slot in self._moving_buffers
+            for module, name in slot.owners
+            if (tensor := dict.get(module._buffers, name)) is not None and id(tensor) not in self._position
+        ]
+
     def _pack(self) -> None:
+        # A call in inference mode may have made buffers.
+        self._uncounted = [
+            slot for slot in self._homes if any(it.is_inference() for it in current_tensors(slot))
+        ]
         counted = [slot for slot in self._homes if slot not in self._uncounted]
         self._packed = self._link.host.pack(counted, self._name)
         self._position = {id(tensor): at for at, tensor in enumerate(self._packed.tensors)}
@@ -240,7 +268,11 @@ class Part:
     def _changed(self) -> set[int]:
         """Positions of the tensors that may differ, where they show, from the other side of the copy."""
         counted = zip(self._packed.tensors, self._versions, strict=True)
-        return self._stale.union(at for at, (it, version) in enumerate(counted) if it._version != version)
+        changed = self._stale.union(at for at, (it, version) in enumerate(counted) if it._version != version)
+        for slot in self._moving_buffers:  # what BatchNorm changes in them torch does not count
+            if any(module.training for module, _ in slot.owners):
+                changed.update(at for it in slot.tensors if (at := self._position.get(id(it))) is not None)
+        return changed
 
     def _was_given_data(self) -> bool:
         both = ((self._packed.tensors[at], self._loaded.views[at]) for at in self._stale)

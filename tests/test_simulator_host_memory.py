@@ -38,7 +38,7 @@ def cuda(sim):
         gc.collect()
         machine = simulator.state.get_machine()
         for block in machine.host_memory.registered:
-            machine.unregister(block.address)
+            module().cudart().cudaHostUnregister(block.address)
 
 
 def register(tensor):

@@ -10,17 +10,12 @@ waiting for what it depends on raises `RaceError`. See docs/reference/simulator.
 """
 
 from hookcore.testing.simulator.control import (
-    Holding,
     check,
     counting,
     fail_at,
     install,
     limited,
-    max_pinned_bytes,
-    now,
-    pinned_bytes,
     reset,
-    snapshot,
     traced,
     violations,
     watching_host,
@@ -32,10 +27,20 @@ from hookcore.testing.simulator.errors import (
     UnsupportedOperationError,
     Violation,
 )
+from hookcore.testing.simulator.inspection import (
+    Holding,
+    StreamPool,
+    max_pinned_bytes,
+    now,
+    pinned_bytes,
+    snapshot,
+    stream_pools,
+)
 from hookcore.testing.simulator.naming import name_tensors
 from hookcore.testing.simulator.profiles import (
     A100_80GB,
     CUDA,
+    CUDA_CACHING,
     GENERIC,
     H100_80GB,
     L4,
@@ -51,6 +56,7 @@ from hookcore.testing.simulator.trace import Span, Trace
 __all__ = [
     "A100_80GB",
     "CUDA",
+    "CUDA_CACHING",
     "GENERIC",
     "H100_80GB",
     "L4",
@@ -65,6 +71,7 @@ __all__ = [
     "SimulatorError",
     "Span",
     "Stream",
+    "StreamPool",
     "Trace",
     "UnsupportedOperationError",
     "Violation",
@@ -80,6 +87,7 @@ __all__ = [
     "pinned_bytes",
     "reset",
     "snapshot",
+    "stream_pools",
     "traced",
     "violations",
     "watching_host",

@@ -1,12 +1,10 @@
-"""What a test does with the simulator: install it, limit it, look into it, and ask what it found."""
+"""What a test does with the simulator: installs it, limits it, makes it fail, and asks what it found."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
 from typing import TYPE_CHECKING
-
-from attrs import frozen
 
 from hookcore.testing.simulator import state
 from hookcore.testing.simulator.errors import SimulatorError, Violation
@@ -17,7 +15,7 @@ from hookcore.testing.simulator.naming import names_in
 from hookcore.testing.simulator.profiles import GENERIC, DeviceProfile
 from hookcore.testing.simulator.registration import offer_names, register
 from hookcore.testing.simulator.trace import Trace
-from hookcore.units import format_bytes, parse_bytes
+from hookcore.units import parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +67,7 @@ def _set_limits(machine: Machine, profile: DeviceProfile | None, memory: int | s
     """Sets the profile and the memory of all devices; None leaves them as they are."""
     for device in machine.devices:
         if profile is not None:
-            device.profile, device.memory.capacity = profile, profile.memory
+            device.set_profile(profile)
         if memory is not None:
             device.memory.capacity = parse_bytes(memory)
     if profile is not None:
@@ -92,7 +90,10 @@ def limited(
             `violations`.
     """
     machine = state.get_machine()
-    before = [(device, device.profile, device.memory.capacity) for device in machine.devices]
+    before = [
+        (device, device.profile, device.memory.capacity, device.memory.cache, device.loaded)
+        for device in machine.devices
+    ]
     was_strict = machine.findings.strict
     _set_limits(machine, profile, memory)
     if strict is not None:
@@ -101,8 +102,9 @@ def limited(
         yield
     finally:
         machine.findings.strict = was_strict
-        for device, old, capacity in before:
+        for device, old, capacity, cache, loaded in before:
             device.profile, device.memory.capacity = old, capacity
+            device.memory.cache, device.loaded = cache, loaded
         offer_names(machine.devices[0].profile.lacks)
 
 
@@ -207,65 +209,3 @@ def reset() -> None:
     with machine.lock:
         machine.reset()
     state.current.reset()
-
-
-def now() -> float:
-    """The host's virtual time since `reset`, in seconds."""
-    machine = state.get_machine()
-    return machine.host_time - machine.origin
-
-
-def pinned_bytes() -> int:
-    """Bytes of page-locked host memory."""
-    machine = state.get_machine()
-    with machine.lock:
-        machine.settle()
-        return machine.host_memory.pool.allocated
-
-
-def max_pinned_bytes() -> int:
-    """The most bytes of page-locked host memory that there were since `reset`."""
-    return state.get_machine().host_memory.pool.peak
-
-
-@frozen
-class Holding:
-    """One block of memory that is in use.
-
-    Attributes:
-        device: Where: "sim:0", or "pinned" for page-locked host memory.
-        nbytes: Its size.
-        made_by: The operation that made it.
-        stream: Number of the stream that it was made on.
-        tensors: Names of the tensors in it, where `name_tensors` was told of them.
-    """
-
-    device: str
-    nbytes: int
-    made_by: str
-    stream: int
-    tensors: tuple[str, ...]
-
-    def __str__(self) -> str:
-        names = ", ".join(self.tensors) or "unnamed"
-        return f"{self.device} {format_bytes(self.nbytes)}: {names} (by {self.made_by})"
-
-
-def snapshot() -> tuple[Holding, ...]:
-    """Says who holds what: all blocks in use, the largest first."""
-    machine = state.get_machine()
-    with machine.lock:
-        machine.settle()
-        locked = (*machine.host_memory.allocated.values(), *machine.host_memory.registered)
-        blocks = (*machine.blocks.values(), *locked)
-        holdings = [
-            Holding(
-                device="pinned" if block.device is None else f"sim:{block.device}",
-                nbytes=block.nbytes,
-                made_by=block.made_by,
-                stream=block.stream[1],
-                tensors=names_in(block, 0, block.nbytes),
-            )
-            for block in blocks
-        ]
-    return tuple(sorted(holdings, key=lambda it: -it.nbytes))

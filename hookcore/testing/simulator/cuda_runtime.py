@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hookcore.testing.simulator import state
+from hookcore.testing.simulator.allocation import register, unregister
 from hookcore.testing.simulator.cuda_errors import MESSAGES, CudaError
 
 
@@ -19,14 +20,14 @@ class CudaRuntime:
         """Page-locks memory where it is, in the context of the current device."""
         machine = state.get_machine()
         with machine.lock:
-            return machine.register(state.current.device, address, nbytes)
+            return register(machine, state.current.device, address, nbytes)
 
     @staticmethod
     def cudaHostUnregister(address: int) -> CudaError:  # noqa: N802
         """Unlocks memory that was registered; no copy from or to it may be under way."""
         machine = state.get_machine()
         with machine.lock:
-            return machine.unregister(address)
+            return unregister(machine, address)
 
     @staticmethod
     def cudaGetErrorString(error: CudaError) -> str:  # noqa: N802

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookcore.testing.simulator import state
+from hookcore.testing.simulator import allocation, state
 from hookcore.testing.simulator.cuda_runtime import CudaRuntime
 from hookcore.testing.simulator.errors import UnsupportedOperationError
 from hookcore.testing.simulator.streams import Event, Stream
 
 if TYPE_CHECKING:
-    from hookcore.testing.simulator.memory import MemoryPool
+    from hookcore.testing.simulator.device_memory import DeviceMemory
 
     AnyDevice = torch.device | str | int | None
 
@@ -37,6 +37,7 @@ __all__ = [
     "manual_seed",
     "manual_seed_all",
     "max_memory_allocated",
+    "max_memory_reserved",
     "mem_get_info",
     "memory_allocated",
     "memory_reserved",
@@ -136,45 +137,54 @@ def _sleep(cycles: int) -> None:
         machine.finish(machine.launch(stream, "sleep"), stream, "compute", cycles * 1e-9)
 
 
-def _pool(device: AnyDevice) -> MemoryPool:
+def _memory(device: AnyDevice) -> DeviceMemory:
     machine = state.get_machine()
     with machine.lock:
         machine.settle()
-        pool = machine.devices[state.device_index(device)].memory
-        pool.release(machine.host_time)
-        return pool
+        memory = machine.devices[state.device_index(device)].memory
+        memory.release(machine.host_time)
+        return memory
 
 
 def memory_allocated(device: AnyDevice = None) -> int:
-    """Bytes in use, to the byte; with memory that `record_stream` still holds."""
-    return _pool(device).allocated
+    """Bytes in use, with those that `record_stream` still holds; exact, unless torch's cache is simulated."""
+    return _memory(device).allocated
 
 
 def memory_reserved(device: AnyDevice = None) -> int:
-    """Bytes in use: no others are kept."""
-    return memory_allocated(device)
+    """Bytes in use and, where torch's cache is simulated, those that it keeps."""
+    return _memory(device).reserved
 
 
 def max_memory_allocated(device: AnyDevice = None) -> int:
     """The most bytes that were in use since the peak was reset."""
-    return _pool(device).peak
+    return _memory(device).count.peak
+
+
+def max_memory_reserved(device: AnyDevice = None) -> int:
+    """The most bytes that were reserved since the peak was reset."""
+    memory = _memory(device)
+    return memory.count.peak if memory.cache is None else memory.most_reserved
 
 
 def reset_peak_memory_stats(device: AnyDevice = None) -> None:
-    """Begins a new peak from what is in use now."""
-    pool = _pool(device)
-    pool.peak = pool.allocated
+    """Begins new peaks from what is in use now."""
+    _memory(device).reset_peaks()
 
 
 def mem_get_info(device: AnyDevice = None) -> tuple[int, int]:
-    """Free and total bytes; of a device without a limit, a tebibyte."""
-    pool = _pool(device)
-    total = 1 << 40 if pool.capacity is None else pool.capacity
-    return total - pool.allocated, total
+    """Bytes that nobody has reserved, and total bytes; of a device without a limit, a tebibyte."""
+    memory = _memory(device)
+    total = 1 << 40 if memory.capacity is None else memory.capacity
+    return total - memory.reserved, total
 
 
 def empty_cache() -> None:
-    """Does nothing: memory that is freed is not kept."""
+    """Gives memory that torch's cache keeps back to the devices, where it is simulated."""
+    machine = state.get_machine()
+    with machine.lock:
+        for device in machine.devices:
+            allocation.empty_cache(machine, device.index)
 
 
 class _NoDtypes(list[torch.dtype]):

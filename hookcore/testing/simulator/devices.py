@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from attrs import define, field
 
+from hookcore.testing.simulator.caching import CachingAllocator
+from hookcore.testing.simulator.device_memory import DeviceMemory
+
 if TYPE_CHECKING:
-    from hookcore.testing.simulator.memory import MemoryPool
     from hookcore.testing.simulator.ordering import Clock, Operation, StreamKey
     from hookcore.testing.simulator.profiles import DeviceProfile
 
@@ -23,6 +26,7 @@ class StreamState:
         heard: The wait of the host, by its number, up to which the clock knows what the host knows.
         free_at: When its next operation can start, for what it has been told to wait for; seconds.
         end: When its last operation ends; seconds.
+        queued: When each operation ends that may still be in its queue.
     """
 
     key: StreamKey
@@ -31,20 +35,47 @@ class StreamState:
     heard: int = 0
     free_at: float = 0.0
     end: float = 0.0
+    queued: deque[float] = field(factory=deque)
+
+    def queue(self, limit: int) -> float:
+        """Queues the last operation; returns when there was room for it, if no more than so many wait."""
+        self.queued.append(self.end)
+        begun = 0.0
+        while len(self.queued) > limit:
+            begun = self.queued.popleft()
+        return begun
 
 
 @define(eq=False)
 class Device:
-    """One simulated device."""
+    """One simulated device.
+
+    Attributes:
+        index: Its number.
+        profile: What it can do; see `set_profile`.
+        memory: Its memory.
+        streams: Its streams by number.
+        engines: When each engine is free; seconds.
+        loaded: Names of the kernels that were launched before.
+    """
 
     index: int
     profile: DeviceProfile
-    memory: MemoryPool
+    memory: DeviceMemory = field(factory=DeviceMemory)
     streams: dict[int, StreamState] = field(factory=dict)
     engines: dict[str, float] = field(factory=dict)
+    loaded: set[str] = field(factory=set)
 
     def __attrs_post_init__(self) -> None:
         self.add_stream()
+        self.set_profile(self.profile)
+
+    def set_profile(self, profile: DeviceProfile) -> None:
+        """Makes it another device, with empty caches; what is allocated stays."""
+        self.profile = profile
+        self.memory.capacity = profile.memory
+        self.memory.cache = CachingAllocator() if profile.caching else None
+        self.loaded = set()
 
     def add_stream(self) -> StreamState:
         """Makes a stream; the first, of number 0, is the default stream."""

@@ -75,8 +75,8 @@ _ACCELERATOR: dict[str, Callable[..., Any]] = {
     "empty_cache": device_module.empty_cache,
     "memory_allocated": device_module.memory_allocated,
     "max_memory_allocated": device_module.max_memory_allocated,
-    "memory_reserved": device_module.memory_allocated,
-    "max_memory_reserved": device_module.max_memory_allocated,
+    "memory_reserved": device_module.memory_reserved,
+    "max_memory_reserved": device_module.max_memory_reserved,
     "reset_peak_memory_stats": device_module.reset_peak_memory_stats,
     "get_memory_info": device_module.mem_get_info,
 }

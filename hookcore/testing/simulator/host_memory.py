@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from attrs import define, field
 
 from hookcore.testing.simulator.cuda_errors import CudaError, cuda_error
-from hookcore.testing.simulator.memory import Block, MemoryPool
+from hookcore.testing.simulator.memory import ByteCount
 
 if TYPE_CHECKING:
+    from hookcore.testing.simulator.memory import Block
     from hookcore.testing.simulator.profiles import DeviceProfile
 
 
@@ -20,12 +21,12 @@ class HostMemory:
     """All page-locked memory of the host.
 
     Attributes:
-        pool: Counts its bytes.
+        count: Counts its bytes.
         allocated: Live blocks that were allocated page-locked, by address.
         registered: Ranges that were registered, the lowest address first.
     """
 
-    pool: MemoryPool = field(factory=MemoryPool)
+    count: ByteCount = field(factory=ByteCount)
     allocated: dict[int, Block] = field(factory=dict)
     registered: tuple[Block, ...] = ()
 
@@ -50,12 +51,12 @@ class HostMemory:
 
     def can_lock(self, nbytes: int, profile: DeviceProfile) -> bool:
         """Whether the system lets so many more bytes be page-locked."""
-        return profile.lockable is None or self.pool.allocated + nbytes <= profile.lockable
+        return profile.lockable is None or self.count.allocated + nbytes <= profile.lockable
 
     def add(self, block: Block) -> None:
         """Adds a range that is registered now."""
         self.registered = tuple(sorted((*self.registered, block), key=lambda it: it.address))
-        self.pool.take(block.nbytes)
+        self.count.take(block.nbytes)
 
     def remove(self, address: int) -> Block | None:
         """Takes out the range that begins at an address; None if there is none. Its bytes still count."""

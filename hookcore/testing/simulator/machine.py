@@ -14,19 +14,16 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-import torch
-
 from hookcore.testing.simulator.cuda_errors import CudaError, cuda_error
 from hookcore.testing.simulator.devices import Device, HostCopy, StreamState
-from hookcore.testing.simulator.errors import HOST_FIRST, KEEP_HOST_MEMORY, KEEP_LONGER, WAIT_FIRST
+from hookcore.testing.simulator.errors import HOST_FIRST, KEEP_LONGER, WAIT_FIRST
 from hookcore.testing.simulator.findings import Findings
 from hookcore.testing.simulator.host_memory import HostMemory
-from hookcore.testing.simulator.memory import Block, MemoryPool
 from hookcore.testing.simulator.ordering import Access, Clock, Operation, join
-from hookcore.units import format_bytes
 
 if TYPE_CHECKING:
     from hookcore.testing.simulator.faults import Request, Watch
+    from hookcore.testing.simulator.memory import Block
     from hookcore.testing.simulator.profiles import DeviceProfile
     from hookcore.testing.simulator.trace import Trace
 
@@ -54,7 +51,7 @@ class Machine:
 
     def __init__(self, devices: int, profile: DeviceProfile) -> None:
         self.lock = threading.RLock()
-        self.devices = [Device(i, profile, MemoryPool(profile.memory)) for i in range(devices)]
+        self.devices = [Device(i, profile) for i in range(devices)]
         self.host_clock: Clock = {}
         self.host_time = 0.0
         self.origin = 0.0
@@ -90,6 +87,10 @@ class Machine:
         if self.pending_error is not CudaError.success:
             error, self.pending_error = self.pending_error, CudaError.success
             raise cuda_error(error)
+        device = self.devices[stream.key[0]]
+        if device.profile.first_launch and name not in device.loaded:
+            device.loaded.add(name)
+            self.host_time += device.profile.first_launch
         return self.begin(stream, name)
 
     def begin(self, stream: StreamState, name: str) -> Operation:
@@ -130,12 +131,15 @@ class Machine:
 
     def finish(self, operation: Operation, stream: StreamState, engine: str, seconds: float) -> None:
         """Says which engine runs an operation, and how long it takes."""
-        engines = self.devices[stream.key[0]].engines
+        device = self.devices[stream.key[0]]
+        engines = device.engines
         start = max(stream.free_at, self.host_time, engines.get(engine, 0.0))
         if self.trace is not None:
             times = (max(stream.end, self.host_time), start, start + seconds)
             self.trace.add(operation, engine, *(time - self.origin for time in times))
         stream.free_at = stream.end = engines[engine] = start + seconds
+        if device.profile.launch_queue is not None:
+            self.host_time = max(self.host_time, stream.queue(device.profile.launch_queue))
 
     # What waits for what
 
@@ -184,90 +188,8 @@ class Machine:
 
     # Memory
 
-    def allocate(self, stream: StreamState, nbytes: int, address: int, keeper: object, made_by: str) -> Block:
-        """Gives memory of a stream's device to that stream; see `make_room`, which goes first."""
-        device = stream.key[0]
-        block = Block(device, nbytes, address, keeper, stream.key, made_by)
-        self.devices[device].memory.take(nbytes)
-        self.blocks[address] = block
-        tick = stream.clock.get(stream.key, 0)
-        if tick > self.host_clock.get(stream.key, 0):
-            # What the stream did so far may have used the same memory: others have to wait for it.
-            allocation = Operation(f"allocating it for {made_by}", stream.key, tick)
-            block.history.record(Access(0, nbytes, True, allocation), self.host_clock)
-        if self.trace is not None:
-            self._trace_memory(self.devices[device], self.trace)
-        return block
-
-    def make_room(self, device: int, nbytes: int) -> None:
-        """Sees to it that so many bytes can be allocated.
-
-        Raises:
-            torch.OutOfMemoryError: They cannot, even when all that is held has come back.
-        """
-        self.settle()
-        if nbytes:
-            self.reach("allocate")
-        memory = self.devices[device].memory
-        memory.release(self.host_time)
-        if not memory.fits(nbytes) and (held := memory.all_held()) is not None:
-            self.host_waits(*held)
-        if not memory.fits(nbytes):
-            capacity = memory.capacity or 0
-            raise torch.OutOfMemoryError(
-                f"sim:{device} is out of memory: tried to allocate {format_bytes(nbytes)} ({nbytes} B) with "
-                f"{format_bytes(memory.allocated)} ({memory.allocated} B) of {format_bytes(capacity)} "
-                f"({capacity} B) in use. simulator.snapshot() lists who has it."
-            )
-
-    def pin(self, nbytes: int, address: int, keeper: object) -> Block:
-        """Counts an allocation of page-locked host memory.
-
-        Raises:
-            torch.AcceleratorError: The system doesn't let so much be page-locked.
-        """
-        self.settle()
-        self.reach("pin")
-        if not self.host_memory.can_lock(nbytes, self.devices[0].profile):
-            raise cuda_error(CudaError.memoryAllocation)
-        block = Block(None, nbytes, address, keeper, (0, 0), "pinning")
-        self.host_memory.pool.take(nbytes)
-        self.host_memory.allocated[address] = block
-        return block
-
-    def register(self, device: int, address: int, nbytes: int) -> CudaError:
-        """Page-locks a range of host addresses where it is; see `HostMemory.registration_error`."""
-        self.settle()
-        error = self.host_memory.registration_error(address, nbytes, self.devices[device].profile)
-        if error is CudaError.success:
-            self.host_memory.add(Block(None, nbytes, address, None, (0, 0), "cudaHostRegister"))
-        return self._result(error)
-
-    def unregister(self, address: int) -> CudaError:
-        """Unlocks the range that was registered at an address.
-
-        A finalizer may call it at any moment, and the memory may be gone when it returns. So copies that are
-        under way end here, and its bytes are given back later.
-        """
-        block = self.host_memory.remove(address)
-        if block is None:
-            return self._result(CudaError.hostMemoryNotRegistered)
-        by = ("cudaHostUnregister", None, KEEP_HOST_MEMORY)
-        for access in block.history:
-            if not access.operation.is_before(self.host_clock):
-                self.findings.add("unregistered while in use", block, access, by, now=False)
-        for copy in block.copies:
-            copy.land()
-        self._freed.append(block)
-        return self._result(CudaError.success)
-
-    def _result(self, error: CudaError) -> CudaError:
-        if error is not CudaError.success:
-            self.pending_error = error
-        return error
-
     def drop(self, block: Block) -> None:
-        """Is told that nothing refers to a block any more; may be called at any moment."""
+        """Queues a block to which nothing refers any more; may be called at any moment."""
         self._freed.append(block)
 
     def settle(self) -> None:
@@ -277,7 +199,7 @@ class Machine:
             if block.device is None:
                 if self.host_memory.allocated.get(block.address) is block:
                     del self.host_memory.allocated[block.address]
-                self.host_memory.pool.give_back(block.nbytes)
+                self.host_memory.count.give_back(block.nbytes)
             else:
                 del self.blocks[block.address]
                 self._free(block, self.devices[block.device])
@@ -299,14 +221,15 @@ class Machine:
             clock: Clock = {}
             for stream in streams:
                 join(clock, stream.clock)
-            device.memory.hold(block.nbytes, until, clock)
+            device.memory.hold(block, until, clock)
         else:
-            device.memory.give_back(block.nbytes)
-        if self.trace is not None:
-            self._trace_memory(device, self.trace)
+            device.memory.give_back(block)
+        self.trace_memory(device)
 
-    def _trace_memory(self, device: Device, trace: Trace) -> None:
-        trace.note_memory(device.index, self.host_time - self.origin, device.memory.allocated)
+    def trace_memory(self, device: Device) -> None:
+        """Notes in the trace, if there is one, how much of a device's memory is in use."""
+        if self.trace is not None:
+            self.trace.note_memory(device.index, self.host_time - self.origin, device.memory.allocated)
 
     # What was found
 
@@ -338,10 +261,10 @@ class Machine:
         self.host_clock.clear()
         self.origin = self.host_time
         for device in self.devices:
-            device.memory.peak = device.memory.allocated
+            device.memory.reset_peaks()
             for stream in device.streams.values():
                 stream.clock.clear()
-        self.host_memory.pool.peak = self.host_memory.pool.allocated
+        self.host_memory.count.reset_peak()
 
 
 def _rule(earlier_writes: bool, writes: bool) -> str:

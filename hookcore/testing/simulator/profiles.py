@@ -46,6 +46,10 @@ class DeviceProfile:
             are low on memory have a limit, which may be 0.
         lock_error: What `cudaHostRegister` returns above the limit.
         pins: Whether host memory can be page-locked. Without, to pin memory gives ordinary memory.
+        caching: Whether torch's caching allocator is simulated, which rounds sizes up and keeps freed memory
+            for its stream. Otherwise sizes are exact, and freed memory is everybody's.
+        launch_queue: How many operations of a stream can wait; the host waits for room. None for any number.
+        first_launch: Seconds of the host's time that the first launch of each kernel takes, besides.
         times_only_done_events: Whether `elapsed_time` raises for an event that the device has not reached.
         source: Where the figures are published.
     """
@@ -66,6 +70,9 @@ class DeviceProfile:
     lockable: int | None = field(default=None, converter=_bytes)
     lock_error: CudaError = CudaError.memoryAllocation
     pins: bool = True
+    caching: bool = False
+    launch_queue: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
+    first_launch: float = field(default=0.0, validator=_not_negative)
     times_only_done_events: bool = False
     source: str = ""
 
@@ -93,9 +100,12 @@ CUDA = evolve(
     GENERIC,
     name="as CUDA",
     lacks=frozenset(),
+    launch_queue=1000,
+    first_launch=200e-6,
     times_only_done_events=True,
     source="round figures, with the rules that CUDA has beyond those of every device with streams",
 )
+CUDA_CACHING = evolve(CUDA, name="as CUDA, caching", caching=True)
 
 # NVIDIA states links in both directions together; half of it is one direction. PCIe 4.0 x16 gives 32 GB/s
 # and PCIe 5.0 x16 gives 64 GB/s a direction.

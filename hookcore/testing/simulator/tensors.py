@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from hookcore.testing.simulator.allocation import allocate, make_room, pin
+from hookcore.testing.simulator.memory import Block
 from hookcore.testing.simulator.state import current_stream_state, get_machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hookcore.testing.simulator.machine import Machine
-    from hookcore.testing.simulator.memory import Block
 
 _empty = torch.empty  # the original, before `install` gives it a Python wrapper
 CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -136,7 +137,7 @@ def new_on_device(host: torch.Tensor, device: int, made_by: str) -> torch.Tensor
     machine = get_machine()
     storage = host.untyped_storage()
     with machine.lock:
-        machine.make_room(device, storage.nbytes())
+        make_room(machine, current_stream_state(device), storage.nbytes())
         return _adopt(machine, host, storage, device, made_by)
 
 
@@ -147,7 +148,9 @@ def _adopt(
     if not address:  # nothing in it: there is no block to know of
         storage = torch.UntypedStorage(1)  # type: ignore[no-untyped-call]
         address = storage.data_ptr()
-    block = machine.allocate(current_stream_state(device), nbytes, address, storage, made_by)
+    stream = current_stream_state(device)
+    block = Block(device, nbytes, address, storage, stream.key, made_by)
+    allocate(machine, stream, block)
     return strided(_flat(machine, block, host.dtype), host.size(), host.stride(), host.storage_offset())
 
 
@@ -162,7 +165,7 @@ def new_pinned(like: torch.Tensor) -> torch.Tensor:
     if not storage.nbytes() or not machine.devices[0].profile.pins:
         return host
     with machine.lock, torch._C._AutoDispatchBelowAutograd():
-        block = machine.pin(storage.nbytes(), storage.data_ptr(), storage)
+        block = pin(machine, storage.nbytes(), storage.data_ptr(), storage)
         return strided(_flat(machine, block, host.dtype), host.size(), host.stride(), host.storage_offset())
 
 

@@ -45,7 +45,17 @@ class _Call:
     No method makes a closure or keeps the call: a reference cycle would delay frees and falsify peaks.
     """
 
-    __slots__ = ("_args", "_by_address", "_facts", "_kwargs", "created", "device", "on_host", "uses")
+    __slots__ = (
+        "_args",
+        "_by_address",
+        "_facts",
+        "_kwargs",
+        "created",
+        "device",
+        "has_number",
+        "on_host",
+        "uses",
+    )
 
     def __init__(self, facts: OperatorFacts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._facts = facts
@@ -56,6 +66,7 @@ class _Call:
         self.on_host: list[torch.Tensor] = []  # CPU tensors that are used, with what scalars may not be
         self.uses: list[tuple[torch.Tensor, torch.Tensor, bool, Block | None]] = []
         self.created: list[torch.Tensor] = []  # new memory, as CPU tensors
+        self.has_number = False  # for a tensor
 
     def to_cpu(self, value: Any, written: bool) -> Any:
         """The argument with CPU tensors over the memory of its simulated tensors."""
@@ -79,6 +90,8 @@ class _Call:
             return host
         if isinstance(value, (list, tuple)):
             return [self.to_cpu(item, written) for item in value]
+        if value is not None:
+            self.has_number = True
         return value
 
     def to_device(self, value: Any, position: int, device: int | None) -> Any:
@@ -150,8 +163,10 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
         for _, host, is_written, block in call.uses:
             if block is not None:
                 machine.touch(operation, stream, block, extent(host), writes=is_written)
+    # torch turned a number into a tensor, and that into a number again, which another overload takes.
+    run: Any = operator.overloadpacket if call.has_number and not facts.takes_numbers else operator
     try:
-        out = operator(*host_args, **host_kwargs)
+        out = run(*host_args, **host_kwargs)
     except NotImplementedError as error:  # an operator that torch calls on other devices only
         raise UnsupportedOperationError(
             f"the simulated device runs operators by the CPU's kernels, and for {facts.name} there is none"

@@ -50,6 +50,7 @@ class OperatorFacts:
         is_indexing: Whether indices and masks may lie on the CPU.
         is_uninitialised: Whether it makes tensors without values.
         has_result_on_host: Whether the host has to know values to go on, and so waits for the stream.
+        takes_numbers: Whether it can be called with a number for a tensor.
         flops: Counts its operations, from its arguments and its first result; None for few.
     """
 
@@ -63,6 +64,7 @@ class OperatorFacts:
     is_indexing: bool
     is_uninitialised: bool
     has_result_on_host: bool
+    takes_numbers: bool
     flops: FlopCount | None
 
 
@@ -84,6 +86,7 @@ def facts_of(operator: OpOverload) -> OperatorFacts:
         is_indexing=is_indexing,
         is_uninitialised=schema.name.startswith(_UNINITIALISED),
         has_result_on_host=not is_indexing and not value_dependent.isdisjoint(operator.tags),
+        takes_numbers=torch._C._should_allow_numbers_as_tensors(schema.name.partition("::")[2]),
         flops=_FLOPS.get(schema.name),
     )
 

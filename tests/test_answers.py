@@ -68,14 +68,6 @@ class Failing(Hook):
     def post_forward(self, module, output):
         self.meet("post_forward")
 
-    def around_forward(self, module, call, /, *args, **kwargs):
-        self.meet("around_forward before")
-        if self.fails == "around_forward alone":
-            return self.meet("around_forward alone")
-        output = call(*args, **kwargs)
-        self.meet("around_forward after")
-        return output
-
     def attach(self, module):
         self.meet("attach")
 
@@ -107,11 +99,16 @@ class Failing(Hook):
         self.meet("run_report")
 
 
-class Sound(Failing):
-    """Does what the other does, and never fails."""
+class FailingAround(Failing):
+    """Likewise, standing around the call, too."""
 
-    def __init__(self):
-        super().__init__(None)
+    def around_forward(self, module, call, /, *args, **kwargs):
+        self.meet("around_forward before")
+        if self.fails == "around_forward alone":
+            return self.meet("around_forward alone")
+        output = call(*args, **kwargs)
+        self.meet("around_forward after")
+        return output
 
 
 @frozen
@@ -121,6 +118,7 @@ class Fails(Technique):
 
     method: str
     at: str = "0"
+    around: bool = True
 
     def skip_unless_named(self, component):
         Failing(self.method).meet("skip_unless_named")
@@ -131,12 +129,13 @@ class Fails(Technique):
 
     def _bindings(self):
         Failing(self.method).meet("a generator")
-        yield Binding(self.at, Failing(self.method))
+        yield Binding(self.at, (FailingAround if self.around else Failing)(self.method))
 
 
-def beside(name):
+def beside(name, around):
     """Another technique on the same modules, of another plugin, that never fails."""
-    return toy(name, lambda on: [Binding(fqn, Sound()) for fqn in on.modules])
+    kind = FailingAround if around else Failing
+    return toy(name, lambda on: [Binding(fqn, kind(None)) for fqn in on.modules])
 
 
 def notes_of(error):
@@ -154,11 +153,22 @@ def run_through(model, techniques):
 
 
 @pytest.mark.parametrize("method", [*AT_CALLS, *BESIDE])
-@given(outside=st.booleans(), inside=st.booleans(), at=st.sampled_from(["", "0"]))
-def test_an_error_says_whose_method_raised_it_and_where(method, outside, inside, at):
+@given(
+    outside=st.lists(st.booleans(), max_size=2),
+    inside=st.lists(st.booleans(), max_size=2),
+    at=st.sampled_from(["", "0"]),
+    around=st.booleans(),
+)
+def test_an_error_says_whose_method_raised_it_and_where(method, outside, inside, at, around):
+    around |= method.startswith("around")
+    kind = "FailingAround" if around else "Failing"
     label = f"net.{at}".rstrip(".")
-    where = f"Failing.{method.split()[0]}() of fails at {label!r}"
-    techniques = [*[beside("outside")] * outside, Fails(method, at), *[beside("inside")] * inside]
+    where = f"{kind}.{method.split()[0]}() of fails at {label!r}"
+    techniques = [
+        *(beside(f"outside_{number}", it) for number, it in enumerate(outside)),
+        Fails(method, at, around),
+        *(beside(f"inside_{number}", it) for number, it in enumerate(inside)),
+    ]
     if method in ("bind", "a generator", "skip_unless_named"):
         where = f"{'bind' if method == 'a generator' else method}() of fails at 'net'"
     with pytest.raises(BoomError) as caught:
@@ -190,7 +200,9 @@ def test_nobody_is_blamed_for_an_error_of_the_model(count, deep, wrapped, at):
     if wrapped:  # as libraries do
         model[0].forward = functools.wraps(model[0].forward)(lambda x, call=model[0].forward: call(x))
     for number in range(count):
-        hookcore.apply(model, [toy(f"sound_{number}", lambda _: [Binding(fqn, Sound()) for fqn in at])])
+        hookcore.apply(
+            model, [toy(f"sound_{number}", lambda _: [Binding(fqn, FailingAround(None)) for fqn in at])]
+        )
     with pytest.raises(BoomError) as caught:
         model(torch.ones(1))
     assert notes_of(caught.value) == []

@@ -43,6 +43,8 @@ def planned_itemsize(tensor: torch.Tensor) -> int:
 
 def planned_nbytes(slots: Iterable[TensorSlot]) -> int:
     """Bytes that parameters and buffers will take together."""
+    if not _PLANNED.get({}):
+        return sum(slot.nbytes for slot in slots)
     return sum(
         slot.nbytes * planned_itemsize(slot.tensors[0]) // slot.tensors[0].element_size() for slot in slots
     )

@@ -46,6 +46,8 @@ class TensorSlot:
     @property
     def nbytes(self) -> int:
         """Bytes of the memory behind it, counted once."""
+        if len(self.tensors) == 1:  # nearly all are, and its address need not be asked for
+            return _extent(self.tensors[0])
         spans = [byte_span(tensor) for tensor in self.tensors]
         return max(stop for _, stop in spans) - min(start for start, _ in spans)
 

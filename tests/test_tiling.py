@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -21,10 +20,13 @@ from hookcore import ConflictError, PlanError
 from hookcore.testing.cases import tensors_in
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins import ChannelsLast, Compile, GroupOffload, LayerwiseCasting, Slicing, Tiling
-from hookcore_plugins.tiling.grid import Canvas, Grid, cut, ramps
+from hookcore_plugins.tiling.blend import Canvas, Mosaic, ramps
+from hookcore_plugins.tiling.discovery import find_parts
+from hookcore_plugins.tiling.example_calls import example_calls
+from hookcore_plugins.tiling.grid import Grid, cut
 from hookcore_plugins.tiling.norm_statistics import Recorded, Replayed, averaged
 from hookcore_plugins.tiling.samples import samples
-from hookcore_plugins.tiling.stage_trace import Course
+from hookcore_plugins.tiling.stage_trace import trace_stages, with_reach
 
 FAST = settings(deadline=None, max_examples=60)
 
@@ -80,14 +82,16 @@ def test_weights_add_up_to_one_everywhere(axis, scale, share):
 @given(axes(), axes(), st.integers(1, 3), st.integers(0, 99))
 def test_an_image_cut_and_put_together_is_the_image(down, across, scale, seed):
     down, across = ((min(cells, 40), tile, overlap) for cells, tile, overlap in (down, across))
-    grid = Grid(cut(*down), cut(*across))
+    grid = Grid(cut(*down), cut(*across), (down[0], across[0]))
     image = torch.randn(
         1, 2, down[0] * scale, across[0] * scale, generator=torch.Generator().manual_seed(seed)
     )
-    canvas = Canvas(grid, scale, 1.0, None)
+    canvas, mosaic = Canvas(grid, scale, 1.0, None), Mosaic(grid, scale, None)
     for tile in grid.tiles:
-        canvas.add(tile, tile.of(image, Fraction(scale)))
+        canvas.add(tile, grid.crop(image, tile))
+        mosaic.add(tile, grid.crop(image, tile))
     torch.testing.assert_close(canvas.whole, image)
+    assert torch.equal(mosaic.whole, image)
 
 
 # Statistics
@@ -439,10 +443,10 @@ def test_gradients_flow_through_tiles():
 
 def test_cores_cover_every_pixel_once():
     for axis in ((37, 10, 3), (64, 24, 11), (9, 9, 2), (50, 7, 0)):
-        grid = Grid(cut(*axis), cut(*axis))
+        grid = Grid(cut(*axis), cut(*axis), (axis[0], axis[0]))
         count = torch.zeros(1, 1, 2 * axis[0], 2 * axis[0])
         for tile in grid.tiles:
-            grid.in_core(tile, tile.of(count, Fraction(2))).add_(1)
+            grid.crop(grid.crop(count, tile), grid.core(tile), of=tile).add_(1)
         assert (count == 1).all()
 
 
@@ -457,7 +461,7 @@ def test_cores_cover_every_pixel_once():
 )
 def test_samples_are_no_larger_than_a_tile_and_alike_to_the_whole(**drawn):
     height, width, tile, pixels, method, seed = drawn.values()
-    grid = Grid(cut(height, tile, 2), cut(width, tile, 2))
+    grid = Grid(cut(height, tile, 2), cut(width, tile, 2), (height, width))
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(2, 3, height * pixels, width * pixels, generator=generator) * 2 + 1
     found = list(samples((height, width), grid, method))
@@ -492,14 +496,24 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("extra", ["", "in place", "between", "around"])
 def test_only_blocks_that_hand_one_image_on_are_taken_apart(extra):
-    block, course, x = Block(extra), Course(size=(4, 2)), torch.randn(1, 2, 4, 2)
-    for number, module in enumerate((block, *block.layers)):
-        module.register_forward_pre_hook(lambda _, args: course.entered(args[0]))
-        module.register_forward_hook(lambda it, _, output, number=number: course.left(number, it, output))
-    with torch.no_grad():
-        course.returned(block(x))
-    assert course.chain() == ([1, 2] if not extra else [0])
-    assert course.reach[0] == 2
+    model = PointwiseAutoencoder(4)
+    model.decoder = nn.Sequential(nn.Conv2d(4, 2, 1), Block(extra), nn.Conv2d(2, 3, 1))
+    trace, stages = traced(model, "decode", exact=True)
+    assert [stages[it] for it in trace.chain()] == [
+        "decoder.0",
+        *(["decoder.1.layers.0", "decoder.1.layers.1"] if not extra else ["decoder.1"]),
+        "decoder.2",
+    ]
+    assert trace.reach[trace.chain()[1]] == (1 if not extra else 2)
+
+
+def traced(model, method, *, exact):
+    """What a stage trace finds, and the names of the stages."""
+    (component,) = hookcore.status(model).components
+    (parts,) = (it for it in find_parts(component) if it.method == method)
+    call = next(example_calls(model, parts))
+    trace = trace_stages(model, parts, call)
+    return (with_reach(trace, model, parts, call, trace.chain()) if exact else trace), parts.stages
 
 
 # Other autoencoders
@@ -580,13 +594,33 @@ def test_what_cannot_be_tiled_is_refused_with_the_reason(model, reason):
     assert Tiling().skip_unless_named(component)
 
 
-def test_what_turns_out_not_to_be_local_is_told_at_the_call():
-    model = ToOneSize()
-    with (
-        hookcore.apply(model, [Tiling(32)]),
-        pytest.raises(PlanError, match=r"encode\(\) of .* cannot be tiled"),
-    ):
-        model.encode(torch.randn(1, 3, 80, 80))
+class LatentsOfOneSize(PointwiseAutoencoder):
+    def __init__(self):
+        super().__init__(4)
+        self.decoder.append(nn.AdaptiveAvgPool2d(5))
+
+
+class OnlyByItsOwnTiles(PointwiseAutoencoder):
+    def decode(self, z):
+        raise NotImplementedError("Decoding without tiling has not been implemented yet.")
+
+
+@pytest.mark.parametrize("context", ["tile", "global", "exact"])
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (ToOneSize(), r"what its encode\(\) puts out is not in proportion to the image"),
+        (LatentsOfOneSize(), r"what its decode\(\) puts out is not in proportion to the image"),
+        (OnlyByItsOwnTiles(4), r"its decode\(\) fails .* NotImplementedError: Decoding without tiling"),
+    ],
+    ids=lambda it: type(it).__name__,
+)
+def test_what_is_not_local_is_refused_when_it_is_planned(model, reason, context):
+    """Not at `decode`, when the denoising is done."""
+    before = ModelSnapshot.take(model)
+    with pytest.raises(PlanError, match=reason):
+        hookcore.apply(model, [Tiling(32, context=context)])
+    before.assert_restored(model)
 
 
 def test_the_peers_tiling_is_refused():

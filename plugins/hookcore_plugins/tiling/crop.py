@@ -1,4 +1,4 @@
-"""A call with an image among its arguments, made with parts of it, and the one tensor that it returns."""
+"""A call with an image among its arguments, repeated with parts of the image."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 from torch import Tensor
 
+from hookcore_plugins.tiling.grid import Grid, cut
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
-    from hookcore_plugins.tiling.grid import Span, Tile
+    from hookcore_plugins.tiling.grid import Size, Tile
     from hookcore_plugins.tiling.samples import Sample
-
-    Size = tuple[int, int]
 
 
 def image_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -26,18 +26,47 @@ def image_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return next((value for value in values if isinstance(value, Tensor) and value.ndim >= 4), None)
 
 
+def size_of(image: Tensor) -> Size:
+    """Height and width of an image `(..., height, width)`."""
+    height, width = image.shape[-2:]
+    return height, width
+
+
+def with_images(
+    args: tuple[Any, ...], kwargs: dict[str, Any], changed: Callable[[Tensor, Fraction], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Replaces every argument that has the image's proportions.
+
+    That is the image, the same once more in another resolution, or a mask as large as the output.
+
+    Args:
+        args: The arguments.
+        kwargs: Likewise.
+        changed: Given such a tensor, and how many times as large as the image it is, what replaces it.
+    """
+    image = image_in(args, kwargs)
+
+    def replaced(value: Any) -> Any:
+        if image is not None and isinstance(value, Tensor) and value.ndim >= 4:
+            down, across = (
+                Fraction(*it) for it in zip(value.shape[-2:], image.shape[-2:], strict=True) if it[1]
+            )
+            if down == across > 0:
+                return changed(value, down)
+        return value
+
+    return tuple(map(replaced, args)), {name: replaced(value) for name, value in kwargs.items()}
+
+
 @frozen
 class ImageCall:
-    """A call of which parts can be computed.
-
-    Every tensor is cut alike that has the image's proportions: the latents once more, or a mask as large as
-    the output that a decoder is given with them.
+    """A call that can be made with parts of its image.
 
     Attributes:
         call: What is called.
         args: Its arguments.
         kwargs: Likewise.
-        size: Height and width of the image.
+        size: Height and width of the image in pixels.
         scale: How many times as large the output is.
     """
 
@@ -56,63 +85,41 @@ class ImageCall:
 
     @property
     def cells(self) -> Size:
-        """The image's size in cells."""
+        """Height and width of the image in cells."""
         height, width = (max(1, it // self.scale.denominator) for it in self.size)
         return height, width
 
+    def grid(self, tile: Size, overlap: Size) -> Grid:
+        """Tiles of the image.
+
+        Args:
+            tile: Maximal height and width of a tile in cells.
+            overlap: Minimal height and width that neighbours share, in cells.
+        """
+        rows, columns = (cut(*it) for it in zip(self.cells, tile, overlap, strict=True))
+        return Grid(rows, columns, self.size, self.scale.denominator)
+
     def whole(self) -> Any:
-        """Calls with everything."""
+        """Calls with the whole image."""
         return self.call(*self.args, **self.kwargs)
 
-    def tile(self, tile: Tile) -> Any:
+    def tile(self, grid: Grid, tile: Tile) -> Any:
         """Calls with one tile."""
-        cell, cells = self.scale.denominator, self.cells
+        args, kwargs = with_images(self.args, self.kwargs, lambda tensor, _: grid.crop(tensor, tile))
+        return self.call(*args, **kwargs)
 
-        def crop(tensor: Tensor, times: Fraction) -> Tensor:
-            rows, columns = (
-                _pixels(span, cell * times, count, length)
-                for span, count, length in zip(
-                    (tile.rows, tile.columns), cells, tensor.shape[-2:], strict=True
-                )
-            )
-            return tensor[..., rows, columns]
-
-        return self._on(crop)
-
-    def tile_size(self, tile: Tile) -> Size:
-        """Height and width of what a tile has of the image."""
-        spans = zip((tile.rows, tile.columns), self.cells, self.size, strict=True)
-        rows, columns = (_pixels(span, self.scale.denominator, *rest) for span, *rest in spans)
-        return rows.stop - rows.start, columns.stop - columns.start
+    def sample(self, sample: Sample) -> Any:
+        """Calls with a sample of the image."""
+        args, kwargs = with_images(self.args, self.kwargs, lambda tensor, _: sample.of(tensor))
+        return self.call(*args, **kwargs)
 
     def sample_size(self, sample: Sample) -> Size:
-        """Height and width of a sample of the image."""
+        """Height and width of a sample in pixels."""
         height, width = (
             length // cells * chosen
             for length, cells, chosen in zip(self.size, self.cells, sample.cells, strict=True)
         )
         return height, width
-
-    def sample(self, sample: Sample) -> Any:
-        """Calls with a sample of the image."""
-        return self._on(lambda tensor, _times: sample.of(tensor))
-
-    def _on(self, part: Callable[[Tensor, Fraction], Tensor]) -> Any:
-        def chosen(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim >= 4:
-                down, across = (
-                    Fraction(it, other) for it, other in zip(value.shape[-2:], self.size, strict=True)
-                )
-                if down == across > 0:
-                    return part(value, down)
-            return value
-
-        return self.call(*map(chosen, self.args), **{name: chosen(it) for name, it in self.kwargs.items()})
-
-
-def _pixels(span: Span, cell: Any, cells: int, length: int) -> slice:
-    """The pixels of a span; the last cell has what is left over."""
-    return slice(int(span.start * cell), length if span.stop == cells else int(span.stop * cell))
 
 
 def tensor_of(output: Any) -> Tensor | None:
@@ -124,7 +131,7 @@ def tensor_of(output: Any) -> Tensor | None:
 
 
 def with_tensor(output: Any, tensor: Tensor) -> Any:
-    """The same with another tensor in it."""
+    """A copy of what a call returns with another tensor in it."""
     if isinstance(output, Tensor):
         return tensor
     if isinstance(output, tuple) and len(output) == 1:

@@ -18,7 +18,7 @@ CLEAR = "_clear_conv_cache"
 CODING = {"encode": "encoder", "decode": "decoder"}
 """The methods that are tiled, each with the name of the module that does the work."""
 
-_SPATIAL = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+SPATIAL = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POSITIONS = ("pos_embed", "position_embedding", "positional_embedding")
 
 
@@ -49,7 +49,7 @@ def why_not(component: Component) -> str | None:
         spine = getattr(module, name, None)
         if not isinstance(spine, nn.Module):
             return f"its {method}() does not go through a module {name!r}, so that tiles of it say nothing"
-        if not any(isinstance(part, _SPATIAL) for part in spine.modules()):
+        if not any(isinstance(part, SPATIAL) for part in spine.modules()):
             return f"its {name} has no convolution over height and width that could be cut into tiles"
         for tensor, _ in (*spine.named_parameters(), *spine.named_buffers()):
             if any(word in tensor for word in _POSITIONS):

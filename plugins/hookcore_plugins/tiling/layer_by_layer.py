@@ -1,32 +1,31 @@
 """A pass stage by stage, each for all tiles before the next, so that every stage has what is exact.
 
 What a stage puts out for the whole image is kept aside, where there is more memory than where the model
-computes. From there each tile of the next stage takes its own part with as much around it as the stage's
-convolutions look at. Group norms inside of a stage are measured one after the other, over all tiles, and the
-stage is computed once more up to each of them.
+computes. From there each tile of the next stage takes its own part and as much around it as the stage looks
+at. Group norms inside of a stage are measured one after the other, over all tiles, and the stage is computed
+once more up to each of them.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from hookcore_plugins.tiling.grid import Grid, Mosaic, cut
+from hookcore_plugins.tiling.blend import Mosaic
 from hookcore_plugins.tiling.norm_statistics import Measured, Measuring, averaged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Sequence
 
     import torch
     from torch import Tensor
 
-    from hookcore_plugins.tiling.crop import ImageCall, Size
-    from hookcore_plugins.tiling.grid import Tile
+    from hookcore_plugins.tiling.crop import ImageCall
+    from hookcore_plugins.tiling.grid import Grid, Size, Tile
     from hookcore_plugins.tiling.norm_statistics import Moments
-    from hookcore_plugins.tiling.stage_trace import Course
 
 
 @frozen
@@ -34,76 +33,63 @@ class Features:
     """What stages have put out for a whole image.
 
     Attributes:
-        stages: Those, in order; none: what goes in.
+        stages: Those stages, in order; none: the image itself.
         tensors: What the last of them put out, at each call of the spine.
-        scale: Pixels of a cell.
-        cells: The image's size in cells.
     """
 
-    stages: tuple[int, ...]
-    tensors: tuple[Tensor, ...]
-    scale: int
-    cells: Size
+    stages: tuple[int, ...] = ()
+    tensors: tuple[Tensor, ...] = ()
 
-    def of(self, tile: Tile, device: torch.device) -> list[Tensor]:
-        """A tile's part of them, on a device; the image's last cells have what is left over."""
-        rows, columns = (
-            slice(span.start * self.scale, None if span.stop == cells else span.stop * self.scale)
-            for span, cells in zip((tile.rows, tile.columns), self.cells, strict=True)
-        )
-        return [tensor[..., rows, columns].to(device) for tensor in self.tensors]
+    def crop(self, grid: Grid, tile: Tile, device: torch.device) -> list[Tensor]:
+        """A tile's part of them, on a device."""
+        return [grid.crop(tensor, tile).to(device) for tensor in self.tensors]
 
 
-def step(
-    before: Features,
-    stages: tuple[int, ...],
-    *,
+def compute_by_tiles(
     whole: ImageCall,
-    course: Course,
+    on_tile: Callable[[Grid, Tile], Sequence[Tensor]],
+    *,
+    reach: float,
     tile: Size,
-    device: torch.device,
-    between: Callable[[Features, Tile, int | None], AbstractContextManager[list[Tensor]]],
+    scale: int,
+    device: torch.device | None,
     forget: Callable[[], object] | None,
-) -> Features:
-    """Computes one stage for the whole image, or several at once that the image cannot be cut between.
+) -> tuple[Tensor, ...]:
+    """Computes something for the whole image, tile by tile, to the same result as at once.
 
     Args:
-        before: What the stages before it have put out.
-        stages: Which they are.
         whole: The call.
-        course: What a pass does.
-        tile: The largest tile, in cells.
-        device: Where what comes out is put together.
-        between: Has a pass with one tile begin after the stages before, and end after some other.
-        forget: Has the model forget earlier frames, where it keeps them itself.
+        on_tile: Computes a tile; what is returned has the same number of tensors each time.
+        reach: How many cells away is looked at. Where a tile is less than three times as large, larger ones
+            are computed.
+        tile: Height and width of a tile in cells.
+        scale: Pixels of what comes out for a cell.
+        device: Where what comes out is put together; None: where tiles are computed.
+        forget: Lets the model forget earlier frames, where it keeps them itself.
 
     Returns:
-        What the last of them puts out.
+        The tensors for the whole image.
     """
-    scale = int(course.scale(stages[-1]) * whole.scale.denominator)
-    halo = -(-sum(course.reach[it] for it in stages) // min(before.scale, scale))
-    grid = Grid(
-        *(
-            cut(cells, most, min(2 * halo, 2 * most // 3))
-            for cells, most in zip(whole.cells, tile, strict=True)
-        )
-    )
+    halo = math.ceil(reach)
+    height, width = (max(it, 3 * halo) for it in tile)
+    grid = whole.grid((height, width), (2 * halo, 2 * halo))
     found: list[Moments] = []
     while True:
         parts: list[tuple[Moments, int]] = []  # not the exceptions, which hold a tile's activations
-        mosaics = [Mosaic(grid, scale, device) for _ in range(course.calls)]
+        mosaics: list[Mosaic] = []
         for it in grid.tiles:
             try:
-                with Measuring(found, partial(grid.in_core, it)), between(before, it, stages[-1]) as kept:
-                    whole.tile(it)
+                with Measuring(found, partial(grid.crop, part=grid.core(it), of=it)):
+                    tensors = on_tile(grid, it)
             except Measured as part:
                 parts.append((part.moments, part.pixels))
                 if forget is not None:
                     forget()
             else:
-                for mosaic, pixels in zip(mosaics, kept, strict=True):
+                mosaics = mosaics or [Mosaic(grid, scale, device) for _ in tensors]
+                for mosaic, pixels in zip(mosaics, tensors, strict=True):
                     mosaic.add(it, pixels)
+                del tensors
         if not parts:
-            tensors = tuple(mosaic.whole for mosaic in mosaics if mosaic.whole is not None)
-            return Features((*before.stages, *stages), tensors, scale, whole.cells)
+            return tuple(mosaic.whole for mosaic in mosaics if mosaic.whole is not None)
         found.append(averaged(*zip(*parts, strict=True)))

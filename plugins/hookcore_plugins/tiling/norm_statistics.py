@@ -9,8 +9,6 @@ import torch
 from torch.nn import functional as F  # noqa: N812 -- the name that all of torch's users know
 from torch.overrides import TorchFunctionMode
 
-from hookcore_plugins.tiling.attention_masks import Mask
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -30,13 +28,11 @@ class Recorded(TorchFunctionMode):
 
     Attributes:
         moments: The statistics, in the order of the calls.
-        mask: Numbers in the largest mask that attention was given, unless it is made a few rows at a time.
     """
 
     def __init__(self, core: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.moments: list[Moments] = []
-        self.mask = 0
         self._core = core
 
     def __torch_function__(
@@ -47,10 +43,6 @@ class Recorded(TorchFunctionMode):
             x, groups, *_ = given
             self.moments.append(_moments(x if self._core is None else self._core(x), groups))
             return _normalised(self.moments[-1], *given)
-        if func is F.scaled_dot_product_attention:
-            mask = (kwargs or {}).get("attn_mask", args[3] if len(args) > 3 else None)
-            if mask is not None and not isinstance(mask, Mask):
-                self.mask = max(self.mask, mask.shape[-2:].numel())
         return func(*args, **(kwargs or {}))
 
 

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from hookcore_plugins.tiling.crop import Size
-    from hookcore_plugins.tiling.grid import Grid
+    from hookcore_plugins.tiling.grid import Grid, Size
 
 _BANDS = 3
 """Along each axis. More of them are more alike to the whole; fewer have fewer seams, which it has not."""

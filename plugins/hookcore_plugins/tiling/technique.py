@@ -8,7 +8,7 @@ from attrs import field, frozen
 
 from hookcore import Binding, Claim, Hook, Phase, Resource, Technique, parse_device
 from hookcore_plugins.tiling.discovery import find_parts, why_not
-from hookcore_plugins.tiling.partial_forward import Passes, SpineHook, StageHook
+from hookcore_plugins.tiling.partial_forward import PartialForward, SpineHook, StageHook
 from hookcore_plugins.tiling.tiler import Tiler
 
 if TYPE_CHECKING:
@@ -97,14 +97,14 @@ class Tiling(Technique):
             PlanError: The component cannot be tiled.
         """
         for parts in find_parts(component):
-            passes = Passes()
-            tiler = Tiler(self, component.label(parts.spine), parts.method, component.module, passes)
+            shared = PartialForward()
+            tiler = Tiler(self, component.label(""), parts, component.module, shared)
             fqn, entry = parts.point
             yield Binding(fqn, _TilingHook(tiler), entry, [Claim(Resource.SPATIAL_SPLIT)])
             if self.context != "tile":
-                yield Binding(parts.spine, SpineHook(passes))
+                yield Binding(parts.spine, SpineHook(shared))
                 for number, stage in enumerate(parts.stages):
-                    yield Binding(stage, StageHook(passes, number))
+                    yield Binding(stage, StageHook(shared, number))
 
 
 def _check_pair(name: str, value: object, *, at_least: int) -> None:
@@ -128,7 +128,3 @@ class _TilingHook(Hook):
     ) -> Any:
         """Returns the output for the whole image."""
         return self._tiler.run(call, args, kwargs)
-
-    def reset(self, module: nn.Module) -> None:
-        """Forgets what the model was seen to do."""
-        self._tiler.reset()

@@ -1,25 +1,34 @@
-"""In which order the passes of a tiled call run, and what each is given."""
+"""One method of an autoencoder, computed tile by tile: the order of its passes, and what each is given."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from fractions import Fraction
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import frozen
+from torch.utils._pytree import tree_map_only
 
 from hookcore import PlanError
 from hookcore_plugins.tiling.attention_masks import Deferring
-from hookcore_plugins.tiling.crop import ImageCall, image_in, tensor_of, with_tensor
+from hookcore_plugins.tiling.blend import Canvas
+from hookcore_plugins.tiling.crop import ImageCall, image_in, size_of, tensor_of, with_images, with_tensor
 from hookcore_plugins.tiling.discovery import CLEAR, check_not_tiling
-from hookcore_plugins.tiling.grid import Canvas, Grid, cut
-from hookcore_plugins.tiling.layer_by_layer import Features, step
-from hookcore_plugins.tiling.norm_statistics import Measured, Measuring, Recorded, Replayed, averaged
+from hookcore_plugins.tiling.example_calls import example_calls
+from hookcore_plugins.tiling.layer_by_layer import Features, compute_by_tiles
+from hookcore_plugins.tiling.norm_statistics import Recorded, Replayed, averaged
 from hookcore_plugins.tiling.samples import samples
-from hookcore_plugins.tiling.split_point import Cut, choose_cut
+from hookcore_plugins.tiling.split_point import SplitPoint, choose_split_point, stages_in_tiles
+from hookcore_plugins.tiling.stage_trace import (
+    END,
+    NotTileableError,
+    StageTrace,
+    shapes_of,
+    trace_stages,
+    with_reach,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,15 +36,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from hookcore_plugins.tiling.crop import Size
-    from hookcore_plugins.tiling.grid import Tile
+    from hookcore_plugins.tiling.discovery import Parts
+    from hookcore_plugins.tiling.grid import Grid, Size, Tile
     from hookcore_plugins.tiling.norm_statistics import Moments
-    from hookcore_plugins.tiling.partial_forward import Passes
+    from hookcore_plugins.tiling.partial_forward import PartialForward
+    from hookcore_plugins.tiling.pass_record import Shape
     from hookcore_plugins.tiling.samples import Sample
-    from hookcore_plugins.tiling.stage_trace import Course
+    from hookcore_plugins.tiling.stage_trace import PointCall
     from hookcore_plugins.tiling.technique import Tiling
 
-_PROBE = {"encode": (128, 64), "decode": (16, 8)}  # pixels, latents; no square, to tell height from width
 _TILE = 512
 
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -46,296 +55,322 @@ _BLENDED = {"tile": 1.0, "global": 0.5, "exact": 0.5}
 for what lies behind their borders, they have come closest in its middle."""
 
 
-@frozen
-class _Learned:
-    """What a pass through the model with a small part of an image has shown.
-
-    Attributes:
-        scale: How many times as large the output is.
-        course: What the stages did.
-        norms: How many group norms there are.
-    """
-
-    scale: Fraction
-    course: Course
-    norms: int
-
-
 class Tiler:
     """Computes one method of an autoencoder tile by tile.
 
     Args:
         options: The technique.
         label: The module's name, for messages.
-        method: "encode" or "decode".
+        parts: What of the autoencoder is hooked.
         module: The autoencoder.
-        passes: What the hooks on the stages share.
+        partial_forward: What the hooks on the stages share.
+
+    Raises:
+        PlanError: The method cannot be tiled.
     """
 
-    def __init__(self, options: Tiling, label: str, method: str, module: nn.Module, passes: Passes) -> None:
+    def __init__(
+        self,
+        options: Tiling,
+        label: str,
+        parts: Parts,
+        module: nn.Module,
+        partial_forward: PartialForward,
+    ) -> None:
         self._options = options
         self._module = module
         self._label = label
-        self._method = method
-        self._passes = passes
+        self._parts = parts
+        self._partial = partial_forward
+        self._is_encoder = parts.method == "encode"
         self._tile_size = options.tile_size or _trained_size(module)
         self._forget_frames = getattr(module, CLEAR, None)
         self._aside = options.offload_device or torch.device("cpu")
         self._blended = _BLENDED[options.context]
-        self._learned: dict[Any, _Learned] = {}
-
-    def reset(self) -> None:
-        """Forgets what the model was seen to do."""
-        self._learned.clear()
+        trace = self._example()
+        self._traces: dict[tuple[Shape, ...], StageTrace] = {trace.arguments: trace}
 
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls with one tile after the other.
 
         Raises:
-            PlanError: The output of a tile is not what a spatially local model puts out, or the model has
-                begun to tile by itself.
+            PlanError: With these arguments the method cannot be tiled, or the model has begun to tile by
+                itself.
         """
         image = image_in(args, kwargs)
         if image is None or self._is_small(image):
             return call(*args, **kwargs)
         check_not_tiling(self._module, self._label)
-        learned = self._learn(call, args, kwargs, image)
-        whole = ImageCall(call, args, kwargs, _size_of(image), learned.scale)
+        trace = self._trace(args, kwargs)
+        whole = ImageCall(call, args, kwargs, size_of(image), trace.scale)
         grid = self._grid(whole)
         if len(grid.tiles) == 1:
             return whole.whole()
         if self._options.context == "tile":
-            return self._by_tiles(whole, grid, whole.tile)
+            return self._blend(whole, grid, lambda tile: whole.tile(grid, tile))
         with _uncompiled():
-            return self._encode(whole, learned) if self._method == "encode" else self._decode(whole, learned)
+            return self._encode(whole, trace) if self._is_encoder else self._decode(whole, trace)
 
     # Passes
 
-    def _decode(self, whole: ImageCall, learned: _Learned) -> Any:
+    def _decode(self, whole: ImageCall, trace: StageTrace) -> Any:
         """Begins with the whole image, and goes on tile by tile where that would take more memory."""
-        grid, taken = self._planned(whole, learned, from_the_end=False)
-        features = _nothing(whole)
-        if taken is not None:
-            features = self._together(whole, learned, taken)
+        grid, point = self._split(whole, trace)
+        features = Features() if point is None else self._begin_whole(whole, trace, point)
         if self._options.context == "exact":
-            features = self._stepped(whole, learned, features, learned.course.chain()[:-1])
-        return self._ended(whole, learned, grid, features)
+            features = self._layer_by_layer(whole, trace, features, trace.chain()[:-1])
+            return self._end_exactly(whole, trace, features)
+        return self._end_by_tiles(whole, trace, grid, features)
 
-    def _encode(self, whole: ImageCall, learned: _Learned) -> Any:
+    def _encode(self, whole: ImageCall, trace: StageTrace) -> Any:
         """Begins tile by tile, and goes on with the whole image where that takes little memory."""
-        grid, taken = self._planned(whole, learned, from_the_end=True)
-        features = _nothing(whole)
+        grid, point = self._split(whole, trace)
         if self._options.context == "exact":
-            stages = learned.course.chain()[:-1] if taken is None else taken.stages
-            features = self._stepped(whole, learned, features, stages)
-        elif taken is not None:
-            features = self._begun(whole, learned, grid, taken)
-        if taken is None and self._options.context == "global":
+            stages = trace.chain()[:-1] if point is None else point.stages
+            features = self._layer_by_layer(whole, trace, Features(), stages)
+            if point is None:
+                return self._end_exactly(whole, trace, features)
+        elif point is None:
             # Statistics estimated for every stage are worse than a tile's own (HunyuanVideo: 1.6 times).
-            return self._by_tiles(whole, grid, whole.tile)
-        if taken is None:
-            return self._ended(whole, learned, grid, features)
-        device = whole.device
-        together = [it.to(device) for it in features.tensors]
+            return self._blend(whole, grid, lambda tile: whole.tile(grid, tile))
+        else:
+            features = self._begin_by_tiles(whole, trace, grid, point)
+        together = [it.to(whole.device) for it in features.tensors]
         stages = features.stages
         del features
-        with Deferring(), self._passes.between(stages, together, None, learned.course, whole.size):
+        with Deferring(), self._partial.between(stages, together, None, trace, whole.size):
             return whole.whole()
 
-    def _together(self, whole: ImageCall, learned: _Learned, taken: Cut) -> Features:
-        """What the stages before a cut put out for the whole image.
+    def _begin_whole(self, whole: ImageCall, trace: StageTrace, point: SplitPoint) -> Features:
+        """What the stages before a point put out for the whole image.
 
         Each is a pass of its own: blocks hold on to what they were given as long as they compute.
         """
         given: list[Tensor] = []
         done = 0
-        for number, stage in enumerate(taken.stages, 1):
-            if not learned.course.can_be_cut(stage):
+        for number, stage in enumerate(point.stages, 1):
+            if not trace.can_be_cut(stage):
                 continue
-            between = self._passes.between(taken.stages[:done], given, stage, learned.course, whole.size)
-            with Deferring(), between as kept:
+            between = self._partial.between(point.stages[:done], given, stage, trace, whole.size)
+            with Deferring(), between as outputs:
                 whole.whole()
-            given, done = kept, number
-        aside = tuple(it.to(self._aside) for it in given)
-        return Features(taken.stages, aside, int(taken.scale), whole.cells)
+            given, done = outputs, number
+        return Features(point.stages, tuple(it.to(self._aside) for it in given))
 
-    def _begun(self, whole: ImageCall, learned: _Learned, grid: Grid, taken: Cut) -> Features:
-        """What the stages before a cut put out, tile by tile."""
-        last, nothing = taken.stages[-1], _nothing(whole)
+    def _begin_by_tiles(self, whole: ImageCall, trace: StageTrace, grid: Grid, point: SplitPoint) -> Features:
+        """What the stages before a point put out, tile by tile."""
+        last = point.stages[-1]
 
         def on_sample(sample: Sample) -> None:
-            with self._between(learned, whole.sample_size(sample), nothing, [], last):
+            with self._between(trace, whole.sample_size(sample), Features(), [], last):
                 whole.sample(sample)
 
-        moments = self._estimated(whole, grid, learned, on_sample)
-        scale = int(taken.scale * whole.scale.denominator)
-        canvases = [Canvas(grid, scale, self._blended, self._aside) for _ in range(learned.course.calls)]
+        moments = self._estimate(whole, grid, on_sample)
+        scale = int(point.scale * whole.scale.denominator)
+        canvases: list[Canvas] = []
         for tile in grid.tiles:
-            with Replayed(moments), self._between(learned, whole.tile_size(tile), nothing, [], last) as kept:
-                whole.tile(tile)
-            for canvas, feature in zip(canvases, kept, strict=True):
-                self._add(canvas, tile, feature)
-        tensors = tuple(canvas.whole for canvas in canvases if canvas.whole is not None)
-        return Features(taken.stages, tensors, scale, whole.cells)
+            between = self._between(trace, grid.size_of(tile), Features(), [], last)
+            with Replayed(moments), between as outputs:
+                whole.tile(grid, tile)
+            canvases = canvases or [Canvas(grid, scale, self._blended, self._aside) for _ in outputs]
+            for canvas, output in zip(canvases, outputs, strict=True):
+                self._add(canvas, tile, output)
+        return Features(point.stages, tuple(it.whole for it in canvases if it.whole is not None))
 
-    def _ended(self, whole: ImageCall, learned: _Learned, grid: Grid, features: Features) -> Any:
+    def _end_by_tiles(self, whole: ImageCall, trace: StageTrace, grid: Grid, features: Features) -> Any:
         """What a pass puts out that begins with these features, tile by tile."""
 
         def on_sample(sample: Sample) -> None:
-            parts = [sample.of(it).to(device) for it in features.tensors]
-            with self._between(learned, whole.sample_size(sample), features, parts, None):
+            parts = [sample.of(it).to(whole.device) for it in features.tensors]
+            with self._between(trace, whole.sample_size(sample), features, parts, None):
                 whole.sample(sample)
 
+        moments = self._estimate(whole, grid, on_sample)
+
         def on_tile(tile: Tile) -> Any:
-            parts = features.of(tile, device)
-            with self._between(learned, whole.tile_size(tile), features, parts, None):
-                return whole.tile(tile)
-
-        device = whole.device
-        if self._options.context == "exact":
-            moments = self._measured(grid, on_tile)
-        else:
-            moments = self._estimated(whole, grid, learned, on_sample)
-
-        def computed(tile: Tile) -> Any:
             with Replayed(moments):
-                return on_tile(tile)
+                return self._end_of(whole, trace, features, grid, tile)
 
-        return self._by_tiles(whole, grid, computed)
+        return self._blend(whole, grid, on_tile)
 
-    def _stepped(
-        self, whole: ImageCall, learned: _Learned, features: Features, stages: Sequence[int]
+    def _layer_by_layer(
+        self, whole: ImageCall, trace: StageTrace, features: Features, stages: Sequence[int]
     ) -> Features:
         """What the last of these stages puts out, if they are computed one after the other."""
-        device = whole.device
-
-        def between(before: Features, tile: Tile, last: int | None) -> AbstractContextManager[list[Tensor]]:
-            return self._between(learned, whole.tile_size(tile), before, before.of(tile, device), last)
-
         pending: tuple[int, ...] = ()
         for stage in stages[len(features.stages) :]:
             pending = (*pending, stage)
-            if not learned.course.can_be_cut(stage):
+            if not trace.can_be_cut(stage):
                 continue
-            features = step(
-                features,
-                pending,
-                whole=whole,
-                course=learned.course,
+
+            def on_tile(
+                grid: Grid, tile: Tile, before: Features = features, last: int = stage
+            ) -> Sequence[Tensor]:
+                parts = before.crop(grid, tile, whole.device)
+                with self._between(trace, grid.size_of(tile), before, parts, last) as outputs:
+                    whole.tile(grid, tile)
+                return outputs
+
+            tensors = compute_by_tiles(
+                whole,
+                on_tile,
+                reach=sum(trace.reach[it] for it in pending),
                 tile=self._nominal(whole),
+                scale=int(trace.stage_scale(stage) * whole.scale.denominator),
                 device=self._aside,
-                between=between,
                 forget=self._forget_frames,
             )
-            pending = ()
+            features, pending = Features((*features.stages, *pending), tensors), ()
         return features
 
-    def _between(
-        self, learned: _Learned, size: Size, before: Features, parts: Sequence[Tensor], last: int | None
-    ) -> AbstractContextManager[list[Tensor]]:
-        return self._passes.between(before.stages, parts, last, learned.course, size)
+    def _end_exactly(self, whole: ImageCall, trace: StageTrace, features: Features) -> Any:
+        """What a pass puts out that begins with these features, as if it was computed at once."""
+        output = None
 
-    def _by_tiles(self, whole: ImageCall, grid: Grid, computed: Callable[[Tile], Any]) -> Any:
-        # Latents are small, and the model goes on with them.
-        device = self._options.offload_device if self._method == "decode" else None
-        canvas = Canvas(grid, whole.scale.numerator, self._blended, device)
+        def on_tile(grid: Grid, tile: Tile) -> Sequence[Tensor]:
+            nonlocal output
+            output = self._end_of(whole, trace, features, grid, tile)
+            return [self._tensor(output)]
+
+        (tensor,) = compute_by_tiles(
+            whole,
+            on_tile,
+            reach=sum(trace.reach[it] for it in (*trace.chain()[len(features.stages) :], END)),
+            tile=self._nominal(whole),
+            scale=whole.scale.numerator,
+            device=self._output_device(),
+            forget=self._forget_frames,
+        )
+        return with_tensor(output, tensor)
+
+    def _end_of(self, whole: ImageCall, trace: StageTrace, features: Features, grid: Grid, tile: Tile) -> Any:
+        """What a pass with a tile puts out that begins with its part of these features."""
+        parts = features.crop(grid, tile, whole.device)
+        with self._between(trace, grid.size_of(tile), features, parts, None):
+            return whole.tile(grid, tile)
+
+    def _between(
+        self,
+        trace: StageTrace,
+        size: Size,
+        before: Features,
+        parts: Sequence[Tensor],
+        last: int | None,
+    ) -> AbstractContextManager[list[Tensor]]:
+        return self._partial.between(before.stages, parts, last, trace, size)
+
+    def _blend(self, whole: ImageCall, grid: Grid, on_tile: Callable[[Tile], Any]) -> Any:
+        canvas = Canvas(grid, whole.scale.numerator, self._blended, self._output_device())
         for tile in grid.tiles:
-            output = computed(tile)
+            output = on_tile(tile)
             self._add(canvas, tile, self._tensor(output))
         assert canvas.whole is not None  # noqa: S101 -- there are tiles
         return with_tensor(output, canvas.whole)
+
+    def _output_device(self) -> torch.device | None:
+        # Latents are small, and the model goes on with them.
+        return None if self._is_encoder else self._options.offload_device
 
     def _add(self, canvas: Canvas, tile: Tile, pixels: Tensor) -> None:
         try:
             canvas.add(tile, pixels)
         except ValueError as error:
-            raise self._not_local(str(error)) from error
+            raise self._refusal(str(error)) from error
 
-    # Statistics
-
-    def _estimated(
-        self, whole: ImageCall, grid: Grid, learned: _Learned, on_sample: Callable[[Sample], object]
-    ) -> list[Moments]:
+    def _estimate(self, whole: ImageCall, grid: Grid, on_sample: Callable[[Sample], object]) -> list[Moments]:
         """Statistics of the whole image for the norms in tiles, from samples of it."""
-        if not learned.norms:
-            return []
-        found = []
-        for sample in samples(whole.cells, grid, self._method):
+        found: list[list[Moments]] = []
+        for sample in samples(whole.cells, grid, self._parts.method):
             with Recorded(sample.in_patches) as seen:
                 on_sample(sample)
             found.append(seen.moments)
+            if not seen.moments:
+                break  # no group norms
         return [averaged(moments) for moments in zip(*found, strict=True)]
-
-    def _measured(self, grid: Grid, on_tile: Callable[[Tile], object]) -> list[Moments]:
-        """Statistics of the norms in tiles, one norm after the other, since each depends on all before it.
-
-        Every pixel is measured in the one tile in whose middle it lies.
-        """
-        found: list[Moments] = []
-        while True:
-            parts: list[tuple[Moments, int]] = []  # not the exceptions, which hold a tile's activations
-            for tile in grid.tiles:
-                try:
-                    with Measuring(found, partial(grid.in_core, tile)):
-                        on_tile(tile)
-                except Measured as part:
-                    parts.append((part.moments, part.pixels))
-                    if self._forget_frames is not None:
-                        self._forget_frames()
-                else:
-                    return found  # there is no other norm
-            found.append(averaged(*zip(*parts, strict=True)))
 
     # What is known of the model
 
-    def _learn(
-        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], image: Tensor
-    ) -> _Learned:
-        key = (image.shape[:-2], image.dtype)
-        if key not in self._learned:
-            small = ImageCall(call, args, kwargs, _size_of(image), Fraction(1))
-            # Powers of two, so that nothing is left over where it is made smaller.
-            height, width = (
-                min(probe, 1 << it.bit_length() - 1)
-                for probe, it in zip(_PROBE[self._method], small.size, strict=True)
-            )
-            corner = Grid.corner(height, width if width != height else max(1, width // 2))
-            with _uncompiled(), self._passes.watch() as course, Recorded() as seen, Deferring():
-                output = self._tensor(small.tile(corner))
-            course.mask = seen.mask
-            course.size = small.tile_size(corner)
-            self._learned[key] = _Learned(self._scale(course.size, output), course, len(seen.moments))
-        return self._learned[key]
+    def _example(self) -> StageTrace:
+        """Follows the method with an image of which nothing is known but what the model's layers take."""
+        first: NotTileableError | None = None
+        try:
+            for call in example_calls(self._module, self._parts):
+                try:
+                    trace = trace_stages(self._module, self._parts, call)
+                except NotTileableError as error:
+                    first = first or error
+                else:
+                    return self._with_reach(trace, call)
+        except NotTileableError as error:
+            first = error
+        raise self._refusal(str(first)) from first
 
-    def _scale(self, size: Size, output: Tensor) -> Fraction:
-        """How many times as large the output is, along both axes alike."""
-        longer = 0 if size[0] >= size[1] else 1
-        scale = Fraction(output.shape[-2:][longer], size[longer])
-        fits = output.shape[-2:].numel() and all(
-            abs(it - length * scale) < 1 for it, length in zip(output.shape[-2:], size, strict=True)
-        )
-        if not fits or 1 not in (scale.numerator, scale.denominator):
-            raise self._not_local(f"{size} pixels came out as {tuple(output.shape[-2:])}")
-        return scale
+    def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StageTrace:
+        """What passes do with arguments like these."""
+        key = shapes_of(args, kwargs)
+        if key not in self._traces:
+
+            def call(model: nn.Module, size: Size) -> Any:
+                fqn, entry = self._parts.point
+                given = with_images(
+                    args,
+                    kwargs,
+                    lambda it, times: it.new_empty(
+                        (*it.shape[:-2], *(int(side * times) for side in size)), device="meta"
+                    ),
+                )
+                own_args, own_kwargs = tree_map_only(torch.Tensor, _without_data, given)
+                return getattr(model.get_submodule(fqn), entry)(*own_args, **own_kwargs)
+
+            try:
+                trace = trace_stages(self._module, self._parts, call)
+                self._traces[key] = self._with_reach(trace, call)
+            except NotTileableError as error:
+                raise self._refusal(str(error)) from error
+        return self._traces[key]
+
+    def _with_reach(self, trace: StageTrace, call: PointCall) -> StageTrace:
+        """Adds how far stages look, where tiles have to have all of that.
+
+        Raises:
+            NotTileableError: A stage of which tiles are computed looks at the whole image.
+        """
+        if self._options.context != "exact":
+            return trace
+        if trace.mask:
+            raise NotTileableError(
+                f"attention in its {self._parts.method}() takes a mask over all pixels, filled in place, "
+                "so that the whole image does not fit into the memory of a tile. Choose context='global'"
+            )
+        wanted = stages_in_tiles(trace, from_the_end=self._is_encoder)
+        trace = with_reach(trace, self._module, self._parts, call, wanted)
+        in_tiles = stages_in_tiles(trace, from_the_end=self._is_encoder)
+        for stage in wanted:
+            if math.isinf(trace.reach[stage]) and (stage in in_tiles or self._is_large(trace, stage)):
+                name = "the end" if stage == END else repr(self._parts.stages[stage])
+                raise NotTileableError(
+                    f"{name} of its {self._parts.method}() looks at the whole image, or not alike "
+                    "everywhere, so that no tile of it can be exact. Choose context='global'"
+                )
+        return trace
+
+    @staticmethod
+    def _is_large(trace: StageTrace, stage: int) -> bool:
+        """Whether what a stage puts out for the whole image is in more than a quarter of its resolution."""
+        return 4 * trace.stage_scale(stage) > max(trace.scale, Fraction(1))
 
     def _tensor(self, output: Any) -> Tensor:
         tensor = tensor_of(output)
-        if tensor is None or tensor.ndim < 4:
-            raise self._not_local(
-                f"it puts out {type(output).__name__}, expected a tensor with height and width"
-            )
+        assert tensor is not None  # noqa: S101 -- as for the image that was followed
         return tensor
 
-    def _not_local(self, found: str) -> PlanError:
-        return PlanError(
-            f"{self._method}() of {self._label!r} cannot be tiled: {found}. Call applied.remove(), or leave "
-            "the component out"
-        )
+    def _refusal(self, found: str) -> PlanError:
+        return PlanError(f"{self._label!r} cannot be tiled: {found}. Leave it out")
 
     def _is_small(self, image: Tensor) -> bool:
         """Whether the image is no larger than a tile, where that can be told without knowing the model."""
-        return self._method == "encode" and all(
-            length <= tile for length, tile in zip(_size_of(image), self._tile_size, strict=True)
+        return self._is_encoder and all(
+            length <= tile for length, tile in zip(size_of(image), self._tile_size, strict=True)
         )
 
     def _nominal(self, whole: ImageCall) -> Size:
@@ -348,14 +383,12 @@ class Tiler:
         """Tiles of the size that was asked for, or of a share of it."""
         pixels = max(whole.scale.numerator, whole.scale.denominator)
         overlap = self._options.overlap or tuple(it // 4 for it in self._tile_size)
-        spans = []
-        for cells, nominal, common in zip(whole.cells, self._nominal(whole), overlap, strict=True):
-            tile = max(1, int(nominal * share))
-            spans.append(cut(cells, tile, min(common // pixels, tile // 2)))
-        return Grid(*spans)
+        tile = [max(1, int(it * share)) for it in self._nominal(whole)]
+        common = [min(it // pixels, side // 2) for it, side in zip(overlap, tile, strict=True)]
+        return whole.grid((tile[0], tile[1]), (common[0], common[1]))
 
-    def _planned(self, whole: ImageCall, learned: _Learned, *, from_the_end: bool) -> tuple[Grid, Cut | None]:
-        """The tiles, and the cut behind which they begin or end: the one that leaves least to tiles.
+    def _split(self, whole: ImageCall, trace: StageTrace) -> tuple[Grid, SplitPoint | None]:
+        """The tiles, and the point behind which they begin or end: the one that leaves least to tiles.
 
         Somewhat smaller tiles may leave room for what more stages for the whole image put out.
         """
@@ -363,25 +396,19 @@ class Tiler:
         best = None
         for share in _SHARES:
             grid = self._grid(whole, share)
-            taken = choose_cut(learned.course, grid, nominal, from_the_end=from_the_end)
-            if taken is None:
+            point = choose_split_point(trace, grid, nominal, from_the_end=self._is_encoder)
+            if point is None:
                 return grid, None
-            left = len(taken.stages) if from_the_end else -len(taken.stages)
-            rank = not taken.fits, left
+            left = len(point.stages) if self._is_encoder else -len(point.stages)
+            rank = not point.fits, left
             if best is None or rank < best[0]:
-                best = rank, grid, taken
+                best = rank, grid, point
         assert best is not None  # noqa: S101 -- there are shares
         return best[1:]
 
 
-def _size_of(image: Tensor) -> Size:
-    height, width = image.shape[-2:]
-    return height, width
-
-
-def _nothing(whole: ImageCall) -> Features:
-    """What there is before the first stage."""
-    return Features((), (), whole.scale.denominator, whole.cells)
+def _without_data(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")
 
 
 def _trained_size(module: nn.Module) -> Size:

@@ -1,8 +1,9 @@
-"""Keeps calls that swap weights right under threads and autograd."""
+"""Keeps calls that swap weights right under threads, interrupts and autograd."""
 
 from __future__ import annotations
 
 import threading
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,32 +20,48 @@ if TYPE_CHECKING:
 _top_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
+class Turn:
+    """The right of one thread to call into modules, or to change their hooks, while no other thread does.
+
+    Attributes:
+        thread: Ident of the thread; None once the turn is over. One assignment ends it for all locks that
+            were taken for it, so that no interrupt leaves one of them taken.
+    """
+
+    __slots__ = ("thread",)
+
+    def __init__(self, thread: int | None) -> None:
+        self.thread = thread
+
+
 class CallLock:
     """Lets one thread at a time call into modules whose weights move or change dtype during a call.
 
     Attributes:
-        depth: How many hooked calls are under way.
-        is_mine: Says whether this thread is in such a call.
+        turn: For whom it was taken last.
     """
 
-    __slots__ = ("_lock", "depth", "is_mine")
+    __slots__ = ("_taking", "turn")
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self.depth = 0
-        self.is_mine: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]
+        self._taking = threading.Lock()
+        self.turn = Turn(None)
 
-    def enter(self) -> bool:
-        """Takes the lock, unless another thread holds it; to wait for that would only hide the mistake."""
-        if not self._lock.acquire(blocking=False):
-            return False
-        self.depth += 1
-        return True
+    @property
+    def is_taken(self) -> bool:
+        """Whether a call or a change is under way, in whichever thread."""
+        return self.turn.thread is not None
 
-    def leave(self) -> None:
-        """Gives the lock back."""
-        self.depth -= 1
-        self._lock.release()
+    def take(self, turn: Turn) -> bool:
+        """Takes the lock until the turn is over.
+
+        Returns:
+            Whether it was free; to wait until it is would only hide the mistake.
+        """
+        with self._taking:
+            if self.turn.thread is None:
+                self.turn = turn
+        return self.turn is turn
 
 
 class WeightGuard(Hook):
@@ -56,32 +73,25 @@ class WeightGuard(Hook):
 
     def __init__(self, lock: CallLock) -> None:
         self._lock = lock
-        self._saving: list[saved_tensors_hooks | None] = []
 
-    def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Takes the lock."""
-        if not self._lock.enter():
-            raise ConcurrentCallError(
-                f"called {type(module).__name__} while another thread is calling the same model. Its weights "
-                "are moved or cast during a call, so one call at a time is possible: put a lock round "
-                "the calls, or give each thread a model of its own (copy.deepcopy)"
-            )
+    def around_forward(
+        self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Calls while no other thread does."""
+        thread = get_ident()
+        if self._lock.turn.thread == thread:  # a call within a call
+            return call(*args, **kwargs) if _saves_apart() else _call_saving_apart(call, args, kwargs)
+        turn = Turn(thread)
         try:
-            self._saving.append(_save_apart() if torch.is_grad_enabled() else None)
-        except BaseException:  # torch.func forbids hooks for saved tensors; without, gradients would be wrong
-            self._lock.leave()
-            raise
-
-    def post_forward(self, module: nn.Module, output: Any) -> None:
-        """Releases it."""
-        saving = self._saving.pop()
-        if saving is not None:
-            saving.__exit__()
-        self._lock.leave()
-
-    def on_error(self, module: nn.Module, error: BaseException) -> None:
-        """Releases it."""
-        self.post_forward(module, None)
+            if not self._lock.take(turn):
+                raise ConcurrentCallError(
+                    f"called {type(module).__name__} while another thread is calling the same model. Its "
+                    "weights are moved or cast during a call, so one call at a time is possible: put a lock "
+                    "round the calls, or give each thread a model of its own (copy.deepcopy)"
+                )
+            return call(*args, **kwargs) if _saves_apart() else _call_saving_apart(call, args, kwargs)
+        finally:
+            turn.thread = None
 
 
 class _PackApart:
@@ -94,14 +104,19 @@ class _PackApart:
         return self._pack(tensor.detach())
 
 
-def _save_apart() -> saved_tensors_hooks | None:
-    """Starts to save tensors apart, unless an outer call has; torch asks the latest hooks only."""
+def _saves_apart() -> bool:
+    """Whether autograd saves nothing, or saves it apart because an outer call has it do so."""
+    if not torch.is_grad_enabled():
+        return True
+    top = _top_saved_tensors_hooks(True)  # torch asks the latest hooks only
+    return top is not None and isinstance(top[0], _PackApart)
+
+
+def _call_saving_apart(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # torch.func forbids hooks for saved tensors and raises here; without, gradients would be wrong.
     pack, unpack = _top_saved_tensors_hooks(True) or (_same, _same)
-    if isinstance(pack, _PackApart):
-        return None
-    saving = saved_tensors_hooks(_PackApart(pack), unpack)
-    saving.__enter__()
-    return saving
+    with saved_tensors_hooks(_PackApart(pack), unpack):
+        return call(*args, **kwargs)
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from threading import get_ident
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from hookcore.answers import ask_loss
 from hookcore.enclosed import EnclosedHook, enclosing_calls, enclosing_entries, moved_outside, wholes_of
 from hookcore.errors import ConcurrentCallError, describe_error, note_origin
-from hookcore.guard import CallLock, WeightGuard
+from hookcore.guard import CallLock, Turn, WeightGuard
 from hookcore.hook import overrides
 from hookcore.plan import (
     check_conflicts,
@@ -31,7 +32,6 @@ from hookcore.structure import ReplanHook, Structure
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from collections.abc import Set as AbstractSet
-    from types import TracebackType
 
     from torch import nn
 
@@ -72,7 +72,6 @@ class Attachment:
         self.lock = CallLock()
         self.structure: Structure | None = None
         self.number = next(_NUMBERS)
-        self._prepared: dict[int, tuple[nn.Module, Hook]] = {}  # by the hook's identity, in order
         self.take(step.component, step.bindings, step.skipped)
 
     def take(self, component: Component, bindings: tuple[Binding, ...], skipped: tuple[Skipped, ...]) -> None:
@@ -84,6 +83,7 @@ class Attachment:
         self._bound = [(modules[binding.fqn], binding) for binding in bindings]
         self._kinds = {type(binding.hook) for binding in bindings}
         self._to_prepare = self.overriding("attach", "detach")
+        self._prepared: dict[int, bool] = {}  # by the hook's identity
         self.hooks_at: dict[Key, tuple[Hook, ...]] = {}
         for module, binding in self._bound:
             key = module, binding.entry
@@ -102,33 +102,33 @@ class Attachment:
     @property
     def intact(self) -> bool:
         """Whether every module is prepared that has to be."""
-        return len(self._prepared) == len(self._to_prepare)
+        return all(self._is_prepared(binding.hook) for _, binding in self._to_prepare)
 
     def put_on(self, undo: _Undo) -> None:
         """Attaches all hooks that are not."""
-        waiting = [(at, item.hook) for at, item in self._to_prepare if id(item.hook) not in self._prepared]
+        waiting = [(at, item.hook) for at, item in self._to_prepare if not self._is_prepared(item.hook)]
         for module, hook in self._progress(waiting, "applying"):
-            self._attach_one(module, hook)
             undo.then(partial(self._detach_one, module, hook))
+            self._attach_one(module, hook)
 
     def take_off(self, undo: _Undo) -> None:
         """Detaches all hooks that are attached, in reverse."""
-        for module, hook in self._progress(list(reversed(self._prepared.values())), "removing"):
-            if self._undoes(module, hook, "detach"):
-                del self._prepared[id(hook)]
-                undo.then(partial(self._attach_one, module, hook))
-            else:
-                undo.then(partial(self._prepared.__setitem__, id(hook), self._prepared.pop(id(hook))))
+        there = [(at, item.hook) for at, item in reversed(self._to_prepare) if self._is_prepared(item.hook)]
+        for module, hook in self._progress(there, "removing"):
+            undo.then(partial(self._attach_one, module, hook))
+            if not self._undoes(partial(self._detach_one, module, hook)):
+                undo.then(partial(self._prepared.__setitem__, id(hook), True))
+                self._prepared[id(hook)] = False
 
     def finish(self) -> None:
         """Does what hooks have left to do when they are gone for good."""
         for module, binding in self.overriding("after_removal"):
-            self._undoes(module, binding.hook, "after_removal")
+            self._undoes(partial(self.ask, module, binding.hook, "after_removal"))
 
-    def _undoes(self, module: nn.Module, hook: Hook, method: str) -> bool:
+    def _undoes(self, step: Callable[[], object]) -> bool:
         """Has a hook undo what it did; returns False if it failed and is given up."""
         try:
-            self.ask(module, hook, method)
+            step()
         except Exception as error:
             if self.given_up is None:
                 raise
@@ -145,21 +145,28 @@ class Attachment:
                 return f"{type(own).__qualname__}.{method}() of {self.technique.name} at {label!r}"
         return None
 
-    def ask(self, module: nn.Module, hook: Hook, method: str) -> None:
+    def ask(self, module: nn.Module, hook: Hook, method: str) -> object:
         """Has one of the hooks do something to its module; an error says whose it is."""
         try:
-            getattr(hook, method)(module)
+            return getattr(hook, method)(module)
         except Exception as error:
             note_origin(error, self.origin_of(hook, method))
             raise
 
+    def _is_prepared(self, hook: Hook) -> bool:
+        return self._prepared.get(id(hook), False)
+
+    # Done and noted in one statement, within which no interrupt can come but in the method itself.
+
     def _attach_one(self, module: nn.Module, hook: Hook) -> None:
-        self.ask(module, hook, "attach")
-        self._prepared[id(hook)] = module, hook
+        key = id(hook)
+        if not self._prepared.get(key):
+            _, self._prepared[key] = self.ask(module, hook, "attach"), True
 
     def _detach_one(self, module: nn.Module, hook: Hook) -> None:
-        self.ask(module, hook, "detach")
-        del self._prepared[id(hook)]
+        key = id(hook)
+        if self._prepared.get(key):
+            _, self._prepared[key] = self.ask(module, hook, "detach"), False
 
     def _progress(self, items: list[tuple[nn.Module, Hook]], verb: str) -> Iterable[tuple[nn.Module, Hook]]:
         if not self.prepares:
@@ -224,8 +231,7 @@ class HookRegistry:
             BaseException: Whatever a hook's `attach` raised, after everything was undone.
         """
         new = tuple(Attachment(step) for step in steps)
-        with self._quiet([*self._found, *new]):
-            self._change_to([*self._found, *new])
+        _in_quiet(self._found, partial(self._change_to, [*self._found, *new]))
         return new
 
     def detach(self, attachments: Collection[Attachment], *, force: bool = False) -> list[str]:
@@ -246,8 +252,8 @@ class HookRegistry:
         try:
             for item in leaving:
                 item.given_up = [] if force else None
-            with self._quiet(self._found):
-                self._change_to([item for item in self._found if item not in leaving])
+            after = [item for item in self._found if item not in leaving]
+            _in_quiet(self._found, partial(self._change_to, after))
             return [error for item in leaving for error in item.given_up or ()]
         finally:
             for item in leaving:
@@ -259,10 +265,7 @@ class HookRegistry:
         Raises:
             ConcurrentCallError: A call is under way on these modules.
         """
-        with self._quiet(self._found):
-            for item in attachments:
-                for module, binding in item.overriding("reset"):
-                    item.ask(module, binding.hook, "reset")
+        _in_quiet(self._found, partial(_reset, attachments))
 
     def replan(self) -> bool:
         """Binds those techniques anew that ask for it, to their components as they are now.
@@ -275,11 +278,10 @@ class HookRegistry:
         Raises:
             PlanError: The techniques do not fit any more; all are as before.
         """
-        if any(item.lock.depth for item in self._found):
+        if any(item.lock.is_taken for item in self._found):
             return False
         rebind = [item for item in self._found if item.technique.replans]
-        with self._quiet(self._found):
-            self._change_to(self._found, rebind=rebind)
+        _in_quiet(self._found, partial(self._change_to, self._found, rebind=rebind))
         for item in self._bound_with(rebind):
             if item.structure is not None:
                 item.structure.mark_changed()
@@ -297,19 +299,25 @@ class HookRegistry:
         if any(item.component.wholes != wholes_of(item.component, after) for item in replanning):
             rebind = [item for item in replanning if item in self._found]
             others = self._bound_with(rebind)
-        with self._quiet(others):
-            self._found = sorted([*self._found, *others], key=lambda item: item.number)
-            rebind = [*rebind, *(item for item in others if item.technique.replans)]
-            self._commit([*after, *others], rebind)
+        rebind = [*rebind, *(item for item in others if item.technique.replans)]
+        self._found = sorted([*self._found, *others], key=lambda item: item.number)
+        _in_quiet(others, partial(self._commit, [*after, *others], rebind))
 
     def _commit(self, after: Sequence[Attachment], rebind: Sequence[Attachment]) -> None:
         """Takes hooks off from outside in and puts them on from inside out, or undoes all of it."""
         before = self._found
-        hooked = [key for item in before for key in _hooked_entries(item)]
+        everyone = {*before, *after}
+        hooked = _hooked_entries(before)
+        undo = _Undo()
         try:
-            self._move(before, after, rebind)
+            _move(before, after, rebind, undo)
+            self._stand(after, everyone, hooked)
+            for item in before:
+                if item not in after:
+                    item.finish()  # at last, as this is not undone
         except BaseException as error:
-            after = [item for item in before if item.intact]
+            hooked |= _hooked_entries(everyone)
+            undo.run(error)
             for item in before:
                 if not item.intact:
                     error.add_note(
@@ -317,79 +325,85 @@ class HookRegistry:
                     )
                     with suppress(Exception):
                         item.take_off(_Undo())
+            self._stand([item for item in before if item.intact], everyone, hooked)
             raise
-        finally:
-            for item in (*before, *after):
-                item.attached = item in after
-            self._found = list(after)
-            _LIVE.update(after)
-            _share_locks(after)
-            _set_stacks(hooked, ordered(after))
 
-    @staticmethod
-    def _move(
-        before: Sequence[Attachment], after: Sequence[Attachment], rebind: Sequence[Attachment]
+    def _stand(
+        self, items: Sequence[Attachment], everyone: Iterable[Attachment], hooked: Iterable[Key]
     ) -> None:
-        """Detaches, binds anew and attaches what has to be; what stands inside of all that stays on."""
-        old = [item for item in reversed(ordered(before)) if item.prepares]
-        # What is bound anew may have had nothing to prepare, and have it then.
-        new = [item for item in reversed(ordered(after)) if item.prepares or item in rebind]
-        stays = 0
-        while stays < min(len(old), len(new)) and old[stays] is new[stays] and old[stays] not in rebind:
-            stays += 1
-        with _Undo() as undo:
-            for item in reversed(old[stays:]):
-                item.take_off(undo)
-            _rebind(rebind, after, undo)
-            for item in new[stays:]:
-                item.put_on(undo)
-            for item in before:
-                if item not in after:
-                    item.finish()
-        for item in after:
-            if item.technique.replans and (item in rebind or item not in before):
-                item.structure = Structure(item.component.module)
+        """Has calls go through the hooks of these attachments, and of no other.
 
-    @contextmanager
-    def _quiet(self, attachments: Sequence[Attachment]) -> Iterator[None]:
-        """Holds the locks of these attachments, none of which may be in a call."""
-        with CHANGING:
-            held: list[CallLock] = []
-            try:
-                for lock, item in {item.lock: item for item in attachments}.items():
-                    busy = (
+        Args:
+            items: The attachments.
+            everyone: These, and those that stand no more.
+            hooked: The entries that had hooks.
+        """
+        _share_locks(items)
+        _set_stacks(hooked, ordered(items))
+        _LIVE.update(items)
+        for item in everyone:
+            item.attached = item in items
+        self._found = list(items)
+
+
+def _move(
+    before: Sequence[Attachment], after: Sequence[Attachment], rebind: Sequence[Attachment], undo: _Undo
+) -> None:
+    """Detaches, binds anew and attaches what has to be; what stands inside of all that stays on."""
+    old = [item for item in reversed(ordered(before)) if item.prepares]
+    # What is bound anew may have had nothing to prepare, and have it then.
+    new = [item for item in reversed(ordered(after)) if item.prepares or item in rebind]
+    stays = 0
+    while stays < min(len(old), len(new)) and old[stays] is new[stays] and old[stays] not in rebind:
+        stays += 1
+    for item in reversed(old[stays:]):
+        item.take_off(undo)
+    _rebind(rebind, after, undo)
+    for item in new[stays:]:
+        item.put_on(undo)
+    for item in after:
+        if item.technique.replans and (item in rebind or item not in before):
+            item.structure = Structure(item.component.module)
+
+
+def _in_quiet(attachments: Sequence[Attachment], change: Callable[[], None]) -> None:
+    """Makes a change while no call goes through the hooks of these attachments.
+
+    Raises:
+        ConcurrentCallError: One does now.
+    """
+    turn = Turn(get_ident())
+    with CHANGING:
+        try:
+            for item in {item.lock: item for item in attachments}.values():
+                if not item.lock.take(turn):  # for a call of another thread, or of this one
+                    raise ConcurrentCallError(
                         f"cannot apply, remove or reset techniques on {item.component.label('')!r} during "
                         "one of its calls. Do it after the call has returned"
                     )
-                    entered = lock.enter()
-                    if entered:
-                        held.append(lock)
-                    if not entered or lock.depth > 1:  # a call of another thread, or of this one
-                        raise ConcurrentCallError(busy)
-                yield
-            finally:
-                for lock in held:
-                    lock.leave()
+            change()
+        finally:
+            turn.thread = None
+
+
+def _reset(attachments: Collection[Attachment]) -> None:
+    for item in attachments:
+        for module, binding in item.overriding("reset"):
+            item.ask(module, binding.hook, "reset")
 
 
 class _Undo:
-    """Undoes steps in reverse when the block it manages fails; a failure in undoing becomes a note."""
+    """How to undo what is being done. Each step is told before it is done, and undone only if it was."""
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
 
     def then(self, step: Callable[[], None]) -> None:
-        """Remembers how to undo what was just done."""
+        """Remembers how to undo what is done next."""
         self._steps.append(step)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            return
+    def run(self, error: BaseException) -> None:
+        """Undoes all steps in reverse; a failure in that becomes a note on the error that is the reason."""
         for step in reversed(self._steps):
             try:
                 step()
@@ -426,8 +440,8 @@ def _entries(item: Attachment) -> list[Key]:
     ]
 
 
-def _hooked_entries(item: Attachment) -> list[Key]:
-    return [*item.hooks_at, *_entries(item)]
+def _hooked_entries(items: Iterable[Attachment]) -> set[Key]:
+    return {key for item in items for key in (*item.hooks_at, *_entries(item))}
 
 
 def _techniques_on(module: nn.Module) -> list[str]:
@@ -479,12 +493,11 @@ def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> Non
         hooks_at[key] = (outermost, *hooks_at.get(key, ()))
         needed_at[key] = (*needed_at.get(key, ()), *items)
     for key, hooks in hooks_at.items():
-        lock = locks.get(key)
         HookStack.set(
             *key,
             hooks,
             owners=needed_at[key],
-            is_inner=None if lock is None else lock.is_mine,
+            lock=locks.get(key),
             inner_hooks=inner_hooks.get(key, ()),
         )
     for key in hooked:

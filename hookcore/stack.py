@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from hookcore.errors import PluginError, note_origin
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from types import CodeType
 
     from torch import nn
+
+    from hookcore.guard import CallLock
 
 _REDUCE = "__reduce_ex__"
 _DEEPCOPY = "__deepcopy__"
@@ -69,11 +72,13 @@ class _Chain:
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         module, pre, call, post, hooks = self._parts
-        # The last step begun is where it failed: to know that costs nothing on the way.
+        # Where it fails, if it does: in the step begun last, after the `pre_forward` that returned last.
         step: Any = None
+        entered: Any = None
         try:
             for step in pre:
-                changed = step(module, args, kwargs)
+                # In one statement, within which no interrupt can come but in the method itself.
+                changed, entered = step(module, args, kwargs), step
                 if changed is not None:
                     try:
                         args, kwargs = changed
@@ -88,10 +93,10 @@ class _Chain:
                 if changed is not None:
                     output = changed
         except BaseException as error:
-            entered, method = _failed(hooks, pre, post, step)
-            if method is not None and not (step is call and _went_through(step, error)):
-                note_origin(error, _origin_of(self._owners, hooks[entered - (step is call)], method))
-            _tell(module, hooks[:entered], error, self._owners)
+            count, hook, method = _failed(hooks, pre, entered, post, step)
+            if hook is not None and not (step is call and _went_through(step, error)):
+                note_origin(error, _origin_of(self._owners, hook, method))
+            _tell(module, hooks[:count], error, self._owners)
             raise
         return output
 
@@ -122,34 +127,50 @@ def _went_through(around: Any, error: BaseException) -> bool:
 def _failed(
     hooks: Sequence[Hook],
     pre: Sequence[Callable[..., Any]],
+    entered: object,
     post: Sequence[Callable[..., Any]],
-    failed: object,
-) -> tuple[int, str | None]:
+    step: object,
+) -> tuple[int, Hook | None, str]:
     """How many hooks, counted from outside, had been entered and not yet left when a step failed.
 
+    Args:
+        hooks: The hooks, outermost first.
+        pre: The `pre_forward` of those that override it, in this order.
+        entered: Which of these returned last; None for none.
+        post: The `post_forward` of those that override it, innermost first.
+        step: What was begun last: one of `pre`, the call, or one of `post`; None for nothing.
+
     Returns:
-        Their number, and the method that failed: of the next hook, or of the last one if it stands around the
-        call. None if the call itself failed, or nothing was begun.
+        Their number, and the hook and its method that failed. No hook if the call itself failed, or nothing
+        was begun.
     """
-    if failed is None:  # before the first step
-        return 0, None
-    for method, steps in (("pre_forward", pre), ("post_forward", reversed(post))):
-        overriding = (index for index, hook in enumerate(hooks) if overrides(type(hook), method))
-        for index, step in zip(overriding, steps, strict=True):
-            if step is failed:
-                return index, method
-    around = hooks and overrides(type(hooks[-1]), "around_forward")
-    return len(hooks), "around_forward" if around else None
+    if step is None:
+        return 0, None, ""
+    places = [index for index, hook in enumerate(hooks) if overrides(type(hook), "pre_forward")]
+    for number, one in enumerate(pre):
+        if one is step:
+            count = [*places, len(hooks)][number + (one is entered)]
+            return count, hooks[places[number]], "pre_forward"
+    places = [index for index, hook in enumerate(hooks) if overrides(type(hook), "post_forward")]
+    for index, one in zip(places, reversed(post), strict=True):
+        if one is step:
+            return index, hooks[index], "post_forward"
+    around = hooks[-1] if hooks and overrides(type(hooks[-1]), "around_forward") else None
+    return len(hooks), around, "around_forward"
 
 
 def _tell(module: nn.Module, hooks: Sequence[Hook], error: BaseException, owners: Sequence[Owner]) -> None:
-    """Tells hooks, outermost first, of an error, from inside out."""
-    for hook in reversed(hooks):
-        try:
-            hook.on_error(module, error)
-        except Exception as another:  # noqa: BLE001 - the first error is the one to report
-            where = _origin_of(owners, hook, "on_error") or f"{type(hook).__qualname__}.on_error"
-            error.add_note(f"hookcore: {where} failed too: {another!r}")
+    """Tells hooks, outermost first, of an error, from inside out: all of them, also if an interrupt comes."""
+    if not hooks:
+        return
+    *outer, hook = hooks
+    try:
+        hook.on_error(module, error)
+    except Exception as another:  # noqa: BLE001 - the first error is the one to report
+        where = _origin_of(owners, hook, "on_error") or f"{type(hook).__qualname__}.on_error"
+        error.add_note(f"hookcore: {where} failed too: {another!r}")
+    finally:
+        _tell(module, outer, error, owners)
 
 
 class LeftOutOfCopies:
@@ -176,7 +197,7 @@ class HookStack(_Chain, LeftOutOfCopies):
         self._entry = entry
         self._replaced = module.__dict__.get(entry)
         self.hooks: tuple[Hook, ...] = ()
-        self._inner: tuple[Callable[[], bool], Callable[..., Any]]
+        self._inner: tuple[CallLock, Callable[..., Any]]
         # As functools.update_wrapper would, at a tenth of the cost; __getattr__ finds the other names.
         self.__wrapped__ = getattr(module, entry)
         self.__doc__ = self.__wrapped__.__doc__
@@ -200,7 +221,7 @@ class HookStack(_Chain, LeftOutOfCopies):
         hooks: Sequence[Hook],
         *,
         owners: Sequence[Owner] = (),
-        is_inner: Callable[[], bool] | None = None,
+        lock: CallLock | None = None,
         inner_hooks: Sequence[Hook] = (),
     ) -> None:
         """Gives an entry exactly these hooks, outermost first; with none, the entry is as it ever was.
@@ -210,15 +231,16 @@ class HookStack(_Chain, LeftOutOfCopies):
             entry: Name of a method, or of a callable that the instance itself holds.
             hooks: The hooks.
             owners: What they belong to.
-            is_inner: Says of a call that begins whether it goes through `inner_hooks` instead; None where
+            lock: A call by the thread that has taken this lock goes through `inner_hooks` instead; None where
                 none does.
             inner_hooks: Those of the hooks that inner calls go through.
         """
         stack = HookStack.at(module, entry)
         if hooks:
             if stack is None:
-                module.__dict__[entry] = stack = HookStack(module, entry)
+                stack = HookStack(module, entry)
                 _PlainReduction.begin(module, entry)
+                module.__dict__[entry] = stack
             stack.hooks = tuple(hooks)
             innermost = stack.__wrapped__
             for hook in reversed(stack.hooks):
@@ -230,12 +252,12 @@ class HookStack(_Chain, LeftOutOfCopies):
                         raise
             stack._build(module, stack.hooks, innermost, owners)
             stack.__class__ = HookStack
-            if is_inner is not None:
+            if lock is not None:
                 inner: Any = innermost
                 if inner_hooks:
                     inner = _Chain()
                     inner._build(module, tuple(inner_hooks), innermost, owners)
-                stack._inner = is_inner, inner
+                stack._inner = lock, inner
                 stack.__class__ = _OutermostStack
         else:
             if stack is not None:
@@ -271,8 +293,8 @@ class _OutermostStack(HookStack):
     """A stack with other hooks for inner calls; a class of its own, so that other stacks need not ask."""
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        is_inner, inner = self._inner
-        if is_inner():
+        lock, inner = self._inner
+        if lock.turn.thread == get_ident():
             return inner(*args, **kwargs)
         return _Chain.__call__(self, *args, **kwargs)
 
@@ -318,8 +340,8 @@ class _PlainReduction:
         if isinstance(reduction, _PlainReduction):
             reduction.entries.discard(entry)
             if not reduction.entries:
-                del attributes[_REDUCE]
                 attributes.pop(_DEEPCOPY, None)
+                del attributes[_REDUCE]
 
     def __call__(self, protocol: int) -> Any:
         return _without_hooks(type(self.module).__reduce_ex__(self.module, protocol))

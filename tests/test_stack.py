@@ -269,6 +269,23 @@ def test_an_interrupt_in_a_hook_ends_the_call_like_one_in_the_entry():
     assert world.log[-1] == "error 0 pre 1"
 
 
+def test_an_interrupt_in_on_error_reaches_the_caller_after_all_hooks_were_told():
+    world = World(Scenario([Behaviour(), Behaviour(), Behaviour()], entry_fails=True))
+    hooks = [make_hook(world, index) for index in range(3)]
+    told = type(hooks[1]).on_error
+
+    def interrupted(self, module, error):
+        told(self, module, error)
+        raise KeyboardInterrupt
+
+    type(hooks[1]).on_error = interrupted
+    module = Named(world)
+    HookStack.set(module, "forward", hooks)
+    with pytest.raises(KeyboardInterrupt):
+        module("x")
+    assert [line.split()[1] for line in world.log if line.startswith("error")] == ["2", "1", "0"]
+
+
 def test_an_interrupt_before_the_first_hook_tells_none():
     world = World(Scenario([Behaviour()]))
     module = Named(world)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import textwrap
 import venv
 import zipfile
@@ -31,7 +32,7 @@ PACKAGES = {
 PREAMBLE = """
 import importlib.abc, sys
 
-libraries = ("accelerate", "diffusers", "peft", "transformers")
+libraries = ("accelerate", "diffusers", "numpy", "peft", "transformers")
 
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -191,6 +192,46 @@ def test_techniques_work_by_name(environment):
         assert model[0].weight.dtype is torch.float32
         """
     )
+
+
+def test_weights_are_written_and_read_without_numpy(environment):
+    environment.script(
+        """
+        import torch
+        from torch import nn
+        import hookcore
+        from hookcore_plugins import GroupOffload
+
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).to(torch.bfloat16)
+        model.nothing = nn.Parameter(torch.empty(0))
+        x = torch.randn(3, 4, dtype=torch.bfloat16)
+        bare = model(x)
+        with hookcore.apply(model, [GroupOffload("cpu", offload_to_disk_path="weights")]):
+            assert torch.equal(model(x), bare)
+        assert torch.equal(model(x), bare)
+        """
+    )
+
+
+def test_an_sdist_holds_what_the_readme_and_the_guide_name(sources, tmp_path):
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--sdist",
+        "--no-isolation",
+        "--outdir",
+        tmp_path,
+        sources,
+        cwd=tmp_path,
+    )
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    tracked = {file.relative_to(sources).as_posix() for file in sources.rglob("*") if file.is_file()}
+    missing = {name for name in tracked if not name.startswith(".") and name not in names}
+    assert not missing
 
 
 @pytest.mark.parametrize("distribution", OURS)

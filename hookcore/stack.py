@@ -174,7 +174,7 @@ def _tell(module: nn.Module, hooks: Sequence[Hook], error: BaseException, owners
 
 
 class LeftOutOfCopies:
-    """Base of what lies in a hooked module's `__dict__`, and in no copy or pickle of the module."""
+    """Base of what lies in a module's `__dict__`, and in no copy or pickle of it: see `PlainReduction`."""
 
     __slots__ = ()
 
@@ -239,7 +239,7 @@ class HookStack(_Chain, LeftOutOfCopies):
         if hooks:
             if stack is None:
                 stack = HookStack(module, entry)
-                _PlainReduction.begin(module, entry)
+                PlainReduction.begin(module, entry)
                 module.__dict__[entry] = stack
             stack.hooks = tuple(hooks)
             innermost = stack.__wrapped__
@@ -262,7 +262,7 @@ class HookStack(_Chain, LeftOutOfCopies):
         else:
             if stack is not None:
                 stack._give_back()
-            _PlainReduction.end(module, entry)
+            PlainReduction.end(module, entry)
 
     def _give_back(self) -> None:
         """Makes the entry what it was before, unless another library has put something there since."""
@@ -306,7 +306,7 @@ def bare_entry(module: nn.Module, entry: str) -> Callable[..., Any]:
     return found
 
 
-class _PlainReduction:
+class PlainReduction:
     """Stands in for the `__reduce_ex__` of a hooked module: reduces it to what it would be without hooks.
 
     Attributes:
@@ -326,10 +326,10 @@ class _PlainReduction:
         attributes = module.__dict__
         reduction = attributes.get(_REDUCE)
         if reduction is None:
-            attributes[_REDUCE] = reduction = _PlainReduction(module)
+            attributes[_REDUCE] = reduction = PlainReduction(module)
             if hasattr(type(module), _DEEPCOPY):
                 attributes.setdefault(_DEEPCOPY, partial(_deepcopy_without_hooks, module))
-        if isinstance(reduction, _PlainReduction):  # or else the instance had a way of its own
+        if isinstance(reduction, PlainReduction):  # or else the instance had a way of its own
             reduction.entries.add(entry)
 
     @staticmethod
@@ -337,7 +337,7 @@ class _PlainReduction:
         """Has copies and pickles be the class's own once no other entry has hooks."""
         attributes = module.__dict__
         reduction = attributes.get(_REDUCE)
-        if isinstance(reduction, _PlainReduction):
+        if isinstance(reduction, PlainReduction):
             reduction.entries.discard(entry)
             if not reduction.entries:
                 attributes.pop(_DEEPCOPY, None)

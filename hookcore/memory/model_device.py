@@ -19,7 +19,7 @@ import torch
 from hookcore.errors import ConflictError
 from hookcore.memory.own_class import give_class_back, give_own_class, models_with
 from hookcore.memory.reads import only_looking
-from hookcore.stack import LeftOutOfCopies
+from hookcore.stack import LeftOutOfCopies, PlainReduction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +74,7 @@ class ModelDevice:
                 guard.count += 1
             else:
                 module.__dict__[_APPLY] = _MoveGuard(module, stays_on, guard)
+                PlainReduction.begin(module, _APPLY)
 
     def detach(self) -> None:
         """Has them answer, and be moved, as their classes do."""
@@ -107,6 +108,7 @@ class _MoveGuard(LeftOutOfCopies):
             del self._module.__dict__[_APPLY]
         else:
             self._module.__dict__[_APPLY] = self._replaced
+        PlainReduction.end(self._module, _APPLY)
 
     def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """Applies a function to the module's tensors, which stay where they are.

@@ -67,7 +67,8 @@ def tensor_bytes(components: Iterable[Component]) -> dict[str, int]:
 
 
 def _hooked(bindings: Sequence[Binding]) -> str:
-    entries = Counter(binding.entry for binding in bindings)
+    # Without the hooks for calls of parts by themselves, of which a model's own calls have nothing.
+    entries = Counter(binding.entry for binding in bindings if not binding.hook.outermost_only)
     return ", ".join(f"{count} x {entry}()" for entry, count in entries.items()) or "nothing"
 
 

@@ -68,10 +68,9 @@ import os, signal, sys, torch, hookcore
 from hookcore_plugins import GroupOffload
 from hookcore.memory import written
 
-bytes_of = written._bytes
-def die(tensor):
+def die(tensor, file):
     os.kill(os.getpid(), signal.SIGKILL)
-written._bytes = die
+written._write_bytes = die
 hookcore.apply(torch.nn.Linear(8, 8), [GroupOffload("cpu", offload_to_disk_path=sys.argv[1])])
 """
 
@@ -80,7 +79,7 @@ def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
     killed = subprocess.run([sys.executable, "-c", WRITES, str(tmp_path)], check=False)
     assert killed.returncode == -9
     assert [path.suffix for path in tmp_path.iterdir()] == [".unfinished"]
-    finishes = WRITES.replace("written._bytes = die", "")
+    finishes = WRITES.replace("written._write_bytes = die", "")
     subprocess.run([sys.executable, "-c", finishes, str(tmp_path)], check=True)
     assert list(tmp_path.iterdir()) == []
 

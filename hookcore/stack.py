@@ -344,6 +344,7 @@ class PlainReduction:
                 del attributes[_REDUCE]
 
     def __call__(self, protocol: int) -> Any:
+        """Reduces the module as its class does, without hooks."""
         return _without_hooks(type(self.module).__reduce_ex__(self.module, protocol))
 
 

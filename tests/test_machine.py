@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from attrs import frozen
+from attrs import evolve, frozen
 from hypothesis import Phase as HypothesisPhase
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,7 +11,7 @@ from hypothesis.stateful import invariant, rule, run_state_machine_as_test
 from techniques import ENTRIES, Moving, Pushing, Recording, Scaling, SwallowsErrors, toy
 
 import hookcore
-from hookcore import Binding, Component, ConflictError, Hook, ModelConventions, Phase
+from hookcore import Binding, Claim, Component, ConflictError, Hook, ModelConventions, Phase
 from hookcore.stack import HookStack
 from hookcore.testing import HookMachine, ModelCase
 from hookcore.testing.modules import Recipe, TreeModel, linear, sequential
@@ -73,7 +73,11 @@ class Machine(HookMachine):
         fqn = data.draw(st.sampled_from(self.targets()))
         modules = dict(self.model.get_submodule(fqn).named_modules())
         inner = Recording(TaggedLog(self.log, modules), label, data.draw(st.booleans()))
-        self.put_on(toy(label, inner.bind, phase=phase), fqn)
+
+        def bind(component):
+            return [evolve(binding, claims=[Claim(label)]) for binding in inner.bind(component)]
+
+        self.put_on(toy(label, bind, phase=phase), fqn)
 
     def put_on(self, technique, fqn):
         if isinstance(technique, Scaling):
@@ -187,7 +191,7 @@ def test_the_machine_finds_what_is_wrong(kind, message):
 
     finding = settings(
         Broken.TestCase.settings,
-        max_examples=200,
+        max_examples=500,
         derandomize=True,
         database=None,
         phases=[HypothesisPhase.generate],

@@ -91,7 +91,7 @@ class _MoveGuard(LeftOutOfCopies):
     """Stands in for the `_apply` of one module.
 
     Attributes:
-        count: How many technique want it there.
+        count: How many techniques want it there.
     """
 
     __slots__ = ("_module", "_replaced", "_stays_on", "count")

@@ -162,7 +162,7 @@ class _EntryHook(Hook):
 
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Brings the component and the inputs."""
         if self._parts is None:
             self._parts = self._weights.parts_of(self._slots)
@@ -182,11 +182,9 @@ class _EntryHook(Hook):
         self._coordinator.leave(self._weights)
 
 
-class _PartHook(Hook):
+class _PartHook(_EntryHook):
     """Has the component be on the device for a call of a part of it by itself."""
 
-    swaps_weights: ClassVar[bool] = True
-    only_brings_weights: ClassVar[bool] = True
     outermost_only: ClassVar[bool] = True
 
     def __init__(
@@ -197,12 +195,9 @@ class _PartHook(Hook):
         fqn: str,
         device: torch.device,
     ) -> None:
-        self._coordinator = coordinator
-        self._weights = weights
+        super().__init__(coordinator, weights, (), device)
         self._component = component
         self._fqn = fqn
-        self._device = device
-        self._parts: list[Part] | None = None
         self._entered: list[bool] = []  # for each call under way
 
     def pre_forward(
@@ -212,21 +207,16 @@ class _PartHook(Hook):
         if self._weights.calls:
             self._entered.append(False)
             return None
-        if self._parts is None:
+        if self._parts is None:  # at the first such call: there are as many parts as modules
             self._parts = self._weights.parts_of(slots_below(self._component, [self._fqn]))
-        self._coordinator.enter(self._weights, self._parts)
-        try:
-            inputs = moved(args, self._device), moved(kwargs, self._device)
-        except BaseException:
-            self._coordinator.leave(self._weights)
-            raise
+        inputs = super().pre_forward(module, args, kwargs)
         self._entered.append(True)
         return inputs
 
     def post_forward(self, module: nn.Module, output: Any) -> None:
         """Ends the call; the component stays."""
         if self._entered.pop():
-            self._coordinator.leave(self._weights)
+            super().post_forward(module, output)
 
     def on_error(self, module: nn.Module, error: BaseException) -> None:
         """Ends the call; the component stays."""

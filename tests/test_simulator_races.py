@@ -378,3 +378,66 @@ def test_without_strictness_all_is_kept(sim, side, source):
         with pytest.raises(RaceError) as raised:
             sim.check()
         assert len(raised.value.violations) == 2
+
+
+# A layer on another stream than the model that calls it
+
+
+class OnSide(nn.Module):
+    """Calls a layer on a side stream, as one has to: each stream waits for the other."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.side, self.layer = side, nn.Linear(SIZE, SIZE, bias=False)
+
+    def forward(self, x):
+        main = torch.get_device_module("sim").current_stream()
+        self.side.wait_stream(main)
+        with self.side:
+            out = self.layer(x)
+        main.wait_stream(self.side)
+        return out
+
+
+def run_layer(sim, model, source, *, reads, writes):
+    """Brings the layer's weight ahead of its call, and the next weight into its place after it.
+
+    Args:
+        sim: The simulator.
+        model: The model.
+        source: The weights.
+        reads: The stream that waits for the weight at the layer's call.
+        writes: The stream that the copies wait for at the end of that call.
+    """
+    copies, layer = sim.Stream(), model.layer
+    layer.weight.data = torch.empty(SIZE, SIZE, device="sim")
+    copies.wait_stream(torch.get_device_module("sim").current_stream())
+
+    def bring_and_wait(module, args):
+        with copies:
+            layer.weight.data.copy_(source, non_blocking=True)
+        reads.wait_stream(copies)
+
+    def bring_next(module, args, out):
+        copies.wait_stream(writes)
+        with copies:
+            layer.weight.data.copy_(source, non_blocking=True)
+
+    layer.register_forward_pre_hook(bring_and_wait)
+    layer.register_forward_hook(bring_next)
+    try:
+        with torch.no_grad():
+            model(torch.ones(1, SIZE, device="sim"))
+    finally:
+        torch.get_device_module("sim").synchronize()
+
+
+def test_a_layer_on_a_side_stream_reads_what_that_stream_waited_for(sim, side, main, source):
+    run_layer(sim, OnSide(side), source, reads=side, writes=side)
+    with race("read before it was written", f"on stream {side.stream_id} of sim:0"):
+        run_layer(sim, OnSide(side), source, reads=main, writes=side)
+
+
+def test_what_a_layer_reads_on_a_side_stream_is_kept_until_that_stream_is_done(sim, side, main, source):
+    with race("overwritten while in use", f"mm.* on stream {side.stream_id} of sim:0"):
+        run_layer(sim, OnSide(side), source, reads=side, writes=main)

@@ -42,9 +42,10 @@ def make_room(machine: Machine, stream: StreamState, nbytes: int) -> None:
     device, number = stream.key
     memory = machine.devices[device].memory
     memory.release(machine.host_time)
-    if not memory.fits(number, nbytes) and (held := memory.all_held()) is not None:
+    can_wait = not machine.captures.is_running
+    if can_wait and not memory.fits(number, nbytes) and (held := memory.all_held()) is not None:
         machine.host_waits(*held)
-    if not memory.fits(number, nbytes):
+    if can_wait and not memory.fits(number, nbytes):
         empty_cache(machine, device)
     if not memory.fits(number, nbytes):
         capacity = memory.capacity or 0
@@ -82,7 +83,9 @@ def pin(machine: Machine, nbytes: int, address: int, keeper: object) -> Block:
 def register(machine: Machine, device: int, address: int, nbytes: int) -> CudaError:
     """Page-locks a range of host addresses where it is; see `HostMemory.registration_error`."""
     machine.settle()
-    error = machine.host_memory.registration_error(address, nbytes, machine.devices[device].profile)
+    error = _forbidden(machine) or machine.host_memory.registration_error(
+        address, nbytes, machine.devices[device].profile
+    )
     if error is CudaError.success:
         machine.host_memory.add(Block(None, nbytes, address, None, (0, 0), "cudaHostRegister"))
     return _result(machine, error)
@@ -94,6 +97,9 @@ def unregister(machine: Machine, address: int) -> CudaError:
     A finalizer may call it at any moment, and the memory may be gone when it returns. So copies that are
     under way end here, and its bytes are given back later.
     """
+    error = _forbidden(machine)
+    if error:
+        return _result(machine, error)
     block = machine.host_memory.remove(address)
     if block is None:
         return _result(machine, CudaError.hostMemoryNotRegistered)
@@ -105,6 +111,15 @@ def unregister(machine: Machine, address: int) -> CudaError:
         copy.land()
     machine.drop(block)
     return _result(machine, CudaError.success)
+
+
+def _forbidden(machine: Machine) -> CudaError:
+    """The error of a call that a capture forbids, and that breaks it; `success` if none does."""
+    try:
+        machine.captures.forbid_unsafe()
+    except torch.AcceleratorError:
+        return CudaError.streamCaptureUnsupported
+    return CudaError.success
 
 
 def _result(machine: Machine, error: CudaError) -> CudaError:

@@ -103,7 +103,7 @@ def _between_devices(machine: Machine, source: torch.Tensor, target: torch.Tenso
     else:
         # As torch does on CUDA: the copy runs on the source's stream, and both streams wait for each other.
         receiver = state.current_stream_state(there)
-        machine.wait(stream, *machine.mark(receiver))
+        machine.wait(stream, machine.mark(receiver))
         operation = machine.begin(stream, TO_PEER)
         seconds = profile.copy_latency + target.nbytes / profile.peer
         engine = "peer copy"
@@ -112,13 +112,15 @@ def _between_devices(machine: Machine, source: torch.Tensor, target: torch.Tenso
     on_cpu(target, block_of(target)).copy_(on_cpu(source, block_of(source)))
     machine.finish(operation, stream, engine, seconds)
     if here != there:
-        machine.wait(receiver, *machine.mark(stream))
+        machine.wait(receiver, machine.mark(stream))
 
 
 def _to_device(machine: Machine, source: torch.Tensor, target: torch.Tensor, non_blocking: bool) -> None:
     stream = state.current_stream_state(target.device.index)
     profile = machine.devices[target.device.index].profile
     locked, block = locked_span(source), block_of(target)
+    if locked is None or not non_blocking:
+        machine.captures.host_waits_for(stream)
     operation = machine.begin(stream, TO_DEVICE)
     _touch(machine, operation, stream, block, target, writes=True)
     if locked is not None:
@@ -144,6 +146,8 @@ def _to_host(machine: Machine, source: torch.Tensor, target: torch.Tensor, non_b
     stream = state.current_stream_state(source.device.index)
     profile = machine.devices[source.device.index].profile
     locked, block = locked_span(target), block_of(source)
+    if locked is None or not non_blocking:
+        machine.captures.host_waits_for(stream)
     operation = machine.begin(stream, TO_HOST)
     _touch(machine, operation, stream, block, source, writes=False)
     if locked is not None:

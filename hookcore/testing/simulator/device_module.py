@@ -10,6 +10,7 @@ import torch
 from hookcore.testing.simulator import allocation, state
 from hookcore.testing.simulator.cuda_runtime import CudaRuntime
 from hookcore.testing.simulator.errors import UnsupportedOperationError
+from hookcore.testing.simulator.graphs import CUDAGraph, graph, is_current_stream_capturing
 from hookcore.testing.simulator.streams import Event, Stream
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     AnyDevice = torch.device | str | int | None
 
 __all__ = [
+    "CUDAGraph",
     "Event",
     "Stream",
     "_sleep",
@@ -32,7 +34,9 @@ __all__ = [
     "get_device_name",
     "get_device_properties",
     "get_rng_state",
+    "graph",
     "is_available",
+    "is_current_stream_capturing",
     "is_initialized",
     "manual_seed",
     "manual_seed_all",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 from hookcore.testing.simulator.caching import CachingAllocator
 from hookcore.testing.simulator.device_memory import DeviceMemory
 
 if TYPE_CHECKING:
+    from hookcore.testing.simulator.capture import Capture
     from hookcore.testing.simulator.ordering import Clock, Operation, StreamKey
     from hookcore.testing.simulator.profiles import DeviceProfile
 
@@ -27,6 +28,7 @@ class StreamState:
         free_at: When its next operation can start, for what it has been told to wait for; seconds.
         end: When its last operation ends; seconds.
         queued: When each operation ends that may still be in its queue.
+        capture: The capture of a graph that takes what it is given; None if that runs.
     """
 
     key: StreamKey
@@ -36,6 +38,12 @@ class StreamState:
     free_at: float = 0.0
     end: float = 0.0
     queued: deque[float] = field(factory=deque)
+    capture: Capture | None = None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is the default stream of its device."""
+        return self.key[1] == 0
 
     def queue(self, limit: int) -> float:
         """Queues the last operation; returns when there was room for it, if no more than so many wait."""
@@ -82,6 +90,21 @@ class Device:
         number = len(self.streams)
         self.streams[number] = StreamState((self.index, number))
         return self.streams[number]
+
+
+@frozen(eq=False)
+class Mark:
+    """A point in what a stream was given.
+
+    Attributes:
+        clock: What is done there.
+        time: When, in seconds.
+        capture: The capture that the stream was in.
+    """
+
+    clock: Clock
+    time: float
+    capture: Capture | None = None
 
 
 class HostCopy(Protocol):

@@ -23,6 +23,7 @@ from hookcore.testing.simulator.tensors import (
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
+    from hookcore.testing.simulator.devices import StreamState
     from hookcore.testing.simulator.machine import Machine
     from hookcore.testing.simulator.memory import Block
     from hookcore.testing.simulator.ordering import Operation
@@ -158,11 +159,11 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
 
     machine = state.get_machine()
     stream = state.current_stream_state(device)
+    host_waits = _host_waits(facts, host_args)
     with machine.lock:
-        operation = machine.launch(stream, facts.name)
-        for _, host, is_written, block in call.uses:
-            if block is not None:
-                machine.touch(operation, stream, block, extent(host), writes=is_written)
+        if host_waits:
+            machine.captures.host_waits_for(stream)
+        operation = _launch(machine, call, stream)
     # torch turned a number into a tensor, and that into a number again, which another overload takes.
     run: Any = operator.overloadpacket if call.has_number and not facts.takes_numbers else operator
     try:
@@ -178,10 +179,18 @@ def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
         _note_creation(machine, call, operation)
         seconds = _duration(machine.devices[device].profile, call, facts, host_args, out)
         machine.finish(operation, stream, "compute", seconds)
-        if facts.has_result_on_host or (facts.is_indexing and _has_mask(host_args)):
+        if host_waits:
             machine.host_waits(stream.clock, stream.free_at)
             machine.findings.raise_found()
     return results
+
+
+def _launch(machine: Machine, call: _Call, stream: StreamState) -> Operation:
+    operation = machine.launch(stream, call._facts.name)
+    for _, host, is_written, block in call.uses:
+        if block is not None:
+            machine.touch(operation, stream, block, extent(host), writes=is_written)
+    return operation
 
 
 def _results(call: _Call, out: Any, device: int | None) -> Any:
@@ -237,8 +246,10 @@ def _duration(
     return profile.kernel_latency + seconds
 
 
-def _has_mask(host_args: list[Any]) -> bool:
-    """Whether an index is a mask, so that the number of results depends on values."""
+def _host_waits(facts: OperatorFacts, host_args: list[Any]) -> bool:
+    """Whether the host waits for values; also for those of an index that is a mask, to count its results."""
+    if not facts.is_indexing:
+        return facts.has_result_on_host
     indices = host_args[1] if len(host_args) > 1 else ()
     return isinstance(indices, (list, tuple)) and any(
         isinstance(it, _Tensor) and it.dtype in (torch.bool, torch.uint8) for it in indices

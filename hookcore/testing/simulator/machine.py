@@ -14,8 +14,9 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
+from hookcore.testing.simulator.capture import Captures
 from hookcore.testing.simulator.cuda_errors import CudaError, cuda_error
-from hookcore.testing.simulator.devices import Device, HostCopy, StreamState
+from hookcore.testing.simulator.devices import Device, HostCopy, Mark, StreamState
 from hookcore.testing.simulator.errors import HOST_FIRST, KEEP_LONGER, WAIT_FIRST
 from hookcore.testing.simulator.findings import Findings
 from hookcore.testing.simulator.host_memory import HostMemory
@@ -43,6 +44,7 @@ class Machine:
         host_memory: Page-locked memory of the host.
         blocks: Live blocks of devices, by address.
         in_flight: Copies from and to page-locked memory that the host has not waited for.
+        captures: Captures of graphs that are under way.
         findings: What was found wrong.
         pending_error: The error that a call of the runtime has left for the next kernel; `success` for none.
         trace: Where operations are noted; None for nowhere.
@@ -59,6 +61,7 @@ class Machine:
         self.host_memory = HostMemory()
         self.blocks: dict[int, Block] = {}
         self.in_flight: list[HostCopy] = []
+        self.captures = Captures()
         self.findings = Findings()
         self.pending_error = CudaError.success
         self.trace: Trace | None = None
@@ -98,9 +101,11 @@ class Machine:
 
         Raises:
             RaceError: Something was found since the last operation.
+            torch.AcceleratorError: The stream is captured, and an error has broken the capture.
         """
         self.settle()
         self.findings.raise_found()
+        self.captures.check(stream)
         self.host_time += self.devices[stream.key[0]].profile.launch_latency
         if stream.heard != self.host_waits_count:
             join(stream.clock, self.host_clock)
@@ -130,7 +135,9 @@ class Machine:
         block.history.record(Access(*span, writes, operation), self.host_clock)
 
     def finish(self, operation: Operation, stream: StreamState, engine: str, seconds: float) -> None:
-        """Says which engine runs an operation, and how long it takes."""
+        """Says which engine runs an operation, and how long it takes; what is captured does not run."""
+        if stream.capture is not None:
+            return
         device = self.devices[stream.key[0]]
         engines = device.engines
         start = max(stream.free_at, self.host_time, engines.get(engine, 0.0))
@@ -143,16 +150,26 @@ class Machine:
 
     # What waits for what
 
-    def wait(self, stream: StreamState, clock: Clock, time: float) -> None:
-        """Has a stream wait for all that a clock knows, which is done at a time."""
-        self.settle()
-        join(stream.clock, clock)
-        stream.free_at = max(stream.free_at, time)
+    def wait(self, stream: StreamState, mark: Mark) -> None:
+        """Has a stream wait for another one to reach a mark.
 
-    def mark(self, stream: StreamState) -> tuple[Clock, float]:
-        """What is done, and when, once all that the stream was given so far is done."""
+        Raises:
+            torch.AcceleratorError: One of them is captured, and the other not or by another capture.
+        """
         self.settle()
-        return dict(stream.clock), max(stream.free_at, self.host_time)
+        self.captures.waits(stream, mark.capture)
+        join(stream.clock, mark.clock)
+        stream.free_at = max(stream.free_at, mark.time)
+
+    def mark(self, stream: StreamState) -> Mark:
+        """Marks the end of what the stream was given so far.
+
+        Raises:
+            torch.AcceleratorError: The stream is captured, and an error has broken the capture.
+        """
+        self.settle()
+        self.captures.check(stream)
+        return Mark(dict(stream.clock), max(stream.free_at, self.host_time), stream.capture)
 
     def host_waits(self, clock: Clock, time: float) -> None:
         """Has the host wait for all that a clock knows, which is done at a time."""
@@ -179,10 +196,15 @@ class Machine:
         return True
 
     def synchronize(self, device: int) -> None:
-        """Has the host wait for all streams of a device."""
+        """Has the host wait for all streams of a device.
+
+        Raises:
+            torch.AcceleratorError: One of them is captured, or a capture forbids it.
+        """
         clock: Clock = {}
         streams = self.devices[device].streams.values()
         for stream in streams:
+            self.captures.host_waits_for(stream)
             join(clock, stream.clock)
         self.host_waits(clock, max(stream.free_at for stream in streams))
 
@@ -250,6 +272,7 @@ class Machine:
         All is done now and everybody knows, so nothing has to be remembered. Time itself goes on, as events
         from before may be waited for.
         """
+        self.captures.abandon()
         for device in self.devices:
             self.synchronize(device.index)
         self.settle()

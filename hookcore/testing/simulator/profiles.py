@@ -24,6 +24,10 @@ def _bytes(size: int | str | None) -> int | None:
     return None if size is None else parse_bytes(size)
 
 
+CUDA_NAMES = frozenset(("CUDAGraph", "cudart", "graph", "is_current_stream_capturing"))
+"""Names of a device module that only CUDA's has."""
+
+
 @frozen(kw_only=True)
 class DeviceProfile:
     """The figures of one device.
@@ -66,7 +70,7 @@ class DeviceProfile:
     copy_latency: float = field(default=10e-6, validator=_not_negative)
     kernel_latency: float = field(default=3e-6, validator=_not_negative)
     launch_latency: float = field(default=5e-6, validator=_not_negative)
-    lacks: frozenset[str] = frozenset(("cudart",))
+    lacks: frozenset[str] = CUDA_NAMES
     lockable: int | None = field(default=None, converter=_bytes)
     lock_error: CudaError = CudaError.memoryAllocation
     pins: bool = True

@@ -10,8 +10,8 @@ from hookcore.testing.simulator import state
 from hookcore.testing.simulator.errors import SimulatorError
 
 if TYPE_CHECKING:
-    from hookcore.testing.simulator.devices import StreamState
-    from hookcore.testing.simulator.ordering import Clock
+    from hookcore.testing.simulator.devices import Mark, StreamState
+    from hookcore.testing.simulator.machine import Machine
 
 # torch's own, also after `install` has given these names to others.
 NativeStream = torch.Stream
@@ -62,6 +62,7 @@ class Stream(torch.Stream):
         machine = state.get_machine()
         with machine.lock:
             machine.reach("synchronize")
+            machine.captures.host_waits_for(self.state)
             machine.host_waits(self.state.clock, self.state.free_at)
             machine.findings.raise_found()
 
@@ -69,6 +70,7 @@ class Stream(torch.Stream):
         """Whether all is done that the stream was given."""
         machine = state.get_machine()
         with machine.lock:
+            machine.captures.host_waits_for(self.state)
             return machine.host_asks(self.state.clock, self.state.free_at)
 
     def wait_event(self, event: torch.Event) -> None:
@@ -80,7 +82,11 @@ class Stream(torch.Stream):
         machine = state.get_machine()
         with machine.lock:
             machine.reach("wait_stream")
-            machine.wait(self.state, *machine.mark(_state_of(stream)))
+            machine.wait(self.state, machine.mark(_state_of(stream)))
+
+    def is_capturing(self) -> bool:
+        """Whether what the stream is given is captured."""
+        return self.state.capture is not None
 
     def record_event(self, event: torch.Event | None = None) -> torch.Event:
         """Marks the end of what the stream was given so far."""
@@ -142,7 +148,7 @@ class Event(torch.Event):
 
     def __init__(self, *args: Any, enable_timing: bool = False, **kwargs: Any) -> None:
         self._times = enable_timing
-        self._mark: tuple[Clock, float] | None = None
+        self._mark: Mark | None = None
 
     def record(self, stream: torch.Stream | None = None) -> None:
         """Marks the end of what a stream, or the current one, was given so far.
@@ -163,7 +169,7 @@ class Event(torch.Event):
         with machine.lock:
             machine.reach("wait_event")
             if self._mark is not None:
-                machine.wait(_state_of(stream), *self._mark)
+                machine.wait(_state_of(stream), self._mark)
 
     def query(self) -> bool:
         """Whether all is done that comes before the event; so too before it is recorded."""
@@ -171,7 +177,7 @@ class Event(torch.Event):
             return True
         machine = state.get_machine()
         with machine.lock:
-            return machine.host_asks(*self._mark)
+            return _is_done(machine, self._mark)
 
     def synchronize(self) -> None:
         """Lets the host wait for the event."""
@@ -179,7 +185,8 @@ class Event(torch.Event):
         with machine.lock:
             machine.reach("synchronize")
             if self._mark is not None:
-                machine.host_waits(*self._mark)
+                machine.captures.host_waits_for_event(self._mark.capture)
+                machine.host_waits(self._mark.clock, self._mark.time)
                 machine.findings.raise_found()
 
     def elapsed_time(self, end_event: torch.Event) -> float:
@@ -196,13 +203,18 @@ class Event(torch.Event):
         machine = state.get_machine()
         if machine.devices[0].profile.times_only_done_events:
             with machine.lock:
-                done = [machine.host_asks(*mark) for mark in (self._mark, end_event._mark)]
+                done = [_is_done(machine, mark) for mark in (self._mark, end_event._mark)]
             if not all(done):
                 raise RuntimeError("Both events must be completed before calculating elapsed time.")
-        return (end_event._mark[1] - self._mark[1]) * 1e3
+        return (end_event._mark.time - self._mark.time) * 1e3
 
     def __repr__(self) -> str:
         return f"<event of sim, {'not recorded' if self._mark is None else 'recorded'}>"
+
+
+def _is_done(machine: Machine, mark: Mark) -> bool:
+    machine.captures.host_waits_for_event(mark.capture)
+    return machine.host_asks(mark.clock, mark.time)
 
 
 def _state_of(stream: torch.Stream | None) -> StreamState:

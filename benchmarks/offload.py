@@ -27,7 +27,7 @@ from offloading.search import climb
 from offloading.simulated import PASSES, Run, Setting, calibrate, host_peak, run_way
 from tqdm import tqdm
 
-import hookcore.memory.stream
+import hookcore.memory.device.stream_mover
 import hookcore.testing.simulator as sim
 from hookcore import BudgetError
 from hookcore.memory import Layout, Use, choose_layout
@@ -239,7 +239,7 @@ def _run_ours(setting: Setting, ratio: float, share: float, budget: int, tries: 
         asked.update(options)
         return layout
 
-    with patch.object(hookcore.memory.stream, "choose_layout", noting):
+    with patch.object(hookcore.memory.device.stream_mover, "choose_layout", noting):
         try:
             run = run_way(setting, ratio, ways.with_hookcore(budget))
         except BudgetError as error:

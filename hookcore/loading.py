@@ -16,10 +16,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hookcore.apply import apply, as_techniques
 from hookcore.errors import UnsupportedModelError
-from hookcore.memory.checkpoint import Checkpoint
-from hookcore.memory.keys import find_entries
-from hookcore.memory.mapping import map_checkpoint
-from hookcore.memory.origins import Origin, set_origin
+from hookcore.memory.files.checkpoint import Checkpoint
+from hookcore.memory.files.checkpoint_names import find_entries
+from hookcore.memory.files.mapped_file import map_checkpoint
+from hookcore.memory.files.origin import Origin, set_origin
 from hookcore.plugins import plugins
 from hookcore.target import Component
 from hookcore.units import parse_dtype

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from hookcore.answers import ask_sizes
-from hookcore.memory.mapping import find_mapping
+from hookcore.memory.files.mapped_file import find_mapping
 from hookcore.units import format_bytes, shortened
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from hookcore.memory import DiskMover, disk
+from hookcore.memory import DiskMover
+from hookcore.memory.files import file_mover as disk
 
 # Making checkpoints and models
 

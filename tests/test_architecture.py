@@ -18,7 +18,7 @@ OPTIONAL = {"diffusers", "transformers", "accelerate", "peft", "matplotlib", "ps
 TESTING = {"pytest", "hypothesis", "_pytest"}
 # What is about a library, which each imports when it is asked for that and not before.
 USES_LIBRARIES = {
-    CORE / "memory" / "timeline.py": {"matplotlib"},  # draws
+    CORE / "memory" / "device" / "timeline.py": {"matplotlib"},  # draws
     CORE / "testing" / "models.py": {"diffusers", "transformers"},  # small models of these libraries
     CORE / "testing" / "pipelines.py": {"diffusers", "transformers"},
     CORE / "testing" / "simulator" / "trace.py": {"matplotlib"},  # draws

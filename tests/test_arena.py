@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hookcore.memory.arena import Arena, piece_beside, rounded
+from hookcore.memory.files.page_arena import Arena, piece_beside, rounded
 
 PAGE = mmap.PAGESIZE
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from hookcore import HookcoreError
 from hookcore.errors import CheckpointError
 from hookcore.memory import Checkpoint, map_checkpoint
-from hookcore.memory.header import FileStamp
+from hookcore.memory.files.safetensors_header import FileStamp
 
 DTYPES = {
     "BOOL": torch.bool,

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hookcore.errors import CheckpointError
-from hookcore.memory import direct
-from hookcore.memory.arena import piece_beside
-from hookcore.memory.checkpoint import Checkpoint
-from hookcore.memory.direct import ALIGNMENT, DirectReader, aligned_span
-from hookcore.memory.mapping import map_checkpoint
+from hookcore.memory.files import direct_reader as direct
+from hookcore.memory.files.checkpoint import Checkpoint
+from hookcore.memory.files.direct_reader import ALIGNMENT, DirectReader, aligned_span
+from hookcore.memory.files.mapped_file import map_checkpoint
+from hookcore.memory.files.page_arena import piece_beside
 
 SIZE = 5 * ALIGNMENT + 123
 CONTENT = bytes(torch.randint(0, 256, (SIZE,), dtype=torch.uint8).tolist())

@@ -39,9 +39,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import hookcore
 from hookcore import CheckpointError, Hook, Phase, Technique
-from hookcore.memory import DiskMover, disk, find_mapping, origin_of, workers
-from hookcore.memory.arena import rounded
-from hookcore.memory.mapping import MappedFile
+from hookcore.memory import DiskMover, find_mapping, origin_of
+from hookcore.memory.files import file_mover as disk
+from hookcore.memory.files import reader_threads as workers
+from hookcore.memory.files.mapped_file import MappedFile
+from hookcore.memory.files.page_arena import rounded
 from hookcore.testing import models
 from hookcore.testing.cases import tensors_in
 from hookcore.testing.modules import module_trees

@@ -30,8 +30,9 @@ from hypothesis import strategies as st
 
 import hookcore
 from hookcore import BudgetError, CheckpointError, ConcurrentCallError
-from hookcore.memory import DiskMover, StreamMover, disk
-from hookcore.memory.arena import rounded
+from hookcore.memory import DiskMover, StreamMover
+from hookcore.memory.files import file_mover as disk
+from hookcore.memory.files.page_arena import rounded
 from hookcore.testing.snapshot import same_bits
 from hookcore_plugins import DiskOffload, GroupOffload
 

@@ -23,7 +23,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import hookcore
 from hookcore import BudgetError, CheckpointError
-from hookcore.memory import file_engine, file_reader, find_mapping, origin_of, stream, workers
+from hookcore.memory import find_mapping, origin_of
+from hookcore.memory.device import stream_mover as stream
+from hookcore.memory.files import file_reader
+from hookcore.memory.files import read_engine as file_engine
+from hookcore.memory.files import reader_threads as workers
 from hookcore.testing import simulator
 from hookcore.testing.modules import Counter
 from hookcore.testing.snapshot import ModelSnapshot, same_bits

@@ -26,7 +26,8 @@ from torch import nn
 
 import hookcore
 from hookcore import CheckpointError, PlanError
-from hookcore.memory import find_mapping, written
+from hookcore.memory import find_mapping
+from hookcore.memory.files import spill as written
 from hookcore.testing.modules import module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins import GroupOffload, LayerwiseCasting

@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hookcore.memory import host
-from hookcore.memory.host import HostMemory, free_host_bytes
+from hookcore.memory.device import pinned_memory as host
+from hookcore.memory.device.pinned_memory import HostMemory, free_host_bytes
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

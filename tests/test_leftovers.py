@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hookcore.memory.leftovers import make_claimed
+from hookcore.memory.files.leftovers import make_claimed
 
 PATTERN = "made-*"
 
@@ -66,7 +66,7 @@ def test_a_link_is_not_followed(tmp_path):
 WRITES = """
 import os, signal, sys, torch, hookcore
 from hookcore_plugins import GroupOffload
-from hookcore.memory import written
+from hookcore.memory.files import spill as written
 
 def die(tensor, file):
     os.kill(os.getpid(), signal.SIGKILL)

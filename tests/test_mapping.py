@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from hookcore.errors import CheckpointError
 from hookcore.memory import Checkpoint, TensorEntry
-from hookcore.memory import mapping as module
-from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
+from hookcore.memory.files import mapped_file as module
+from hookcore.memory.files.mapped_file import MappedFile, find_mapping, map_checkpoint
 
 PAGE = mmap.PAGESIZE
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux about pages")

@@ -12,7 +12,7 @@ from torch import nn
 
 import hookcore
 from hookcore import ConflictError
-from hookcore.memory.own_class import give_class_back, give_own_class
+from hookcore.memory.instance_override import give_class_back, give_own_class
 from hookcore.testing import simulator
 from hookcore.testing.snapshot import ModelSnapshot
 from hookcore_plugins import DiskOffload, GroupOffload, LayerwiseCasting, ModelOffload, SequentialOffload

@@ -7,7 +7,7 @@ from collections import deque
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hookcore.memory.order import LearnedOrder
+from hookcore.memory.planning.order_of_use import LearnedOrder
 
 things = st.sampled_from("abcdef")
 passes = st.lists(st.lists(things, max_size=8), max_size=4)

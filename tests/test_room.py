@@ -17,7 +17,7 @@ from torch import nn
 
 import hookcore
 from hookcore import BudgetError, ConcurrentCallError
-from hookcore.memory import engine
+from hookcore.memory.device import copy_engine as engine
 from hookcore.testing import simulator
 from hookcore.testing.snapshot import same_bits
 from hookcore_plugins import GroupOffload, SequentialOffload

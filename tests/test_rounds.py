@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hookcore.memory.rounds import Rounds
+from hookcore.memory.planning.call_cycle import Rounds
 
 things = st.sampled_from("abc")
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hookcore.memory.layout import choose_layout
-from hookcore.memory.ranges import Quota, Ranges
-from hookcore.memory.schedule import Use, pass_seconds
+from hookcore.memory.planning.free_list import Quota, Ranges
+from hookcore.memory.planning.pool_layout import choose_layout
+from hookcore.memory.planning.schedule import Use, pass_seconds
 
 times = st.integers(0, 50)
 sizes = st.integers(1, 30)

@@ -9,7 +9,7 @@ from attrs import define
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hookcore.memory.slab import Pieces, Slab
+from hookcore.memory.device.allocators import Pieces, Slab
 
 UNIT = 64
 SIZE = 20 * UNIT

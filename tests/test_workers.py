@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import hookcore
 from hookcore import CheckpointError
-from hookcore.memory.workers import Workers
+from hookcore.memory.files.reader_threads import Workers
 from hookcore.testing.snapshot import same_bits
 from hookcore_plugins import DiskOffload, GroupOffload
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from hookcore.memory.budget import choose_residents, largest_held
-from hookcore.memory.checkpoint import Checkpoint
 from hookcore.memory.copies import copy_as, copy_to, stop_copying_as, stop_copying_to
-from hookcore.memory.counts import StreamReport
-from hookcore.memory.device import DeviceMover
-from hookcore.memory.disk import DiskMover
-from hookcore.memory.disk_room import DiskRoom
-from hookcore.memory.file_origins import (
+from hookcore.memory.device.device_pool import Room
+from hookcore.memory.device.flat_group import Packed, packed_nbytes
+from hookcore.memory.device.pinned_memory import HostMemory
+from hookcore.memory.device.stream_mover import StreamMover, has_streams
+from hookcore.memory.device.stream_report import StreamReport
+from hookcore.memory.device.synchronous_mover import DeviceMover
+from hookcore.memory.device.timeline import Recorder, Span, Timeline, record_timeline
+from hookcore.memory.files.checkpoint import Checkpoint
+from hookcore.memory.files.checkpoint_names import find_entries
+from hookcore.memory.files.file_mover import DiskMover
+from hookcore.memory.files.file_range import cost
+from hookcore.memory.files.file_store import FileStore
+from hookcore.memory.files.host_pool import DiskRoom
+from hookcore.memory.files.leftovers import make_claimed
+from hookcore.memory.files.mapped_file import MappedFile, find_mapping, map_checkpoint
+from hookcore.memory.files.origin import Origin, origin_of, set_origin, wanted_dtype
+from hookcore.memory.files.origins_of_model import (
     FileOrigins,
     check_ties,
     dtype_hooks,
@@ -17,8 +27,7 @@ from hookcore.memory.file_origins import (
     origins_in,
     origins_of_mapped,
 )
-from hookcore.memory.file_ranges import cost
-from hookcore.memory.file_store import FileStore
+from hookcore.memory.files.safetensors_header import TensorEntry
 from hookcore.memory.gradients import Gradients, move_gradient
 from hookcore.memory.grouping import (
     Group,
@@ -32,27 +41,18 @@ from hookcore.memory.grouping import (
     slots_below,
     spanning_groups,
 )
-from hookcore.memory.header import TensorEntry
-from hookcore.memory.host import HostMemory
-from hookcore.memory.keys import find_entries
-from hookcore.memory.layout import Layout, choose_layout
-from hookcore.memory.leftovers import make_claimed
-from hookcore.memory.mapping import MappedFile, find_mapping, map_checkpoint
 from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
 from hookcore.memory.mover import GroupMover, Needed
-from hookcore.memory.origins import Origin, origin_of, set_origin, wanted_dtype
-from hookcore.memory.packed import Packed, packed_nbytes
 from hookcore.memory.placement import Placement, moved
-from hookcore.memory.ranges import Quota, Ranges
-from hookcore.memory.reads import WatchedTensors, stop_watching, watch
-from hookcore.memory.room import Room
-from hookcore.memory.schedule import Use, pass_seconds
+from hookcore.memory.planning.free_list import Quota, Ranges
+from hookcore.memory.planning.pool_layout import Layout, choose_layout
+from hookcore.memory.planning.residency import choose_residents, largest_held
+from hookcore.memory.planning.schedule import Use, pass_seconds
+from hookcore.memory.shared_weights import Together
 from hookcore.memory.store import MemoryStore, Store
-from hookcore.memory.stream import StreamMover, has_streams
-from hookcore.memory.tensors import check_movable, current_tensors, is_on, move_apart
-from hookcore.memory.timeline import Recorder, Span, Timeline, record_timeline
-from hookcore.memory.together import Together
+from hookcore.memory.tensor_memory import check_movable, current_tensors, is_on, move_apart
+from hookcore.memory.watched_reads import WatchedTensors, stop_watching, watch
 from hookcore.storage import planned_nbytes
 
 __all__ = [

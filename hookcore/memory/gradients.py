@@ -11,7 +11,7 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hookcore.memory.tensors import current_tensors
+from hookcore.memory.tensor_memory import current_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -20,7 +20,7 @@ from attrs import frozen
 from torch import nn
 
 from hookcore.errors import PlanError
-from hookcore.memory.tensors import check_movable, current_tensors, is_on
+from hookcore.memory.tensor_memory import check_movable, current_tensors, is_on
 from hookcore.target import own_tensors
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookcore.errors import ConflictError
-from hookcore.memory.own_class import give_class_back, give_own_class, models_with
-from hookcore.memory.reads import only_looking
+from hookcore.memory.instance_override import give_class_back, give_own_class, models_with
+from hookcore.memory.watched_reads import only_looking
 from hookcore.stack import LeftOutOfCopies, PlainReduction
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 
 from hookcore.errors import ConflictError
 from hookcore.hook import Hook
-from hookcore.memory.own_class import call_own_to, give_class_back, give_own_class, models_with
+from hookcore.memory.instance_override import call_own_to, give_class_back, give_own_class, models_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
+    from hookcore.memory.device.timeline import Timeline
     from hookcore.memory.grouping import Group
-    from hookcore.memory.timeline import Timeline
 
 
 @frozen(eq=False)

@@ -25,15 +25,15 @@ from hookcore.memory.gradients import Gradients
 from hookcore.memory.grouping import Group, callable_parts, entries_of
 from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.mover import Needed
-from hookcore.memory.reads import stop_watching, watch
+from hookcore.memory.watched_reads import stop_watching, watch
 from hookcore.technique import Binding, Claim, Resource
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from hookcore.memory.device.timeline import Timeline
     from hookcore.memory.mover import GroupMover
-    from hookcore.memory.timeline import Timeline
     from hookcore.target import Component
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from attrs import define
 
-from hookcore.memory.device import DeviceMover
-from hookcore.memory.engine import CopyEngine
-from hookcore.memory.host import HostMemory, Staging
-from hookcore.memory.packed import Packed, packed_nbytes
-from hookcore.memory.tensors import current_tensors, go_back, memory_seen_elsewhere, move_apart
+from hookcore.memory.device.copy_engine import CopyEngine
+from hookcore.memory.device.flat_group import Packed, packed_nbytes
+from hookcore.memory.device.pinned_memory import HostMemory, Staging
+from hookcore.memory.device.synchronous_mover import DeviceMover
+from hookcore.memory.tensor_memory import current_tensors, go_back, memory_seen_elsewhere, move_apart
 from hookcore.storage import planned_nbytes
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from attrs import frozen
 
 from hookcore import CheckpointError
 from hookcore.memory import Checkpoint
-from hookcore.memory.header import DTYPES
+from hookcore.memory.files.safetensors_header import DTYPES
 from hookcore.testing.twins import promise
 
 if TYPE_CHECKING:

@@ -1,0 +1,214 @@
+"""Device memory in which groups of weights come and go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from attrs import define, field, frozen
+
+from hookcore.memory.device.flat_group import ALIGNMENT
+from hookcore.memory.planning.free_list import Quota, Ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from hookcore.memory.device.flat_group import Packed
+
+_PLACES_KEPT = 16
+"""Of one group; in a pass like the last one it comes to a place that it knows."""
+
+
+@frozen(eq=False)
+class Place:
+    """Where a group can lie on the device.
+
+    Attributes:
+        start: Its first byte in the slab.
+        memory: Its bytes, uint8.
+        views: What the group's tensors are there.
+        addresses: Of the views.
+    """
+
+    start: int
+    memory: torch.Tensor
+    views: Sequence[torch.Tensor]
+    addresses: Sequence[int]
+
+
+@define(eq=False)
+class Lending:
+    """Device memory that is lent to groups, of which some have room of their own.
+
+    Attributes:
+        device: Where it is.
+        size: Bytes.
+        kept: Groups that have room of their own, the one that had it first first, and where that starts.
+        left: The room of groups that went away with their model, to be collected.
+        lender: Its room, lent and free.
+    """
+
+    is_shared: ClassVar[bool]
+    """Whether others may have had the memory of a place before."""
+
+    device: torch.device
+    size: int
+    kept: dict[Packed, int] = field(factory=dict, init=False)
+    left: list[tuple[int, int]] = field(factory=list, init=False)
+    lender: Ranges | Quota = field(init=False)
+
+    def give_back(self, packed: Packed, place: Place) -> None:
+        """Has others lie where a group lay, unless the room is its own."""
+        if packed not in self.kept:
+            self.lender.give_back(place.start, packed.nbytes)
+
+    def drop(self, packed: Packed) -> None:
+        """Keeps no room for a group any more, of which nothing is there."""
+        self.lender.give_back(self.kept.pop(packed), packed.nbytes)
+
+    def forget(self, packed: Packed) -> None:
+        """Forgets a group that is packed anew, and of which nothing is on the device."""
+        if packed in self.kept:
+            self.drop(packed)
+
+    def leave(self, packed: Packed, place: Place | None) -> None:
+        """Has what a group took be collected later: it goes away, at whatever moment, with its model."""
+        start = self.kept.pop(packed, None if place is None else place.start)
+        if start is not None:
+            self.left.append((start, packed.nbytes))
+
+    def collect(self) -> None:
+        """Has others lie where groups lay that went away."""
+        while self.left:
+            self.lender.give_back(*self.left.pop())
+
+
+@define(eq=False)
+class Slab(Lending):
+    """One stretch of device memory, allocated once, and who lies where in it.
+
+    Groups with a range of their own have it at the end, the one that had it first last.
+
+    Attributes:
+        large: Bytes from which other groups lie at the end of what is left; None for all at its beginning.
+    """
+
+    is_shared: ClassVar[bool] = False
+
+    large: int | None = None
+    lender: Ranges = field(init=False)
+    _memory: torch.Tensor = field(init=False)
+    _places: dict[Packed, dict[int, Place]] = field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.size = self.size // ALIGNMENT * ALIGNMENT
+        self.lender = Ranges(self.size, self.large)
+        self._memory = _allocate(self.size, self.device)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of memory that it has now."""
+        return self.size
+
+    def take(self, packed: Packed) -> Place | None:
+        """Finds room for a group; None if there is none."""
+        start = self.kept.get(packed)
+        if start is None:
+            start = self.lender.take(packed.nbytes)
+        if start is None:
+            return None
+        known = self._places.get(packed)
+        if known is None:
+            known = self._places[packed] = {}
+        found = known.get(start)
+        if found is None:
+            if len(known) == _PLACES_KEPT:
+                known.clear()
+            found = known[start] = _make_place(packed, start, self._memory[start : start + packed.nbytes])
+        return found
+
+    def unkept(self, wanted: Collection[Packed]) -> list[Packed]:
+        """Which groups would lose their range if only these had one: none lies beyond another that does."""
+        end = self.size
+        for at, (packed, start) in enumerate(self.kept.items()):
+            if packed not in wanted or start + packed.nbytes != end:
+                return list(self.kept)[at:]
+            end = start
+        return []
+
+    def keep(self, wanted: Iterable[Packed], large: int | None = None) -> None:
+        """Gives groups ranges of their own, and no others; nothing else may be lent.
+
+        Args:
+            wanted: The groups, which have room together.
+            large: Bytes from which others lie at the end of what is left; None for all at its beginning.
+        """
+        for packed in self.unkept(wanted := dict.fromkeys(wanted)):
+            self.drop(packed)
+        end = min(self.kept.values(), default=self.size)
+        for packed in wanted:
+            if packed not in self.kept:
+                end -= packed.nbytes
+                self.lender.take_from(end)
+                self.kept[packed] = end
+        self.lender.large = self.size + 1 if large is None else large
+
+    def forget(self, packed: Packed) -> None:
+        """Forgets a group that is packed anew, with its places; nothing of it is on the device."""
+        super().forget(packed)
+        self._places.pop(packed, None)
+
+    def leave(self, packed: Packed, place: Place | None) -> None:
+        """Has what a group took be collected later: it goes away, at whatever moment, with its model."""
+        super().leave(packed, place)
+        self._places.pop(packed, None)
+
+
+@define(eq=False)
+class Pieces(Lending):
+    """Device memory that is allocated for one group at a time, up to a size.
+
+    Where there is hardly room for two groups, a slab would have gaps that are too short for either, and keep
+    memory from the activations while only a small group is there.
+    """
+
+    is_shared: ClassVar[bool] = True
+
+    lender: Quota = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.lender = Quota(self.size)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of memory that it has now."""
+        return self.lender.lent
+
+    def take(self, packed: Packed) -> Place | None:
+        """Allocates memory for a group; None if that would be too much."""
+        if packed not in self.kept and self.lender.take(packed.nbytes) is None:
+            return None
+        return _make_place(packed, 0, _allocate(packed.nbytes, self.device))
+
+    def unkept(self, wanted: Collection[Packed]) -> list[Packed]:
+        """Which groups would lose their room if only these had some of their own."""
+        return [packed for packed in self.kept if packed not in wanted]
+
+    def keep(self, wanted: Iterable[Packed], _large: int | None = None) -> None:
+        """Keeps room for groups, and no others; nothing else may be lent."""
+        for packed in self.unkept(wanted := dict.fromkeys(wanted)):
+            self.drop(packed)
+        for packed in wanted:
+            if packed not in self.kept:
+                self.lender.take(packed.nbytes)
+                self.kept[packed] = 0
+
+
+@torch.inference_mode(False)  # what is made here outlives the mode
+def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _make_place(packed: Packed, start: int, memory: torch.Tensor) -> Place:
+    views = packed.views(memory)
+    return Place(start, memory, views, [view.data_ptr() for view in views])

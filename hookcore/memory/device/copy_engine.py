@@ -1,0 +1,215 @@
+"""Copies to a device on a stream of their own, and the events that keep them right.
+
+There are two rules. A copy waits for the end of all use of the memory that it fills: whoever has used a
+group leaves an event on the computing stream, and copies that are begun later wait for the last of these. A
+use waits for its copy: each copy is followed by an event. The host waits for neither, but for when memory is
+freed or changes its size. So no tensor needs `record_stream`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define
+
+from hookcore.memory.device.allocators import Pieces, Slab
+from hookcore.memory.device.pass_times import PassTimes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hookcore.memory.device.allocators import Place
+    from hookcore.memory.device.flat_group import Packed
+    from hookcore.memory.device.pinned_memory import Staging
+    from hookcore.memory.device.timeline import Recorder
+
+
+@define(eq=False)
+class Load:
+    """A copy of a group on its way to the device, or there.
+
+    Attributes:
+        packed: What is copied.
+        place: Where it goes.
+        ready: Recorded after the copy.
+        lent_to: The stream that computed when the place was taken, to which its memory goes back.
+        asked: Recorded when it was needed, where times are measured or a timeline is recorded.
+        used: Recorded after the wait for it, likewise.
+        is_new: Whether nothing has used it yet.
+    """
+
+    packed: Packed
+    place: Place
+    ready: Any
+    lent_to: Any
+    asked: Any = None
+    used: Any = None
+    is_new: bool = True
+
+
+class CopyEngine:
+    """Device memory for weights, and the streams that fill and use it.
+
+    Args:
+        device: The device.
+        nbytes: Bytes of memory that copies may take.
+        in_pieces: Whether it is allocated for each of them, and not now and once.
+
+    Attributes:
+        slab: The memory.
+        marker: Makes events that are timed, for `times` or `timeline`; None if neither wants any.
+        staging: Through which memory that isn't locked is copied; None if all of it is.
+
+    Raises:
+        torch.OutOfMemoryError: The device has less memory.
+    """
+
+    def __init__(self, device: torch.device, nbytes: int, *, in_pieces: bool = False) -> None:
+        self._device = device
+        self._module: Any = torch.get_device_module(device)
+        self._computing = self._module.current_stream(device)
+        self._copying = self._module.Stream(device)
+        self._left = self._module.Event()
+        self._in_pieces = in_pieces
+        self.slab = self._make_slab(nbytes)
+        self._times: PassTimes | None = None
+        self._timeline: Recorder | None = None
+        self.marker: PassTimes | Recorder | None = None
+        self.staging: Staging | None = None
+
+    def replace_slab(self, nbytes: int, large: int | None = None) -> None:
+        """Allocates other memory; the old one, in which nothing may be lent any more, is freed before.
+
+        Args:
+            nbytes: Bytes.
+            large: Bytes from which groups lie at its end; None for all at its beginning.
+        """
+        self.synchronize()  # freed memory goes back to the stream that it was allocated for
+        del self.slab
+        self.slab = self._make_slab(nbytes, large)
+
+    def _make_slab(self, nbytes: int, large: int | None = None) -> Slab | Pieces:
+        if self._in_pieces:
+            return Pieces(self._device, nbytes)
+        return Slab(self._device, nbytes, large)
+
+    @property
+    def times(self) -> PassTimes | None:
+        """Where uses and copies are timed; None for nowhere."""
+        return self._times
+
+    @times.setter
+    def times(self, times: PassTimes | None) -> None:
+        self._times = times
+        self.marker = times or self._timeline
+
+    @property
+    def timeline(self) -> Recorder | None:
+        """Where uses and copies are recorded for people; None for nowhere."""
+        return self._timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Recorder | None) -> None:
+        self._timeline = timeline
+        self.marker = self._times or timeline
+
+    def measure(self) -> None:
+        """Times uses and copies from now on."""
+        # What makes the events must not refer to the engine: in a cycle its memory would outlive it.
+        self.times = PassTimes(partial(self._module.Event, enable_timing=True))
+
+    def begin(self, stream: Any) -> None:
+        """Has a stream compute from now on."""
+        if stream != self._computing:
+            stream.wait_stream(self._computing)
+            self._computing = stream
+        self._left.record(stream)
+
+    @property
+    def stream(self) -> Any:
+        """The stream that computes."""
+        return self._computing
+
+    @property
+    def stream_of_caller(self) -> Any:
+        """The stream that will compute if a call begins now."""
+        return self._module.current_stream(self._device)
+
+    def take(self, packed: Packed) -> Load | None:
+        """Finds room for a group, whose copy is not begun yet; None if there is none."""
+        slab = self.slab
+        if packed.nbytes > slab.lender.free and packed not in slab.kept:  # most often so
+            return None
+        place = slab.take(packed)
+        if place is None:
+            return None
+        if packed.copied is None or self.marker is not None:
+            packed.copied = self._module.Event(enable_timing=self.marker is not None)
+        return Load(packed, place, packed.copied, self._computing)
+
+    def give_back(self, load: Load) -> None:
+        """Gives back the room of a load that was not used. Its copy may still be under way."""
+        if self.slab.is_shared:  # copies run one after another, but others may have the memory next
+            load.lent_to.wait_event(load.ready)
+        self.slab.give_back(load.packed, load.place)
+
+    def copy(self, loads: Iterable[Load]) -> None:
+        """Begins copies, after all use so far of the memory that they fill."""
+        copying, times, timeline, marker = self._copying, self._times, self._timeline, self.marker
+        if self.slab.is_shared:  # with what was computed until this moment
+            self._left.record(self._computing)
+        copying.wait_event(self._left)
+        with self._module.stream(copying):
+            for load in loads:
+                packed = load.packed
+                begun = marker and marker.mark(copying)
+                staging = None if packed.is_locked else self._staging_for(packed)
+                source = packed.host if staging is None else staging.fill(packed.host)
+                load.place.memory.copy_(source, non_blocking=True)
+                load.ready.record(copying)
+                if staging is not None:
+                    staging.sent(source, load.ready)
+                packed.note_versions()
+                if times is not None:
+                    times.copy(packed, begun, times.mark(copying))
+                if timeline is not None:
+                    timeline.add("copy", packed.name, begun, load.ready)
+
+    def _staging_for(self, packed: Packed) -> Staging | None:
+        """What a group that isn't locked is copied through, if it has room there."""
+        staging = self.staging
+        return None if staging is None or staging.nbytes < packed.nbytes else staging
+
+    def wait_for(self, load: Load) -> None:
+        """Has what is computed from now on come after a copy."""
+        self._computing.wait_event(load.ready)
+        if self.marker is not None:
+            load.used = self.mark()
+
+    def leave(self, load: Load) -> None:
+        """Has all later copies come after what was computed so far, with this load among others."""
+        self._left.record(self._computing)
+        if self._times is not None:
+            self._times.use(load.packed, load.asked, load.used, self._times.mark(self._computing))
+        if self._timeline is not None:
+            self._timeline.add("stall", load.packed.name, load.asked, load.used)
+            self.used(load.packed, load.used)
+        if self.slab.is_shared and load.lent_to != self._computing:
+            load.lent_to.wait_stream(self._computing)
+        self.slab.give_back(load.packed, load.place)
+
+    def mark(self) -> Any:
+        """An event on the computing stream, where times are measured or a timeline is recorded."""
+        return None if self.marker is None else self.marker.mark(self._computing)
+
+    def used(self, packed: Packed, begun: Any) -> None:
+        """Takes down, if a timeline is recorded, that a group was used from an event until now."""
+        if self.timeline is not None:
+            self.timeline.add("compute", packed.name, begun, self.mark())
+
+    def synchronize(self) -> None:
+        """Has the host wait for all copies and for all that was computed."""
+        self._copying.synchronize()
+        self._computing.synchronize()

@@ -1,0 +1,354 @@
+"""Device memory that the components of a target have in turn, within one budget.
+
+Components of a pipeline mostly run one after another. So there is one engine for all of them, and whichever
+runs has the memory: what others had copied ahead goes, and what they keep there goes as far as it is in the
+way. Nothing is copied back, as all weights have their home in a store.
+
+Where calls repeat in rounds (a denoiser in its loop; a ControlNet and a denoiser in turn), what stays is
+chosen for the whole round, as if it were one pass.
+
+A single component has its memory for itself. What stays of it then has its home on the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+
+from hookcore.errors import ConcurrentCallError
+from hookcore.memory.planning.budget_split import allot
+from hookcore.memory.planning.call_cycle import Rounds
+from hookcore.memory.planning.pool_layout import choose_layout
+from hookcore.memory.planning.schedule import Use
+
+_COMFORT = 2  # of the largest group; one is copied while another is used
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from hookcore.memory.device.copy_engine import CopyEngine
+    from hookcore.memory.device.flat_group import Packed
+    from hookcore.memory.device.stream_mover import StreamMover
+    from hookcore.memory.device.timeline import Recorder
+
+
+@frozen(eq=False)
+class _Kept:
+    """What stays on the device while a round repeats.
+
+    Attributes:
+        groups: Each by the number of its mover and its own there.
+        large: Bytes from which others lie at the end of what is left.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    large: int | None
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The device, with its number."""
+    if device.index is not None:
+        return device
+    return torch.device(device.type, torch.get_device_module(device).current_device())
+
+
+class Room:
+    """Device memory for weights, and whose calls use it.
+
+    Args:
+        device: Where it is.
+        budget: Bytes that all weights may take; None for as little as the prefetch needs.
+
+    Attributes:
+        device: As given.
+        budget: Likewise.
+        engine: Copies there; None before the first call, and when what it is for has changed.
+        is_shared: Whether several movers use it.
+        last: The number of the mover that it was used by last.
+    """
+
+    def __init__(self, device: torch.device, budget: int | None = None) -> None:
+        self.device = with_index(device)
+        self.budget = budget
+        self.engine: CopyEngine | None = None
+        self.is_shared = False
+        self.last = -1
+        # A model that nobody else keeps goes away, whatever becomes of those that it ran with.
+        self._expecting: weakref.WeakValueDictionary[str, StreamMover] = weakref.WeakValueDictionary()
+        self._movers: weakref.WeakValueDictionary[int, StreamMover] = weakref.WeakValueDictionary()
+        self._numbers = itertools.count()
+        self._running: list[tuple[StreamMover, Any]] = []  # with the streams that compute, innermost last
+        self._is_outdated = False
+        self._rounds: Rounds[int] = Rounds()
+        self._kept: dict[tuple[int, ...], _Kept | None] = {}  # by round
+        self._chosen: _Kept | None = None  # what the memory is divided by now
+        self._lock = threading.RLock()
+
+    # Between calls
+
+    def number(self) -> int:
+        """A number for a mover."""
+        return next(self._numbers)
+
+    def expect(self, component: str, mover: StreamMover) -> None:
+        """Is told which mover a component will have."""
+        self._expecting[component] = mover
+
+    def needs(self, mover: StreamMover) -> dict[str, int]:
+        """What the first call will allocate for all components; the first mover says it.
+
+        Raises:
+            BudgetError: The budget is too small.
+        """
+        movers = list(dict.fromkeys(self._expecting.values()))
+        owns = [it.own for it in movers]
+        shares = [own.expected_share() for own in owns]
+        allotment = allot(shares, budget=self.budget, device=self.device)
+        taken = allotment.ring + max(own.uncounted_bytes for own in owns)
+        for own, share in zip(owns, shares, strict=True):
+            taken += share.fixed + own.expected_staying_bytes(allotment.staying)
+        return {str(self.device): taken} if mover is movers[0] else {}
+
+    def register(self, mover: StreamMover) -> None:
+        """Takes a mover in, which has groups now."""
+        self._movers[mover.number] = mover
+
+    def unregister(self, mover: StreamMover) -> None:
+        """Lets a mover go, which has no groups any more."""
+        self._movers.pop(mover.number, None)
+
+    def dissolve(self) -> None:
+        """Gives the memory back, since what it is for changes; during a call, when that has ended.
+
+        Raises:
+            ConcurrentCallError: Another thread calls a component that has its weights there.
+        """
+        if self.engine is None:
+            return
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentCallError(
+                "cannot change what is offloaded while another thread calls a component that shares its "
+                "memory on the device. Do it after the call has returned"
+            )
+        try:
+            self.engine.synchronize()
+            self._is_outdated = bool(self._running)
+            if not self._running:
+                for mover in self._movers.values():
+                    mover.loads.drop_all()
+                self.engine = self._chosen = None
+                self._kept.clear()
+        finally:
+            self._lock.release()
+
+    def forget(self) -> None:
+        """Forgets in which order components were called."""
+        self._rounds.forget()
+        self._kept.clear()
+
+    # Calls
+
+    def enter(self, mover: StreamMover) -> None:
+        """Begins an outermost call of a component; it may be within a call of another one.
+
+        Raises:
+            BudgetError: The budget is too small.
+            ConcurrentCallError: Another thread calls a component that has its weights there.
+            torch.OutOfMemoryError: The device has less memory than the budget.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentCallError(
+                f"called {mover.what!r} while another thread calls a component that shares its memory on the "
+                "device. Put a lock round the calls, or give each thread a pipeline of its own"
+            )
+        try:
+            engine = self._begin(mover)
+        except BaseException:
+            self.dissolve()
+            self._lock.release()
+            raise
+        engine.timeline = mover.recorder
+        self._running.append((mover, engine.stream))
+
+    def leave(self, mover: StreamMover) -> None:
+        """Ends a call, if it had begun."""
+        if not self._running or self._running[-1][0] is not mover:
+            return
+        self._running.pop()
+        engine = self.engine
+        if engine is not None and self._running:
+            outer, stream = self._running[-1]
+            engine.begin(stream)
+            engine.timeline = outer.recorder
+        elif engine is not None:
+            mover.end_measuring(engine)
+        self._lock.release()
+
+    def stop_recording(self, recorder: Recorder) -> None:
+        """Is told that a recorder is to be used no more."""
+        if self.engine is not None and self.engine.timeline is recorder:
+            self.engine.timeline = None
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether `following` may be relied on."""
+        return not self.is_shared or self._rounds.is_sure
+
+    def following(self, mover: StreamMover) -> StreamMover | None:
+        """Whose weights are needed after a mover's call: perhaps its own; None if they have no room."""
+        if not self.is_shared or len(self._running) > 1:
+            return mover
+        expected = self._rounds.expected
+        if expected in (None, mover.number):
+            return mover
+        found = self._movers.get(expected)
+        if found is None or not self._suits(found, _COMFORT if self._chosen is None else 1):
+            return None
+        return found
+
+    def drop_ahead(self) -> None:
+        """Gives up what was copied ahead."""
+        for mover in self._movers.values():
+            mover.loads.drop_ahead()
+
+    def make_way(self) -> bool:
+        """Gives up one group that is kept; False if there is none that isn't in use."""
+        kept = self.slab.kept
+        packed = next(reversed(kept), None)
+        if packed is None or not all(mover.loads.give_up([packed]) for mover in self._movers.values()):
+            return False
+        self.slab.drop(packed)
+        return True
+
+    # How it is done
+
+    @property
+    def slab(self) -> Any:
+        """The engine's memory."""
+        assert self.engine is not None  # noqa: S101 -- asked during calls only
+        return self.engine.slab
+
+    def _begin(self, mover: StreamMover) -> CopyEngine:
+        outermost = not self._running
+        if outermost and (self.engine is None or self._is_outdated):
+            self.dissolve()
+            self.register(mover)
+            self.engine = self._make_engine()
+        assert self.engine is not None  # noqa: S101 -- a running call has made it
+        self.engine.begin(self.engine.stream_of_caller)
+        self.slab.collect()
+        self.last = mover.number
+        if outermost:
+            self._rounds.note(mover.number)
+            for other in self._movers.values():
+                if other is not mover:
+                    other.loads.drop_ahead()
+        mover.drop_exposed()
+        if outermost:
+            if not mover.begin_measuring(self.engine) and not self.is_shared:
+                mover.learn_layout()
+            if self.is_shared:
+                self._divide(mover)
+        return self.engine
+
+    def _make_engine(self) -> CopyEngine:
+        """Allocates the memory, and decides what stays from the start."""
+        movers = list(self._movers.values())
+        self._is_outdated = False
+        self.is_shared = len(movers) > 1
+        shares = [mover.own.share() for mover in movers]
+        allotment = allot(shares, budget=self.budget, device=self.device)
+        in_pieces = allotment.in_pieces or any(mover.in_pieces for mover in movers)
+        for mover, share in zip(movers, shares, strict=True):
+            ring = allotment.ring + (0 if self.is_shared else share.always)
+            mover.move_in(
+                allotment.staying, share, lingers=not in_pieces, one_by_one=not share.has_room_for_two(ring)
+            )
+        coming = [packed for mover in movers for packed in mover.coming]
+        return movers[0].store.make_engine(self.device, allotment.ring, coming, in_pieces=in_pieces)
+
+    def _suits(self, mover: StreamMover, times: int = _COMFORT) -> bool:
+        """Whether a mover's groups can come and go beside what is kept, so many of the largest at once."""
+        kept = self.slab.kept
+        if not all(packed in kept for packed in mover.held):
+            return False
+        return self._beside(kept) >= min(times * mover.largest, self._beside(mover.held))
+
+    def _beside(self, kept: Iterable[Packed]) -> int:
+        """Bytes that are left beside groups that are kept."""
+        size: int = self.slab.size
+        return size - sum(packed.nbytes for packed in kept)
+
+    def _divide(self, mover: StreamMover) -> None:
+        """Sees to it that a mover's groups have room."""
+        slab = self.slab
+        chosen = self._choose()
+        if chosen is not None:
+            wanted = self._packed(chosen)
+            if self._chosen is chosen and len(slab.kept) == len(wanted) and not slab.unkept(wanted):
+                return
+        elif self._suits(mover):
+            self._chosen = None
+            return
+        else:
+            wanted = dict.fromkeys([*self._keepable(mover), *mover.held])
+        self._chosen = chosen
+        self.drop_ahead()
+        leaving = slab.unkept(wanted)
+        for other in self._movers.values():
+            other.loads.give_up(leaving)
+        slab.keep(wanted, None if chosen is None else chosen.large)
+
+    def _keepable(self, mover: StreamMover) -> list[Packed]:
+        """What may still be kept, of those that are, while this mover runs."""
+        left = self._beside(mover.held)
+        left -= min(_COMFORT * mover.largest, left)
+        found = []
+        for packed in self.slab.kept:
+            if packed not in mover.held:
+                left -= packed.nbytes
+                if left < 0:
+                    break
+            found.append(packed)
+        return found
+
+    def _choose(self) -> _Kept | None:
+        """What stays while the last round repeats; None if that isn't known."""
+        numbers = self._rounds.round
+        if not numbers or self.budget is None or any(number not in self._movers for number in numbers):
+            return None
+        key = min(numbers[at:] + numbers[:at] for at in range(len(numbers)))
+        if key not in self._kept:
+            movers = [self._movers[number] for number in key]
+            if not all(mover.is_measured for mover in movers):
+                return None
+            self._kept[key] = self._choose_for(movers)
+        return self._kept[key]
+
+    def _packed(self, chosen: _Kept) -> dict[Packed, None]:
+        """What stays, by what it is now."""
+        every = {number: self._movers[number].all_packed for number, _ in chosen.groups}
+        return dict.fromkeys(every[number][index] for number, index in chosen.groups)
+
+    def _choose_for(self, movers: Sequence[StreamMover]) -> _Kept | None:
+        """Chooses what stays in a round, in which these run one after another."""
+        different = list(dict.fromkeys(movers))
+        place = {packed: (it.number, at) for it in different for at, packed in enumerate(it.all_packed)}
+        held = {packed: None for it in different for packed in it.held}
+        uses = [use for it in movers for use in it.measured_uses()]
+        unseen = {packed for it in different for packed in it.coming} - held.keys()
+        unseen -= {use.group for use in uses}
+        room, least = self._beside(held), max((it.nbytes for it in unseen), default=0)
+        if not uses or room < max(least, *(it.largest for it in different)):
+            return None
+        renamed = [Use(place[use.group], use.nbytes, use.compute, use.copy, use.after) for use in uses]
+        ahead, anywhere = movers[0].allowed_ahead, self.slab.is_shared
+        layout = choose_layout(renamed, room, least, ahead=ahead, anywhere=anywhere)
+        if layout is None:
+            return None
+        return _Kept((*(place[packed] for packed in held), *layout.resident), layout.large)

@@ -1,0 +1,83 @@
+"""How long the uses and the copies of one pass took, measured on the device by events."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, field
+
+from hookcore.memory.planning.schedule import Use
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container
+
+    from hookcore.memory.device.flat_group import Packed
+
+_MILLI = 1e-3
+
+
+@define(eq=False)
+class PassTimes:
+    """Measures the first whole pass.
+
+    Attributes:
+        make_event: Makes an event that can measure time.
+        passes: How many passes have ended since it was begun, this one first.
+    """
+
+    make_event: Callable[[], Any]
+    passes: int = 0
+    _uses: list[tuple[Packed, Any, Any, Any]] = field(factory=list)
+    _copies: dict[Packed, tuple[Any, Any]] = field(factory=dict)
+
+    def mark(self, stream: Any) -> Any:
+        """Records an event on a stream."""
+        event = self.make_event()
+        event.record(stream)
+        return event
+
+    def copy(self, group: Packed, begun: Any, ended: Any) -> None:
+        """Takes down the events before and after a group's copy; the first one counts."""
+        self._copies.setdefault(group, (begun, ended))
+
+    def use(self, group: Packed, asked: Any, begun: Any, ended: Any) -> None:
+        """Takes down the events before the wait for a group, after it, and after the group's use."""
+        if not self.passes:
+            self._uses.append((group, asked, begun, ended))
+
+    def end_pass(self) -> None:
+        """Is told that a pass has ended."""
+        self.passes += bool(self._uses)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the pass has ended on the device too.
+
+        A host that runs far ahead is let run for one more pass, and then waits, once.
+        """
+        if self.passes > 1:
+            self._uses[-1][-1].synchronize()
+        return self.passes > 0 and bool(self._uses[-1][-1].query())
+
+    def uses(self, groups: Container[Packed]) -> list[Use[Packed]]:
+        """What was measured of the uses of some groups, one after another; seconds."""
+        copies = {
+            group: begun.elapsed_time(ended) * _MILLI
+            for group, (begun, ended) in self._copies.items()
+            if group in groups
+        }
+        used = [use for use in self._uses if use[0] in copies]
+        afters = [
+            ended.elapsed_time(asked) * _MILLI for (*_, ended), (_, asked, *_) in itertools.pairwise(used)
+        ]
+        return [
+            Use(
+                group,
+                group.nbytes,
+                begun.elapsed_time(ended) * _MILLI,
+                max(copies[group], group.read_seconds),
+                after,
+            )
+            for (group, _, begun, ended), after in zip(used, [*afters, 0.0][: len(used)], strict=True)
+        ]

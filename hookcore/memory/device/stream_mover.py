@@ -1,0 +1,450 @@
+"""Groups copied ahead of use, on a stream of their own, into device memory that is allocated once.
+
+Weights lie in a store (see `store`), which is host memory or files, and are never copied back. The order of
+use is learned; whatever is expected next is copied as soon as there is room for it (see `loads`).
+
+Once a pass has shown the order and the times of use, the memory that streaming doesn't need goes to groups
+that stay (see `layout`). Of a component that has the memory for itself, these have their home on the device
+from then on. Several components have it in turn (see `room`): what stays of one can be given up for another.
+
+Streaming weights for each pass is FlexGen's idea (Sheng et al., 2023), prefetching them in a learned order
+FSDP's and DeepSpeed ZeRO-Infinity's (Rajbhandari et al., 2021).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import evolve
+
+from hookcore.memory.device.device_pool import Room, with_index
+from hookcore.memory.device.prefetcher import Loads
+from hookcore.memory.device.stream_report import StreamReport
+from hookcore.memory.device.streamed_groups import Members
+from hookcore.memory.device.timeline import Recorder
+from hookcore.memory.mover import GroupMover
+from hookcore.memory.planning.order_of_use import LearnedOrder
+from hookcore.memory.planning.pool_layout import choose_layout
+from hookcore.memory.store import MemoryStore, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from hookcore.memory.device.copy_engine import CopyEngine, Load
+    from hookcore.memory.device.flat_group import Packed
+    from hookcore.memory.device.pass_times import PassTimes
+    from hookcore.memory.device.timeline import Timeline
+    from hookcore.memory.grouping import Group
+    from hookcore.memory.mover import Needed
+    from hookcore.memory.planning.budget_split import Share
+    from hookcore.memory.planning.schedule import Use
+
+_CPU = torch.device("cpu")
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether a device runs copies and computing side by side, and lets one wait for the other."""
+    if device.type in ("cpu", "meta"):
+        return False
+    module = torch.get_device_module(device)
+    return all(hasattr(module, name) for name in ("Stream", "Event", "current_stream", "stream"))
+
+
+class StreamMover(GroupMover):
+    """Streams groups from a store to a device that has streams.
+
+    Buffers stay on the device, where calls may change them; so do groups that are held while others come and
+    go. While gradients are recorded, nothing is copied ahead and no memory is used again: autograd keeps what
+    it needs.
+
+    Args:
+        onload_device: Where groups are used.
+        budget: Bytes of the device that all weights may take; None for as little as the prefetch needs.
+        prefetch: For how many groups ahead of use there is room, where there is no budget to fill.
+        lock_limit: Bytes of host memory that may be locked; None for a share of what is free.
+        store: Where parameters lie between calls; None for host memory that is locked within that limit.
+        most_ahead: How many groups may be copied ahead of use; None for as many as there is room for.
+        in_pieces: Whether memory is there only while a group is; it is anyway where there is room for few.
+        room: The memory, with a budget of its own, that it has in turn with others; None for one of its own.
+
+    Attributes:
+        number: Its number in the room.
+        in_pieces: As given.
+        allowed_ahead: `most_ahead`, as given.
+        recorder: Times what it does; None for nothing.
+        loads: What is on the device, or on its way there.
+    """
+
+    def __init__(
+        self,
+        onload_device: torch.device,
+        budget: int | None = None,
+        prefetch: int = 1,
+        *,
+        lock_limit: int | None = None,
+        store: Store | None = None,
+        most_ahead: int | None = None,
+        in_pieces: bool = False,
+        room: Room | None = None,
+    ) -> None:
+        self._device = with_index(onload_device)
+        self._room = Room(self._device, budget) if room is None else room
+        self._own = Members(
+            MemoryStore(self._device, lock_limit) if store is None else store, self._device, prefetch
+        )
+        self.number = self._room.number()
+        self.allowed_ahead = most_ahead
+        self.in_pieces = in_pieces
+        self.recorder: Recorder | None = None
+        self.loads = Loads(self._own, self._room, most_ahead)
+        self._exposed: set[Group] = set()
+        self._times: PassTimes | None = None
+        self._is_divided = False  # by what they showed, where the memory is its own
+        self._is_trained = False
+
+    def __del__(self) -> None:
+        # A model that goes away with its hooks on: copies to memory that goes with it may still be under way.
+        # As the interpreter ends, torch aborts where it is asked to wait, and the process takes all with it.
+        engine = self._room.engine
+        if engine is not None and not sys.is_finalizing():
+            engine.synchronize()
+            for group, member in self._own.groups.items():
+                load = self.loads.get(group) or member.in_use
+                engine.slab.leave(member.packed, None if load is None else load.place)
+
+    # Between calls
+
+    def attach(self, group: Group, *, resident: bool) -> None:
+        """Gives a group's parameters to the store, and its buffers to the device."""
+        self._dissolve()
+        self._own.attach(group, resident=resident)
+        self._room.register(self)
+
+    def detach(self, group: Group) -> None:
+        """Puts a group back where it came from."""
+        self._dissolve()
+        self._own.detach(group)
+        if not self._own.fixed:
+            self._room.unregister(self)
+
+    def _dissolve(self) -> None:
+        """Gives the memory on the device back, since what it is for changes."""
+        self._room.dissolve()
+        if self._room.engine is not None:  # others are being called
+            self.loads.drop_all()
+
+    def settle(self, group: Group) -> None:
+        """Is told that the group was detached for good."""
+        self._own.store.settle(group.divided()[0])
+
+    def reset(self) -> None:
+        """Forgets the order of use and what was counted; all that others don't use is copied anew."""
+        self.loads.counts = StreamReport()
+        self.loads.order.forget()
+        self._room.forget()
+        if self._room.is_shared:
+            self._times = None
+        self.loads.drop_all()
+
+    def train(self) -> None:
+        """Lets no more groups get their home on the device."""
+        self._is_trained = True
+
+    def report(self, group: Group, *, resident: bool) -> dict[str, int]:
+        """Where the bytes of the group lie."""
+        return self._own.report(group, resident=resident)
+
+    def expect(self, needed: Needed) -> None:
+        """Takes down what a component needs."""
+        self._own.expect(needed)
+        self._room.expect(needed.component, self)
+
+    def needs(self) -> dict[str, int]:
+        """What the first call will allocate, said by the first of those in a room: memory that stays or not.
+
+        What autograd keeps comes besides, as does what is used outside of the calls that hold it.
+
+        Raises:
+            BudgetError: The budget is too small.
+        """
+        return self._room.needs(self)
+
+    def run_report(self) -> StreamReport:
+        """What was counted since the last reset, with the bytes that are taken now."""
+        resident, ring, staged = self._own.staying_bytes, 0, 0
+        if (engine := self._room.engine) is not None:
+            kept = engine.slab.kept
+            resident += sum(it.packed.nbytes for it in self._own.groups.values() if it.packed in kept)
+            if self._room.last == self.number:
+                ring = engine.slab.allocated - sum(packed.nbytes for packed in kept)
+                staged = 0 if engine.staging is None else engine.staging.nbytes
+        return evolve(
+            self.loads.counts,
+            resident_bytes=resident,
+            ring_bytes=ring,
+            locked_bytes=self._own.store.locked + staged,
+        )
+
+    @contextlib.contextmanager
+    def recording(self, timeline: Timeline) -> Iterator[None]:
+        """Times copies, uses and stalls until the end of the block."""
+        recorder = self.recorder = Recorder(self._device)
+        timeline.recorders.append(recorder)
+        passes = self.loads.counts.passes
+        try:
+            yield
+        finally:
+            self.recorder = None
+            self._room.stop_recording(recorder)
+            recorder.close()
+            counts = self.loads.counts
+            counts.timed_passes += counts.passes - passes
+            counts.stalled_seconds = (counts.stalled_seconds or 0.0) + recorder.stalled
+
+    def expose(self, group: Group) -> None:
+        """Sees to it that a group's tensors can be changed: no copy reads them, and none has read them."""
+        member = self._own.groups.get(group)
+        if member is not None and member.packed.copied is not None and not member.stays:
+            member.packed.copied.synchronize()
+            self._exposed.add(group)
+
+    # Calls
+
+    def begin(self) -> None:
+        """Begins an outermost call.
+
+        Raises:
+            BudgetError: The budget is too small.
+            CheckpointError: A file that weights are read from has changed.
+            ConcurrentCallError: Another thread calls what shares memory on the device.
+            torch.OutOfMemoryError: The device has less memory than the budget.
+        """
+        self._verify()
+        if self._own.store.is_outdated:
+            self._dissolve()
+        self._room.enter(self)
+        self._prefetch()
+
+    def end(self) -> None:
+        """Ends an outermost call; what the next one needs first is copied meanwhile.
+
+        Raises:
+            CheckpointError: A file has changed, so that the call may have used wrong weights.
+        """
+        self.loads.counts.passes += 1
+        self.loads.order.end_pass()
+        self._room.leave(self)
+        self._verify()
+
+    def onload(self, group: Group) -> None:
+        """Has the group's parameters hold their values on the device, once its stream gets there."""
+        member = self._own.groups.get(group)
+        if member is None:
+            self._own.plain.onload(group)
+            self.loads.count_demand(group.nbytes)
+            return
+        if member.stays:
+            member.packed.bring_given(self._device)
+            if self.recorder is not None:
+                member.used = self._engine.mark()
+            return
+        engine = self._engine
+        asked = None if engine.marker is None else engine.mark()
+        load = self.loads.bring(group, member)
+        if load is None:
+            self._own.store.bring(member.packed, self._device)
+            self.loads.count_demand(member.packed.nbytes)
+            return
+        load.asked = asked
+        try:
+            engine.wait_for(load)
+        except BaseException:  # reading its file failed
+            self.loads.give_back(group, load)
+            self.loads.drop_ahead()
+            raise
+        member.packed.show(load.place.views)
+        member.in_use = load
+        if self.loads.most_ahead:  # one less is ahead now
+            self._prefetch()
+
+    def offload(self, group: Group) -> None:
+        """Has the group's parameters show host memory again, and copies what is used next."""
+        member = self._own.groups.get(group)
+        if member is None:
+            self._own.plain.offload(group)
+            return
+        load, member.in_use = member.in_use, None
+        if load is None:
+            if not member.stays:
+                self._own.store.drop(member.packed)
+            elif member.used is not None:
+                self._engine.used(member.packed, member.used)
+                member.used = None
+            return
+        packed, place = member.packed, load.place
+        if packed.is_untouched(place.addresses):
+            packed.show_host()
+            self._engine.leave(load)
+        else:
+            self._keep_changes(group, packed, load)
+        del load, place  # memory of its own is free before more is allocated
+        self._prefetch()
+
+    # What the room asks
+
+    @property
+    def what(self) -> str:
+        """The components, for messages."""
+        return self._own.what
+
+    @property
+    def store(self) -> Store:
+        """Where parameters lie between calls."""
+        return self._own.store
+
+    @property
+    def own(self) -> Members:
+        """Its groups."""
+        return self._own
+
+    @property
+    def coming(self) -> list[Packed]:
+        """The groups that don't stay in memory of their own."""
+        return [self._own.groups[group].packed for group in self._own.coming]
+
+    @property
+    def held(self) -> list[Packed]:
+        """Those that calls hold while others come and go."""
+        found = (self._own.groups.get(group) for group in self._own.spanning)
+        return [member.packed for member in found if member is not None and not member.stays]
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest group that comes and goes."""
+        held = set(self.held)
+        return max((packed.nbytes for packed in self.coming if packed not in held), default=0)
+
+    @property
+    def all_packed(self) -> list[Packed]:
+        """All groups, in an order that lasts until one is attached or detached."""
+        return [member.packed for member in self._own.groups.values()]
+
+    def move_in(
+        self, staying: Collection[Group], share: Share[Group], *, lingers: bool, one_by_one: bool
+    ) -> None:
+        """Has groups stay from the start, and all others come and go in new memory.
+
+        Args:
+            staying: Groups that stay, of all movers.
+            share: What it needs, as `own` said.
+            lingers: Whether groups are dropped only when others are needed.
+            one_by_one: Whether nothing is to be copied ahead.
+        """
+        mine = [group for group in share.sizes if group in staying]
+        self._own.keep_on_device(mine)
+        self.lingers = lingers
+        self.loads.most_ahead = 0 if one_by_one else self.allowed_ahead
+        self.loads.order = LearnedOrder([group for group in share.sizes if group not in staying])
+        self._times = None
+        self._is_divided = False
+
+    def begin_measuring(self, engine: CopyEngine) -> bool:
+        """Times this pass if there is a use for that, and none has been; says whether it does."""
+        if self._times is not None or self._room.budget is None or self.loads.most_ahead == 0:
+            return False
+        if not self.largest:
+            return False
+        self.loads.drop_all()  # so that all is copied in this pass
+        engine.measure()
+        self._times = engine.times
+        return True
+
+    def end_measuring(self, engine: CopyEngine) -> None:
+        """Is told that a pass has ended."""
+        if self._times is None:
+            return
+        self._times.end_pass()
+        if engine.times is self._times:
+            engine.times = None
+            if not self._times.passes:  # nothing was used
+                self._times = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it is known how long a pass took."""
+        return self._times is not None and self._times.is_known
+
+    def measured_uses(self) -> list[Use[Packed]]:
+        """What was measured of groups that come and go."""
+        held = set(self.held)
+        return [] if self._times is None else self._times.uses({it for it in self.coming if it not in held})
+
+    def learn_layout(self) -> None:
+        """Divides memory that it has for itself by what the first pass has shown."""
+        if self._is_divided or self._is_trained or not self.is_measured:
+            return
+        self._is_divided = True
+        self.loads.drop_ahead()
+        for member in self._own.groups.values():
+            if not member.stays and not member.packed.is_home:
+                self.loads.pack_again(member)
+        passing = {self._own.groups[group].packed: group for group in self._own.coming}
+        uses = self.measured_uses()
+        unseen = passing.keys() - {use.group for use in uses}
+        room, least = self._engine.slab.size, max((it.nbytes for it in unseen), default=0)
+        layout = choose_layout(
+            uses, room, least, ahead=self.loads.most_ahead, anywhere=self._engine.slab.is_shared
+        )
+        if layout is not None and (layout.resident or layout.large):
+            self._engine.replace_slab(0)
+            self._own.keep_on_device([passing[packed] for packed in layout.resident])
+            ring = room - sum(packed.nbytes for packed in layout.resident)
+            self._engine.replace_slab(ring, layout.large)
+            self.loads.order.leave_out({passing[packed] for packed in layout.resident})
+
+    def drop_exposed(self) -> None:
+        """Drops what may be other than it is in its home by now."""
+        self.loads.drop(self._exposed)
+        self._exposed.clear()
+
+    # How it is done
+
+    def _keep_changes(self, group: Group, packed: Packed, load: Load) -> None:
+        """Ends a use that has changed a group, or given it other data."""
+        place = load.place
+        changed, replaced = packed.is_changed, packed.replaced(place.addresses)
+        packed.show_host()
+        if changed:
+            packed.keep(place.views)
+        for tensor, data in replaced:  # the call gave it other data, as `weight.data = ...` does
+            tensor.data = data.to(_CPU)
+        self._engine.leave(load)
+        if (changed or replaced) and group in self.loads.kept:
+            self.loads.give_back(group, load)
+
+    @property
+    def _engine(self) -> CopyEngine:
+        return self.loads.engine
+
+    def _verify(self) -> None:
+        """Has the store look whether all is as it was; if not, what was copied ahead isn't used either."""
+        try:
+            self._own.store.verify()
+        except BaseException:
+            self.loads.drop_all()
+            raise
+
+    def _prefetch(self) -> None:
+        """Begins to copy what is used next, as far as there is room."""
+        if torch.is_grad_enabled():
+            return
+        if not self._room.is_shared:
+            self.loads.prefetch()
+            return
+        following, is_sure = self._room.following(self), self._room.is_sure
+        at_end = self.loads.prefetch(wraps=is_sure and following is self)
+        if at_end and following is not None and not (is_sure and following is self):
+            following.loads.prefetch(wraps=following is self, is_guess=not is_sure)

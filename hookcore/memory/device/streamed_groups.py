@@ -1,0 +1,182 @@
+"""The groups that a `StreamMover` has: where they lie between calls, and what they take of the device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define
+
+from hookcore.memory.device.synchronous_mover import DeviceMover
+from hookcore.memory.grouping import Group, spanning_groups
+from hookcore.memory.planning.budget_split import Share
+from hookcore.memory.planning.residency import largest_held
+from hookcore.storage import planned_nbytes
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Container, Iterable, Mapping
+
+    from hookcore.memory.device.copy_engine import Load
+    from hookcore.memory.device.flat_group import Packed
+    from hookcore.memory.mover import Needed
+    from hookcore.memory.store import Store
+
+_CPU = torch.device("cpu")
+
+
+@define(eq=False)
+class Member:
+    """A group and where it is.
+
+    Attributes:
+        parameters: Its parameters, as a group for the plain mover.
+        buffers: Its buffers, which always stay on the device.
+        packed: Its parameters.
+        in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
+        stays: Whether it stays on the device, in memory of its own.
+        used: An event at the beginning of its use, if it stays and a timeline is recorded.
+    """
+
+    parameters: Group
+    buffers: Group
+    packed: Packed
+    in_use: Load | None = None
+    stays: bool = False
+    used: Any = None
+
+
+class Members:
+    """Groups whose parameters lie in a store, and whose buffers stay on the device.
+
+    Args:
+        store: Where parameters lie between calls.
+        device: Where groups are used.
+        prefetch: For how many groups ahead of use there is room, where there is no budget to fill.
+
+    Attributes:
+        store: As given.
+        plain: Moves what is not streamed.
+        groups: The groups that are streamed, or were until there was room for them.
+        fixed: Bytes on the device that aren't copied for calls, by group.
+        spanning: The groups that a call holds while others come and go, as `share` found them.
+    """
+
+    def __init__(self, store: Store, device: torch.device, prefetch: int) -> None:
+        self.store = store
+        self.plain = DeviceMover(device, _CPU)
+        self.groups: dict[Group, Member] = {}
+        self.fixed: dict[Group, int] = {}
+        self.spanning: list[Group] = []
+        self._device = device
+        self._prefetch = prefetch
+        self._expected: dict[str, Needed] = {}
+
+    @property
+    def what(self) -> str:
+        """The components, for messages."""
+        return ", ".join(filter(None, self._expected)) or "the model"
+
+    def attach(self, group: Group, *, resident: bool) -> None:
+        """Gives a group's parameters to the store, and its buffers to the device."""
+        if resident or group.is_inference:
+            self.plain.attach(group, resident=resident)
+            self.fixed[group] = group.nbytes if resident else 0
+            return
+        parameters, buffers = group.divided()
+        self.plain.attach(buffers, resident=True)
+        try:
+            packed = self.store.take(parameters)
+        except BaseException:
+            self.plain.detach(buffers)
+            raise
+        self.fixed[group] = buffers.nbytes
+        self.groups[group] = Member(parameters, buffers, packed, stays=not packed.tensors)
+
+    def detach(self, group: Group) -> None:
+        """Puts a group back where it came from."""
+        member = self.groups.get(group)
+        if member is None:
+            self.plain.detach(group)
+        else:
+            self.store.give_back(member.packed)
+            self.plain.detach(member.buffers)
+            del self.groups[group]
+        del self.fixed[group]
+
+    def report(self, group: Group, *, resident: bool) -> dict[str, int]:
+        """Where the bytes of a group lie."""
+        here = f"resident on {self._device}"
+        if (member := self.groups.get(group)) is None:
+            return self.plain.report(group, resident=resident)
+        found = dict(self.store.report(member.packed, here if member.stays else None))
+        if member.buffers.slots:
+            found[here] = found.get(here, 0) + member.buffers.nbytes
+        return found
+
+    def keep_on_device(self, groups: Iterable[Group]) -> None:
+        """Has groups stay on the device, in memory of their own."""
+        for group in groups:
+            member = self.groups[group]
+            self.store.keep_on(member.packed, self._device)
+            member.stays = True
+
+    @property
+    def coming(self) -> list[Group]:
+        """Those that don't stay."""
+        return [group for group, member in self.groups.items() if not member.stays]
+
+    @property
+    def staying_bytes(self) -> int:
+        """Bytes on the device that stay: groups, buffers, excluded modules."""
+        return sum(self.fixed.values()) + sum(
+            member.parameters.nbytes for member in self.groups.values() if member.stays
+        )
+
+    # What they take of the device
+
+    def expect(self, needed: Needed) -> None:
+        """Takes down what a component needs."""
+        self._expected[needed.component] = needed
+
+    def share(self) -> Share[Group]:
+        """What they need from now on; nothing stays as yet."""
+        for member in self.groups.values():
+            # It stays since other groups were there, or is wanted in another dtype than then.
+            if member.packed.tensors and (member.stays or member.packed.is_outdated):
+                member.packed = self.store.take_again(member.packed)
+                member.stays = False
+        sizes = {group: self.groups[group].packed.nbytes for group in self.coming}
+        self.spanning = self._spanning(sizes)
+        return Share(self.what, sizes, self.spanning, sum(self.fixed.values()), self._prefetch)
+
+    def expected_share(self) -> Share[Group]:
+        """What they will need, before anything is attached."""
+        parts = {group: group.divided() for group in self._expected_groups() if not group.is_inference}
+        fixed = sum(planned_nbytes(buffers.slots) for _, buffers in parts.values())
+        resident = [group for needed in self._expected.values() for group in needed.resident]
+        fixed += sum(planned_nbytes(group.slots) for group in resident)
+        sizes = {group: self.store.nbytes(mine) for group, (mine, _) in parts.items() if mine.slots}
+        return Share(self.what, sizes, self._spanning(sizes), fixed, self._prefetch)
+
+    def expected_staying_bytes(self, staying: Container[Group]) -> int:
+        """Bytes of those of their groups that will stay."""
+        stay = [group for group in self._expected_groups() if group in staying]
+        return sum(self.store.nbytes(group.divided()[0], stays=True) for group in stay)
+
+    @property
+    def uncounted_bytes(self) -> int:
+        """Bytes that a call needs besides: of tensors made in inference mode."""
+        uncounted = [group for group in self._expected_groups() if group.is_inference]
+        return largest_held({group: planned_nbytes(group.slots) for group in uncounted})[0]
+
+    def _expected_groups(self) -> list[Group]:
+        return [group for needed in self._expected.values() for group in needed.groups]
+
+    def _spanning(self, passing: Collection[Group] | Mapping[Group, int]) -> list[Group]:
+        """The groups that a call of any component holds while others of these come and go."""
+        found: set[Group] = set()
+        for needed in self._expected.values():
+            home = {group: group for group in needed.groups} | dict(needed.borrowed)
+            groups = spanning_groups(group for group in home if home[group] in passing)
+            found.update(home[group] for group in groups)
+        return [group for group in passing if group in found]

@@ -1,0 +1,182 @@
+"""Groups copied from one device to another when they are needed, each copy waited for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import define
+from torch import nn
+
+from hookcore.memory.mover import GroupMover
+from hookcore.memory.planning.residency import largest_held
+from hookcore.memory.tensor_memory import (
+    by_memory,
+    copy_memory,
+    current_tensors,
+    is_on,
+    move_to_copies,
+    tensor_at,
+    version_of,
+)
+from hookcore.storage import planned_nbytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hookcore.memory.grouping import Group
+    from hookcore.memory.mover import Needed
+    from hookcore.target import TensorSlot
+
+
+@define(eq=False)
+class _Brought:
+    """Tensors on one piece of memory, which for now hold a copy of it.
+
+    Attributes:
+        slot: What they are.
+        tensors: The distinct objects that modules hold.
+        sources: What the data of each was before.
+        addresses: Where the data of each is now.
+        versions: How often torch had counted a change of each.
+        original: All of the memory, flat.
+        copy: Its copy, flat.
+    """
+
+    slot: TensorSlot
+    tensors: list[torch.Tensor]
+    sources: list[torch.Tensor]
+    addresses: list[int]
+    versions: list[int | None]
+    original: torch.Tensor
+    copy: torch.Tensor
+
+
+class DeviceMover(GroupMover):
+    """Copies groups from an offload device to an onload device, and waits for each copy.
+
+    What is copied is what the tensors hold when the copy begins, so every change between two calls counts.
+    The offloaded memory is kept meanwhile and the copy thrown away at the end. What a call changed in
+    place is copied back first: torch counts such changes, except those that BatchNorm and
+    `buffer.data` make, so buffers of modules in training mode are always copied back.
+
+    Args:
+        onload_device: Where groups are brought.
+        offload_device: Where they lie between calls.
+    """
+
+    def __init__(self, onload_device: torch.device, offload_device: torch.device) -> None:
+        self._onload_device = onload_device
+        self._offload_device = offload_device
+        self._homes: dict[TensorSlot, torch.device] = {}
+        self._brought: dict[Group, list[_Brought]] = {}
+        self._expected: dict[str, Needed] = {}
+
+    def attach(self, group: Group, *, resident: bool) -> None:
+        """Moves a group to where it lies between calls."""
+        device = self._onload_device if resident else self._offload_device
+        found = {slot: tensors for slot in group.slots if (tensors := current_tensors(slot))}
+        homes = {slot: tensors[0].device for slot, tensors in found.items()}
+        _move((tensors, device) for tensors in found.values())
+        self._homes.update(homes)
+
+    def detach(self, group: Group) -> None:
+        """Moves a group back to the device that it came from."""
+        homes = {slot: self._homes[slot] for slot in group.slots if slot in self._homes}
+        _move((self._tensors_of(slot), device) for slot, device in homes.items())
+        for slot in homes:
+            del self._homes[slot]
+
+    def _tensors_of(self, slot: TensorSlot) -> list[torch.Tensor]:
+        """What there is now, and what there was and still lies where it was brought."""
+        tensors = current_tensors(slot)
+        now = set(map(id, tensors))
+        return tensors + [it for it in slot.tensors if id(it) not in now and is_on(it, self._onload_device)]
+
+    def onload(self, group: Group) -> None:
+        """Gives the group's tensors a copy of their memory; a real one even on the same device."""
+        brought: list[_Brought] = []
+        views: list[torch.Tensor] = []
+        for slot in group.slots:
+            for tensors in by_memory(current_tensors(slot)):
+                original, copy, new = copy_memory(tensors, self._onload_device)
+                views += new
+                brought.append(
+                    _Brought(
+                        slot=slot,
+                        tensors=tensors,
+                        sources=[tensor.data for tensor in tensors],
+                        addresses=[view.data_ptr() for view in new],
+                        versions=[version_of(tensor) for tensor in tensors],
+                        original=original,
+                        copy=copy,
+                    )
+                )
+        # Only now that all memory could be had is anything rebound.
+        for tensor, view in zip((it for one in brought for it in one.tensors), views, strict=True):
+            tensor.data = view
+        self._brought[group] = brought
+
+    def offload(self, group: Group) -> None:
+        """Gives the group's tensors their own memory back, with what a call changed in place."""
+        brought = self._brought.pop(group)
+        changed = [one for one in brought if self._rebind(one)]
+        for slot in group.slots:
+            self._keep_new_tensors(slot)
+        for one in changed:
+            with torch.inference_mode(one.original.is_inference()):
+                one.original.copy_(one.copy)
+
+    def report(self, group: Group, *, resident: bool) -> dict[str, int]:
+        """All of its bytes, under where they lie."""
+        where = f"resident on {self._onload_device}" if resident else f"offloaded on {self._offload_device}"
+        return {where: group.nbytes}
+
+    def expect(self, needed: Needed) -> None:
+        """Takes down what a component needs."""
+        self._expected[needed.component] = needed
+
+    def needs(self) -> dict[str, int]:
+        """What stays, and the most that calls nested in each other hold at once."""
+        most = nbytes = 0
+        for needed in self._expected.values():
+            sizes = {group: planned_nbytes(group.slots) for group in needed.groups}
+            nbytes += sum(planned_nbytes(group.slots) for group in needed.resident)
+            if self._onload_device == self._offload_device:  # of which it holds copies
+                nbytes += sum(sizes.values())
+            borrowed = {group: planned_nbytes(home.slots) for group, home in needed.borrowed.items()}
+            held, _ = largest_held(sizes | borrowed)
+            most = max(most, held)
+        return {str(self._onload_device): nbytes + most}
+
+    def _rebind(self, brought: _Brought) -> bool:
+        """Gives tensors their own memory back; says whether the copy may have been changed."""
+        changed = brought.slot.is_buffer and any(module.training for module, _ in brought.slot.owners)
+        of_each = zip(brought.tensors, brought.sources, brought.addresses, brought.versions, strict=True)
+        for tensor, source, address, version in of_each:
+            if tensor.data_ptr() == address:
+                if version is None:  # no count; a parameter that its own forward changes is unheard of
+                    changed |= brought.slot.is_buffer
+                else:
+                    changed |= version != tensor._version
+                tensor.data = source
+            else:  # the call gave it other data, as `weight.data = ...` does
+                tensor.data = tensor.data.to(self._offload_device)
+        return changed
+
+    def _keep_new_tensors(self, slot: TensorSlot) -> None:
+        """Moves tensors that a call put in the place of the slot's own to the offload device."""
+        for module, name in slot.owners:
+            tensor = tensor_at(module, name)
+            if tensor is None or is_on(tensor, self._offload_device):
+                continue
+            if isinstance(tensor, nn.Parameter):
+                tensor.data = tensor.data.to(self._offload_device)
+            else:
+                # The call may have returned this very tensor: it must stay where it is.
+                module._buffers[name] = tensor.to(self._offload_device)
+
+
+def _move(devices: Iterable[tuple[list[torch.Tensor], torch.device]]) -> None:
+    """Moves the tensors of slots that are elsewhere to a device; all of them or, if it raises, none."""
+    move_to_copies(([it for it in of_slot if not is_on(it, device)], device) for of_slot, device in devices)

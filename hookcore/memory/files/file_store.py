@@ -1,0 +1,177 @@
+"""Streamed parameters that stay in the checkpoint that they came from. Nothing is ever written.
+
+Between calls they show the checkpoint's own tensors, mapped (see `file_weights`). For calls their bytes are
+read into a little page-locked memory, in the dtype that calls find, and copied from there (see
+`file_engine`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hookcore.memory.device.flat_group import rounded
+from hookcore.memory.device.pinned_memory import Staging
+from hookcore.memory.files import file_weight as file_weights
+from hookcore.memory.files.file_reader import FileReader
+from hookcore.memory.files.file_weight import FileWeight
+from hookcore.memory.files.flat_file_group import FilePacked
+from hookcore.memory.files.origin import wanted_dtype
+from hookcore.memory.files.read_engine import FileEngine
+from hookcore.memory.store import Store
+from hookcore.storage import planned_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hookcore.memory.device.copy_engine import CopyEngine
+    from hookcore.memory.device.flat_group import Packed
+    from hookcore.memory.files.checkpoint import Checkpoint
+    from hookcore.memory.files.origins_of_model import FileOrigins
+    from hookcore.memory.grouping import Group
+
+
+class FileStore(Store):
+    """Leaves parameters in the files that they came from.
+
+    A file that changes is found before its weights are used, and again when the outermost call ends.
+
+    Args:
+        origins: Where the values of each parameter lie, by slot.
+        read_ahead: Bytes of host memory for what is read before it can be copied, beside one group.
+    """
+
+    def __init__(self, origins: FileOrigins, read_ahead: int) -> None:
+        self._origins = origins
+        self._read_ahead = read_ahead
+        self._reader = FileReader()
+        self._taken: dict[FilePacked, None] = {}
+        self._checkpoints: set[Checkpoint] = set()
+
+    def nbytes(self, group: Group, *, stays: bool = False) -> int:
+        """In the dtypes that calls find."""
+        first = [slot.tensors[0] for slot in group.slots]
+        dtypes = [planned_dtype(it) or wanted_dtype(it) for it in first]
+        return sum(
+            rounded(max(it.numel() * dtype.itemsize, 1)) for it, dtype in zip(first, dtypes, strict=True)
+        )
+
+    @torch.inference_mode(False)  # what is made here outlives the mode
+    def take(self, group: Group) -> FilePacked:
+        """Has parameters show the checkpoint's tensors.
+
+        Raises:
+            CheckpointError: A parameter in memory differs from the checkpoint.
+        """
+        weights = [FileWeight.compare(slot, self._origins[slot]) for slot in group.slots]
+        for weight in weights:
+            weight.take_over()
+        self._origins.take(group.slots)
+        packed = FilePacked(weights, group.name)
+        self._taken[packed] = None
+        self._checkpoints.update(weight.origin.checkpoint for weight in weights)
+        return packed
+
+    @torch.inference_mode(False)
+    def take_again(self, packed: Packed) -> FilePacked:
+        """Takes the data that tensors were given for what is to be copied from now on."""
+        own = self._own(packed)
+        own.adopt()
+        again = FilePacked(own.weights, own.name)
+        again.show_host()
+        del self._taken[own]
+        self._taken[again] = None
+        return again
+
+    @torch.inference_mode(False)
+    def give_back(self, packed: Packed) -> None:
+        """Gives parameters back as they were found: in memory, or showing the checkpoint's tensors.
+
+        Raises:
+            CheckpointError: Values have to be read, and a file has changed.
+        """
+        own = self._own(packed)
+        if own.brought is not None:
+            self.verify()
+        own.adopt()
+        values = [weight.values_to_give_back() for weight in own.weights]
+        for weight, of_weight in zip(own.weights, values, strict=True):
+            weight.give_back(of_weight)
+        del self._taken[own]
+        if not self._taken:
+            self._checkpoints.clear()
+            self._reader.close()
+
+    def settle(self, group: Group) -> None:
+        """Has parameters lie in memory, or simply show the checkpoint's tensors.
+
+        Raises:
+            CheckpointError: Values have to be converted, and a file has changed.
+        """
+        self._origins.settle(group.slots)
+
+    def keep_on(self, packed: Packed, device: torch.device) -> None:
+        """Reads parameters into memory on the device."""
+        self.bring(packed, device)
+
+    @torch.inference_mode(False)
+    def bring(self, packed: Packed, device: torch.device) -> None:
+        """Reads parameters into memory on the device, and waits.
+
+        Raises:
+            CheckpointError: A file has changed, or cannot be read.
+        """
+        own = self._own(packed)
+        own.adopt()
+        now = FilePacked(own.weights, own.name)  # they may have been given other data since
+        now.verify()
+        host = torch.empty(now.nbytes, dtype=torch.uint8)
+        self._reader.read(now.targets, now.ranges, host)
+        now.verify()
+        own.brought = now, now.views(host.to(device))
+        now.show(own.brought[1])
+
+    @torch.inference_mode(False)
+    def drop(self, packed: Packed) -> None:
+        """Has parameters show their homes again; what was changed is kept."""
+        own = self._own(packed)
+        if own.brought is not None:
+            (now, views), own.brought = own.brought, None
+            changed, replaced = now.is_changed, now.replaced([view.data_ptr() for view in views])
+            now.show_host()
+            if changed:
+                now.keep(views)
+            for tensor, data in replaced:
+                tensor.data = data.to("cpu")
+
+    def make_engine(
+        self, device: torch.device, nbytes: int, sources: Sequence[Packed], *, in_pieces: bool
+    ) -> CopyEngine:
+        """Makes what copies from files, through a little page-locked memory."""
+        sizes = [packed.nbytes for packed in sources]
+        room = min(sum(sizes), max(sizes, default=0) + self._read_ahead)
+        return FileEngine(device, nbytes, self._reader, Staging(device, room), in_pieces=in_pieces)
+
+    def report(self, packed: Packed, on_device: str | None) -> dict[str, int]:
+        """Bytes on disk, those that stay on the device, and edited ones in memory."""
+        return file_weights.report(self._own(packed).weights, on_device)
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether calls find another dtype in some parameter than when it was taken over."""
+        return any(packed.is_outdated for packed in self._taken)
+
+    def verify(self) -> None:
+        """Checks all files.
+
+        Raises:
+            CheckpointError: One has changed.
+        """
+        for checkpoint in self._checkpoints:
+            checkpoint.verify()
+
+    @staticmethod
+    def _own(packed: Packed) -> FilePacked:
+        assert isinstance(packed, FilePacked)  # noqa: S101 -- each store is given its own only
+        return packed

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from hookcore.memory import DiskMover
+from hookcore.memory import FileMover
 from hookcore.memory.files import file_mover as disk
 
 # Making checkpoints and models
@@ -227,26 +227,26 @@ def watching_memory():
     """Fails as soon as a mover takes more memory than it may."""
 
     def check(mover):
-        room = mover._room
+        room = mover._pool
         taken = room.arena.lent()  # first, as it takes back what nobody looks at any more
         pieces = [*(piece for _, piece in room._leaving), *room.arena._looked_at, *room._left_behind]
         for it in room._movers.values():
             for loads in (it._in_use, it._resident, it._ahead, it._kept):
-                pieces += [piece for load in loads.values() for piece in load.pieces]
+                pieces += [piece for load in loads.values() for piece in load.page_ranges]
             assert sum(load.nbytes for load in it._ahead.values()) <= room.read_ahead
         assert taken == sum(piece.nbytes for piece in pieces if piece._memory is room.arena._memory)
 
     def checked(name):
-        original = getattr(DiskMover, name)
+        original = getattr(FileMover, name)
 
         def method(mover, *args, **kwargs):
             original(mover, *args, **kwargs)
             check(mover)
             if name == "end":
                 assert not mover._in_use
-                assert not mover._room.is_leaving
+                assert not mover._pool.is_leaving
 
-        return patch.object(DiskMover, name, method)
+        return patch.object(FileMover, name, method)
 
     with contextlib.ExitStack() as stack:
         for name in ("begin", "end", "onload", "offload"):

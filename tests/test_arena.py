@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hookcore.memory.files.page_arena import Arena, piece_beside, rounded
+from hookcore.memory.files.page_arena import PageArena, rounded, separate_pages
 
 PAGE = mmap.PAGESIZE
 
@@ -18,7 +18,7 @@ class Borrower:
 
     def __init__(self, pages):
         self.pages = pages
-        self.arena = Arena(pages * PAGE)
+        self.arena = PageArena(pages * PAGE)
         self.lent = []  # pieces, with what they were filled with
         self.views = []  # of pieces that may have been given back
         self.number = 0
@@ -95,7 +95,7 @@ def test_pieces_never_overlap_and_all_room_comes_back(pages, steps):
 
 @given(st.integers(0, 3 * PAGE))
 def test_a_piece_beside(nbytes):
-    piece = piece_beside(nbytes)
+    piece = separate_pages(nbytes)
     assert piece.nbytes >= max(nbytes, 1)
     assert piece.nbytes % PAGE == piece.tensor.data_ptr() % PAGE == 0
     assert not piece.tensor.any()
@@ -109,14 +109,14 @@ def test_a_piece_beside(nbytes):
 
 
 def test_an_arena_given_another_piece_does_not_lend_it():
-    arena = Arena(PAGE)
-    arena.give_back(piece_beside(5 * PAGE))
+    arena = PageArena(PAGE)
+    arena.give_back(separate_pages(5 * PAGE))
     assert arena.lent() == 0
     assert arena.take(2 * PAGE) is None
 
 
 def test_memory_lives_on_in_tensors_only():
-    piece = piece_beside(PAGE)
+    piece = separate_pages(PAGE)
     memory = weakref.ref(piece.memoryview.obj)
     kept = piece.tensor[10:20]
     kept.fill_(3)
@@ -133,5 +133,5 @@ def test_memory_lives_on_in_tensors_only():
 
 def test_pieces_made_in_inference_mode_are_used_outside_of_it():
     with torch.inference_mode():
-        piece = Arena(PAGE).take(PAGE)
+        piece = PageArena(PAGE).take(PAGE)
     assert not piece.tensor.is_inference()

@@ -20,7 +20,7 @@ from hookcore.memory.files import direct_reader as direct
 from hookcore.memory.files.checkpoint import Checkpoint
 from hookcore.memory.files.direct_reader import ALIGNMENT, DirectReader, aligned_span
 from hookcore.memory.files.mapped_file import map_checkpoint
-from hookcore.memory.files.page_arena import piece_beside
+from hookcore.memory.files.page_arena import separate_pages
 
 SIZE = 5 * ALIGNMENT + 123
 CONTENT = bytes(torch.randint(0, 256, (SIZE,), dtype=torch.uint8).tolist())
@@ -69,7 +69,7 @@ def reader(request, path, monkeypatch):
 
 def test_every_kind_of_range(reader):
     edges = sorted({0, 1, 100, SIZE - 1, SIZE} | {n * ALIGNMENT + d for n in range(1, 6) for d in (-1, 0, 1)})
-    buffer = piece_beside(SIZE + ALIGNMENT)
+    buffer = separate_pages(SIZE + ALIGNMENT)
     for start in edges:
         for stop in (edge for edge in edges if edge >= start):
             for at in {0, (buffer.nbytes - aligned_span(start, stop)) // ALIGNMENT * ALIGNMENT}:
@@ -95,7 +95,7 @@ def test_small_chunks_and_short_reads(data, path):
         patch.setattr(os, "preadv", short)
         start = data.draw(st.integers(0, SIZE))
         stop = data.draw(st.integers(start, SIZE))
-        buffer = piece_beside(aligned_span(start, stop))
+        buffer = separate_pages(aligned_span(start, stop))
         position = reader.read_range(buffer, start, stop)
         assert buffer.memoryview[position : position + stop - start] == CONTENT[start:stop]
 
@@ -125,7 +125,7 @@ def test_any_checkpoint_is_read_bit_equal_at_the_alignment_of_its_mapping(layout
         with DirectReader(path) as reader:
             for key, entry in checkpoint.entries.items():
                 stop = entry.offset + entry.nbytes
-                buffer = piece_beside(aligned_span(entry.offset, stop))
+                buffer = separate_pages(aligned_span(entry.offset, stop))
                 position = reader.read_range(buffer, entry.offset, stop)
                 found = buffer.tensor[position : position + entry.nbytes]
                 expected = state[key].flatten().view(torch.uint8)
@@ -138,7 +138,7 @@ def test_threads_share_a_reader(path):
     faults = []
 
     def work(reader, number):
-        buffer = piece_beside(SIZE + ALIGNMENT)
+        buffer = separate_pages(SIZE + ALIGNMENT)
         for step in range(50):
             start = (number * 997 + step * 313) % SIZE
             position = reader.read_range(buffer, start, SIZE)
@@ -155,7 +155,7 @@ def test_threads_share_a_reader(path):
 
 
 def test_a_range_past_the_end_names_the_file(reader, path):
-    buffer = piece_beside(SIZE + 2 * ALIGNMENT)
+    buffer = separate_pages(SIZE + 2 * ALIGNMENT)
     for start, stop in ((0, SIZE + 1), (SIZE, SIZE + 1), (SIZE - 1, SIZE + 1), (SIZE + 5, SIZE + 6)):
         with pytest.raises(CheckpointError, match=f"{path}' ends .* {start} to {stop} were to be read"):
             reader.read_range(buffer, start, stop)
@@ -170,7 +170,7 @@ def test_a_file_cut_while_open_names_the_file(tmp_path):
     with DirectReader(path) as reader:
         os.truncate(path, ALIGNMENT + 7)
         with pytest.raises(CheckpointError, match=f"ends at byte {ALIGNMENT + 7}, 5 to {SIZE} were"):
-            reader.read_range(piece_beside(SIZE + ALIGNMENT), 5, SIZE)
+            reader.read_range(separate_pages(SIZE + ALIGNMENT), 5, SIZE)
 
 
 @pytest.mark.parametrize(
@@ -178,12 +178,12 @@ def test_a_file_cut_while_open_names_the_file(tmp_path):
 )
 def test_ranges_that_do_not_fit_are_refused(reader, start, stop, at):
     with pytest.raises(ValueError, match="buffer of"):
-        reader.read_range(piece_beside(ALIGNMENT * 16), start, stop, at=at)
+        reader.read_range(separate_pages(ALIGNMENT * 16), start, stop, at=at)
 
 
 def test_a_buffer_too_small_is_refused(reader):
     with pytest.raises(ValueError, match="takes 8192 bytes"):
-        reader.read_range(piece_beside(mmap.PAGESIZE), ALIGNMENT - 1, ALIGNMENT + 1, at=ALIGNMENT)
+        reader.read_range(separate_pages(mmap.PAGESIZE), ALIGNMENT - 1, ALIGNMENT + 1, at=ALIGNMENT)
 
 
 def test_a_failing_disk_and_a_missing_file_are_named(path, tmp_path, monkeypatch):
@@ -196,7 +196,7 @@ def test_a_failing_disk_and_a_missing_file_are_named(path, tmp_path, monkeypatch
 
         monkeypatch.setattr(os, "preadv", fail)
         with pytest.raises(CheckpointError, match=f"3 to 9 of '{path}' cannot be read: Input/output error"):
-            reader.read_range(piece_beside(ALIGNMENT), 3, 9)
+            reader.read_range(separate_pages(ALIGNMENT), 3, 9)
         if reader.direct:
             with pytest.raises(CheckpointError, match="cannot be opened: Input/output error"):
                 DirectReader(path)
@@ -213,7 +213,7 @@ def test_close_gives_the_descriptor_back(path):
     reader.close()
     assert open_descriptors() == before
     with pytest.raises(CheckpointError, match="cannot be read"):
-        reader.read_range(piece_beside(ALIGNMENT), 0, 1)
+        reader.read_range(separate_pages(ALIGNMENT), 0, 1)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
@@ -222,8 +222,10 @@ def test_buffered_reads_ask_to_be_forgotten(path, monkeypatch):
     asked = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _fd, *rest: asked.append(rest))
     with DirectReader(path) as reader:
-        reader.read_range(piece_beside(SIZE), ALIGNMENT + 1, 3 * ALIGNMENT)
-        reader.read_range(piece_beside(SIZE), ALIGNMENT, ALIGNMENT)  # a length of 0 would mean: all the rest
+        reader.read_range(separate_pages(SIZE), ALIGNMENT + 1, 3 * ALIGNMENT)
+        reader.read_range(
+            separate_pages(SIZE), ALIGNMENT, ALIGNMENT
+        )  # a length of 0 would mean: all the rest
     assert asked == [(ALIGNMENT, 2 * ALIGNMENT, os.POSIX_FADV_DONTNEED)]
 
 

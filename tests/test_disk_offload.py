@@ -39,7 +39,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import hookcore
 from hookcore import CheckpointError, Hook, Phase, Technique
-from hookcore.memory import DiskMover, find_mapping, origin_of
+from hookcore.memory import FileMover, find_mapping, origin_of
 from hookcore.memory.files import file_mover as disk
 from hookcore.memory.files import reader_threads as workers
 from hookcore.memory.files.mapped_file import MappedFile
@@ -322,22 +322,22 @@ def test_memory_for_direct_reads_is_used_again(folder):
     """Not a page more than the largest layer has been written to, however often all are read."""
     with reading("read"):
         streamed = hookcore.load(Wide, folder, [DiskOffload(read_ahead=0)])
-        with patch.object(disk, "piece_beside", side_effect=AssertionError):
+        with patch.object(disk, "separate_pages", side_effect=AssertionError):
             for _ in range(5):
                 call(streamed)
     largest = max(it.nbytes for it in mover_of(streamed)._streamed.values())
-    assert mover_of(streamed)._room.arena.nbytes <= rounded(largest)
+    assert mover_of(streamed)._pool.arena.nbytes <= rounded(largest)
 
 
 def test_the_second_call_finds_everything_read_ahead_also_the_first_of_it(folder):
     needed = []
-    start = DiskMover._start
+    start = FileMover._start
 
     def counting(mover, group):
         needed.append(group.name)
         return start(mover, group)
 
-    with patch.object(DiskMover, "_start", counting), reading("read"):
+    with patch.object(FileMover, "_start", counting), reading("read"):
         streamed = hookcore.load(Wide, folder, [DiskOffload(read_ahead="160KB")])  # two layers
         for _ in range(3):
             call(streamed)

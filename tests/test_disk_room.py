@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 import hookcore
 from hookcore import BudgetError, CheckpointError, ConcurrentCallError
-from hookcore.memory import DiskMover, StreamMover
+from hookcore.memory import FileMover, StreamMover
 from hookcore.memory.files import file_mover as disk
 from hookcore.memory.files.page_arena import rounded
 from hookcore.testing.snapshot import same_bits
@@ -112,13 +112,13 @@ def movers_of(applied):
     for item in applied._attachments:
         for binding in item.bindings:
             mover = binding.hook._placement.mover
-            if isinstance(mover, DiskMover | StreamMover):
+            if isinstance(mover, FileMover | StreamMover):
                 found[item.component.name] = mover
     return found
 
 
 def room_of(applied):
-    return next(iter(movers_of(applied).values()))._room
+    return next(iter(movers_of(applied).values()))._pool
 
 
 def kept(applied):
@@ -129,13 +129,13 @@ def kept(applied):
 def counting_reads():
     """How many groups were brought in each call."""
     found = []
-    submit = DiskMover._submit
+    submit = FileMover._submit
 
     def counted(mover, *args):
         found.append(mover.number)
         return submit(mover, *args)
 
-    with patch.object(DiskMover, "_submit", counted):
+    with patch.object(FileMover, "_submit", counted):
         yield found
 
 
@@ -233,7 +233,7 @@ def test_outputs_are_those_of_bare_components(  # noqa: PLR0917
         with contextlib.ExitStack() as stack:
             # Calls in each other hold more at once, and autograd what it needs.
             if not nested and all(kind != "gradients" for kind, *_ in made):
-                stack.enter_context(patch.object(disk, "piece_beside", nothing_beside))
+                stack.enter_context(patch.object(disk, "separate_pages", nothing_beside))
             for kind, name, what in made:
                 KINDS[kind](parts, name, what)
         room = room_of(applied)
@@ -286,7 +286,7 @@ def test_what_makes_way_in_inference_mode_outlives_it(tmp_path):
             for layer in both["unet"].layers:
                 layer.weight.data[5] += 1
         with torch.inference_mode():
-            while room_of(applied).make_way():
+            while room_of(applied).evict_one():
                 pass
         assert kept(applied)["unet"] == 0
         gradients(parts, "unet")
@@ -301,7 +301,7 @@ def test_what_an_outer_call_keeps_makes_way_for_an_inner_one(tmp_path):
     assert kept(applied)["unet"] == 5
     for both in (parts.bare, parts.ours):
         both["unet"].inner = (both["control"],)
-    with patch.object(disk, "piece_beside", nothing_beside):
+    with patch.object(disk, "separate_pages", nothing_beside):
         for _ in range(2):
             parts.call("unet")
 
@@ -349,7 +349,7 @@ def test_without_a_budget_the_largest_counts(technique, tmp_path):
         parts.call(name)
         assert sum(bool(mover._ahead) for mover in movers) == 1
         assert not any(mover._kept for mover in movers)
-        assert movers[0]._room.arena.lent() <= max(alone) + 8 * 4_096  # whole pages are read
+        assert movers[0]._pool.arena.lent() <= max(alone) + 8 * 4_096  # whole pages are read
 
 
 # What stays
@@ -529,7 +529,7 @@ def test_components_share_a_device_wherever_their_files_are(sim, technique, tmp_
     assert sum(hookcore.plan(parts.ours, techniques).needs.values()) <= weights // 2
     before = torch.get_device_module("sim").memory_allocated()
     applied = hookcore.apply(parts.ours, techniques)
-    assert len({id(it) for it in (mover._room for mover in movers_of(applied).values())}) == 1
+    assert len({id(it) for it in (mover._pool for mover in movers_of(applied).values())}) == 1
     for name in NAMES * 3:
         with torch.no_grad():
             found = parts.ours[name](X.to("sim")).cpu()

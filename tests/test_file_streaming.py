@@ -91,7 +91,7 @@ def mover_of(model):
 
 def pinned_room(model, read_ahead):
     """Bytes of page-locked memory that may be taken."""
-    return max(it.packed.nbytes for it in mover_of(model).own.groups.values()) + read_ahead
+    return max(it.flat.nbytes for it in mover_of(model).own.groups.values()) + read_ahead
 
 
 # Reading, at any moment
@@ -302,7 +302,7 @@ class Twins:
         mover = mover_of(self.model)
         here = {id(it): it.nbytes for it in self.model.parameters() if it.device.type == "sim"}
         if self.technique.memory_budget is not None:
-            assert sum(here.values()) + mover._engine.slab.size <= self.technique.memory_budget
+            assert sum(here.values()) + mover._engine.allocator.size <= self.technique.memory_budget
         mover.store._reader._workers._pool.finish()
         gc.collect()  # reads that failed are in cycles with their tracebacks
         assert simulator.pinned_bytes() <= pinned_room(self.model, self.technique.read_ahead)
@@ -528,7 +528,7 @@ def test_bytes_of_the_storage_dtype_travel_and_full_ones_when_casting_is_removed
         with hookcore.apply(model, [casting]):
             for _ in range(3):
                 assert same_bits(call_wide(model).cpu(), call_wide(cast, "cpu"))
-            assert sum(it.packed.nbytes for it in mover_of(model).own.groups.values()) < 8 * LAYER / 3
+            assert sum(it.flat.nbytes for it in mover_of(model).own.groups.values()) < 8 * LAYER / 3
         for _ in range(3):
             assert same_bits(call_wide(model).cpu(), plain_output(kept))
 
@@ -542,7 +542,7 @@ def test_an_edit_that_nobody_is_told_of_is_seen(sim, way, folder):
         for _ in range(2):
             call_wide(model)
         torch.get_device_module("sim").synchronize()
-        assert len(mover_of(model).loads.ahead) == 4  # copied for the next call
+        assert len(mover_of(model).prefetcher.ahead) == 4  # copied for the next call
         for weights_of in held:
             for weight in weights_of:
                 weight.data.mul_(2)
@@ -564,7 +564,7 @@ def test_what_is_kept_is_read_anew_when_it_is_no_longer_in_use(sim, folder):
             for weight in weights_of:
                 weight.data.mul_(2)
         found = model(x)
-    assert len(mover_of(model)._engine.slab.kept) == 8
+    assert len(mover_of(model)._engine.allocator.kept) == 8
     assert same_bits(found.cpu(), call_wide(bare, "cpu"))
 
 
@@ -765,7 +765,9 @@ def test_what_was_read_ahead_of_a_changed_file_is_never_used(sim, how, folder):
         model = streamed(folder)
         call_wide(model)
         torch.get_device_module("sim").synchronize()
-        for load in mover_of(model).loads.ahead.values():  # as if it had been read while the file was damaged
+        for load in mover_of(
+            model
+        ).prefetcher.ahead.values():  # as if it had been read while the file was damaged
             load.place.memory.fill_(7)
         put_back = damage(file, how)
         with pytest.raises(CheckpointError):

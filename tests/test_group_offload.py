@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves
 import hookcore
 from hookcore import Component, Hook, ModelConventions, Phase, PlanError, Technique, UnsupportedModelError
 from hookcore.memory import (
-    DeviceMover,
     Group,
     GroupMover,
     Placement,
+    SynchronousMover,
     WatchedTensors,
     current_tensors,
     device,
@@ -90,7 +90,7 @@ class OnlyCopies(TorchDispatchMode):
         return sum(nbytes for ref, nbytes in self.copies.items() if not ref.expired())
 
     def __enter__(self):
-        onload, offload = DeviceMover.onload, DeviceMover.offload
+        onload, offload = SynchronousMover.onload, SynchronousMover.offload
 
         def counted_onload(mover, group):
             with self._exempt():
@@ -106,8 +106,8 @@ class OnlyCopies(TorchDispatchMode):
                 offload(mover, group)
 
         self._patches = contextlib.ExitStack()
-        self._patches.enter_context(patch.object(DeviceMover, "onload", counted_onload))
-        self._patches.enter_context(patch.object(DeviceMover, "offload", exempt_offload))
+        self._patches.enter_context(patch.object(SynchronousMover, "onload", counted_onload))
+        self._patches.enter_context(patch.object(SynchronousMover, "offload", exempt_offload))
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -515,7 +515,7 @@ class Ledger(GroupMover):
     def end(self):
         assert not self.there
 
-    def settle(self, group):
+    def finalize(self, group):
         pass
 
     def reset(self):

@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hookcore.memory.device import pinned_memory as host
-from hookcore.memory.device.pinned_memory import HostMemory, free_host_bytes
+from hookcore.memory.device.pinned_memory import PinnedMemory, free_host_bytes
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 100), max_size=10), st.integers(0, 300))
 def test_memory_is_locked_to_the_byte_and_within_the_limit(sim, sizes, limit):
     before = sim.pinned_bytes()
-    memory = HostMemory(torch.device("sim"), limit)
+    memory = PinnedMemory(torch.device("sim"), limit)
     made = []
     for nbytes in sizes:
         fits = memory.locked + nbytes <= limit
@@ -39,7 +39,7 @@ def test_memory_is_locked_to_the_byte_and_within_the_limit(sim, sizes, limit):
 def test_nothing_is_asked_for_where_nothing_can_be_locked(nbytes):
     """Without an accelerator torch refuses to make locked memory, also of no bytes."""
     with patch.object(torch, "empty", wraps=torch.empty) as empty:
-        HostMemory(torch.device("cpu"), 0).make(nbytes)
+        PinnedMemory(torch.device("cpu"), 0).make(nbytes)
     assert not empty.call_args.kwargs["pin_memory"]
 
 
@@ -60,7 +60,7 @@ def test_memory_is_locked_in_place_once_it_is_filled(monkeypatch):
     runtime = Runtime()
     monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(cudart=lambda: runtime))
     with patch.object(torch.Tensor, "is_pinned", lambda it: it.data_ptr() in runtime.locked):
-        memory = HostMemory(torch.device("cuda"), 1000)
+        memory = PinnedMemory(torch.device("cuda"), 1000)
         first, second = memory.make(700), memory.make(400)
         assert runtime.locked == {}
         memory.lock(first)

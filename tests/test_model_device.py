@@ -12,7 +12,7 @@ from torch import nn
 
 import hookcore
 from hookcore import ConflictError
-from hookcore.memory.instance_override import give_class_back, give_own_class
+from hookcore.memory.instance_override import override_members, restore_class
 from hookcore.testing import simulator
 from hookcore.testing.snapshot import ModelSnapshot
 from hookcore_plugins import DiskOffload, GroupOffload, LayerwiseCasting, ModelOffload, SequentialOffload
@@ -205,8 +205,8 @@ def test_going_through_all_weights_is_a_read(sim):
 
 def test_classes_that_answer_are_equal_to_the_ones_they_stand_in_for():
     model, bare = build(), build()
-    give_own_class(model, {"dtype": lambda *_: "first"})
-    give_own_class(model, {"dtype": lambda it, own: (own(it), "second")})
+    override_members(model, {"dtype": lambda *_: "first"})
+    override_members(model, {"dtype": lambda it, own: (own(it), "second")})
     assert model.dtype == ("first", "second")
     assert bare.dtype == torch.float32
     assert type(model) is not Told
@@ -214,9 +214,9 @@ def test_classes_that_answer_are_equal_to_the_ones_they_stand_in_for():
     assert Told in {type(model), nn.Linear}
     assert type(model) not in (nn.Linear, nn.Module)
     assert type(model).device.__doc__ == "The device of the first parameter."
-    give_class_back(model)
+    restore_class(model)
     assert model.dtype == "first"
-    give_class_back(model)
+    restore_class(model)
     assert type(model) is Told
 
 

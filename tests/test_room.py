@@ -72,7 +72,7 @@ def hook_of(applied, at=0):
 
 
 def room_of(applied):
-    return hook_of(applied)._placement.mover._room
+    return hook_of(applied)._placement.mover._pool
 
 
 def movers_of(applied):
@@ -326,10 +326,10 @@ def test_without_a_budget_what_another_component_needs_is_copied_ahead(sim):
     # Nothing is copied in vain, and the next component's first layers are on their way.
     streamed = sum(packed.nbytes for mover in movers_of(applied) for packed in mover.coming)
     assert moved(applied) - sum(it.moved_bytes for it in before.values()) <= 3 * streamed
-    assert [bool(mover.loads.ahead) for mover in movers_of(applied)] == [True, False, False]
+    assert [bool(mover.prefetcher.ahead) for mover in movers_of(applied)] == [True, False, False]
     seen = []
     models["unet"].up[1].register_forward_pre_hook(
-        lambda *_: seen.append(movers_of(applied)[0].loads.ahead.copy())
+        lambda *_: seen.append(movers_of(applied)[0].prefetcher.ahead.copy())
     )
     call(models["unet"])  # another one than expected
     assert seen == [{}]
@@ -365,7 +365,7 @@ def test_what_a_call_holds_throughout_has_room_of_its_own(sim):
     scale, seen = models["control"].scale, []
 
     def note(*_):
-        kept = room_of(applied).slab.kept
+        kept = room_of(applied).allocator.kept
         seen.append(sum(it is scale for packed in kept for it in packed.tensors))
 
     models["control"].up[1].register_forward_pre_hook(note)
@@ -455,7 +455,7 @@ def test_what_is_kept_is_copied_anew_after_a_change_that_torch_does_not_count(si
         for _ in range(4):
             for name in models:
                 assert same_bits(call(models[name]).cpu(), call(bare[name], "cpu"))
-        assert room_of(applied).slab.kept
+        assert room_of(applied).allocator.kept
         for name in models:
             for both in (models, bare):
                 for layer in (*both[name].up, *both[name].down):
@@ -526,18 +526,18 @@ def test_a_component_that_nobody_keeps_goes_away_with_its_memory(sim):
         for model in models.values():
             call(model)
     room = room_of(applied)
-    kept = len(room.slab.kept)
+    kept = len(room.allocator.kept)
     gone = [weakref.ref(models["unet"]), weakref.ref(models["unet"].up[0].weight)]
     del applied, models["unet"], model
     gc.collect()
     assert [it() for it in gone] == [None, None]
-    assert 0 < len(room.slab.kept) < kept
+    assert 0 < len(room.allocator.kept) < kept
     for _ in range(5):
         found = call(models["control"])
     assert same_bits(found.cpu(), call(build([[2] * 6] * 3)["control"], "cpu"))
     (mover,) = room._movers.values()
-    lying = [*room.slab.kept, *(load.packed for load in mover.loads.ahead.values())]
-    assert room.slab.lender.lent == sum(packed.nbytes for packed in lying)  # what the other had is free
+    lying = [*room.allocator.kept, *(load.flat for load in mover.prefetcher.ahead.values())]
+    assert room.allocator.lender.lent == sum(packed.nbytes for packed in lying)  # what the other had is free
 
 
 def test_one_thread_at_a_time(sim):
@@ -595,7 +595,7 @@ def test_no_wait_may_be_left_out(sim):
     """What is kept is used again and again, and given up: its memory is filled after its last use."""
 
     def silent(self, load):
-        self.slab.give_back(load.packed, load.place)
+        self.allocator.give_back(load.flat, load.place)
 
     models = build([[8], [1], [2] * 8])
     budget = int(0.6 * sum(map(weights, models.values())))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hookcore.memory.planning.call_cycle import Rounds
+from hookcore.memory.planning.call_cycle import CallCycle
 
 things = st.sampled_from("abc")
 
@@ -18,7 +18,7 @@ def is_primitive(made):
 @given(st.lists(things, max_size=20), st.lists(things, min_size=1, max_size=8), st.integers(0, 12))
 def test_what_repeats_is_found_and_its_next_call_expected(before, made, more):
     assume(is_primitive(made))
-    rounds = Rounds()
+    rounds = CallCycle()
     for call in before:
         rounds.note(call)
     calls = made * (4 + more)
@@ -32,7 +32,7 @@ def test_what_repeats_is_found_and_its_next_call_expected(before, made, more):
 
 @given(st.lists(things, min_size=1, max_size=30))
 def test_a_round_is_one_that_was_seen(calls):
-    rounds = Rounds()
+    rounds = CallCycle()
     for number, call in enumerate(calls):
         expected, was_sure = rounds.expected, rounds.is_sure
         rounds.note(call)
@@ -47,7 +47,7 @@ def test_a_round_is_one_that_was_seen(calls):
 
 @given(st.lists(things, min_size=1, max_size=30))
 def test_without_a_round_what_followed_last_is_expected(calls):
-    rounds = Rounds()
+    rounds = CallCycle()
     assert rounds.expected is None
     for number, call in enumerate(calls):
         rounds.note(call)
@@ -61,7 +61,7 @@ def test_without_a_round_what_followed_last_is_expected(calls):
 
 def test_two_equal_calls_are_no_loop_yet():
     """A text encoder runs for the prompt and for the negative one."""
-    rounds = Rounds()
+    rounds = CallCycle()
     found = []
     for call in "ttuuuv":
         rounds.note(call)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hookcore.memory.planning.free_list import Quota, Ranges
+from hookcore.memory.planning.free_list import ByteQuota, FreeList
 from hookcore.memory.planning.pool_layout import choose_layout
 from hookcore.memory.planning.schedule import Use, pass_seconds
 
@@ -48,10 +48,10 @@ def test_equal_groups_follow_the_recurrence(groups, slots, size):
     ends = by_the_recurrence([it.compute for it in uses], [it.copy for it in uses], slots)
     n = len(uses)
     expected = (ends[50 * n - 1] - ends[20 * n - 1]) / 30
-    for ring in (Ranges(slots * size), Ranges(slots * size, large=size), Quota(slots * size)):
+    for ring in (FreeList(slots * size), FreeList(slots * size, large=size), ByteQuota(slots * size)):
         assert pass_seconds(uses, (), ring) == pytest.approx(expected)
     # All that one can copy ahead is what there are slots for; what is used takes another one.
-    found = pass_seconds(uses, (), Quota(len(uses) * size), ahead=slots - 1)
+    found = pass_seconds(uses, (), ByteQuota(len(uses) * size), ahead=slots - 1)
     assert found >= (1 - 1e-6) * expected
 
 
@@ -61,7 +61,7 @@ def test_no_pass_is_faster_than_computing_or_copying(uses, data):
     resident = data.draw(st.sets(st.sampled_from(sorted(groups))))
     ring = data.draw(st.integers(0, sum(groups.values())))
     large = data.draw(st.none() | st.integers(0, 30))
-    kind = data.draw(st.sampled_from([Quota(ring), Ranges(ring, large)]))
+    kind = data.draw(st.sampled_from([ByteQuota(ring), FreeList(ring, large)]))
     seconds = pass_seconds(uses, resident, kind, data.draw(st.none() | st.integers(0, 3)))
     streamed = {group: nbytes for group, nbytes in groups.items() if group not in resident}
     if not streamed:
@@ -89,7 +89,7 @@ def test_a_layout_keeps_to_the_budget_and_is_none_only_where_nothing_fits(
     assert layout.ring >= least_ring
     streamed = [nbytes for group, nbytes in groups.items() if group not in resident]
     assert layout.ring >= max(streamed, default=0)
-    ring = Quota(layout.ring) if anywhere else Ranges(layout.ring, layout.large)
+    ring = ByteQuota(layout.ring) if anywhere else FreeList(layout.ring, layout.large)
     assert layout.seconds == pytest.approx(pass_seconds(uses, resident, ring, ahead))
     if sum(groups.values()) + least_ring <= budget:
         assert not streamed
@@ -127,7 +127,7 @@ def test_what_is_copied_is_spread_over_the_time_of_computing():
     st.lists(st.tuples(st.booleans(), st.integers(1, 15)), max_size=40),
 )
 def test_ranges_never_overlap_and_are_found_where_there_is_room(size, large, steps):
-    ranges = Ranges(size, large)
+    ranges = FreeList(size, large)
     lent = []
     for takes, number in steps:
         if takes:

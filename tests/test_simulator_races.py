@@ -145,16 +145,16 @@ def test_two_streams_reading_at_once_is_fine(sim, side, main):
 
 
 def test_other_slots_of_one_slab_are_other_memory(sim, side, main, source):
-    slab = torch.empty(2, SIZE, SIZE, device="sim")
+    allocator = torch.empty(2, SIZE, SIZE, device="sim")
     side.wait_stream(main)
     with side:
-        slab[0].copy_(source, non_blocking=True)
+        allocator[0].copy_(source, non_blocking=True)
     main.wait_stream(side)
-    slab[0] @ slab[0]
+    allocator[0] @ allocator[0]
     with side:
-        slab[1].copy_(source, non_blocking=True)
+        allocator[1].copy_(source, non_blocking=True)
     with race("read before it was written"):
-        slab[1] + 1
+        allocator[1] + 1
     torch.get_device_module("sim").synchronize()
 
 

@@ -9,7 +9,7 @@ from attrs import define
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hookcore.memory.device.allocators import Pieces, Slab
+from hookcore.memory.device.allocators import ArenaAllocator, PerGroupAllocator
 
 UNIT = 64
 SIZE = 20 * UNIT
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @define(eq=False)
 class Group:
-    """As much of a `Packed` as a slab asks for."""
+    """As much of a `FlatGroup` as a slab asks for."""
 
     nbytes: int
 
@@ -44,8 +44,8 @@ steps = st.lists(
 class Checked:
     """A slab, and what is in it as it should be."""
 
-    def __init__(self, slab, sizes):
-        self.slab = slab
+    def __init__(self, allocator, sizes):
+        self.allocator = allocator
         self.groups = [Group(size * UNIT) for size in sizes]
         self.there = {}  # places of groups that were taken
 
@@ -53,18 +53,18 @@ class Checked:
         group = self.groups[at]
         if group in self.there:
             return
-        place = self.slab.take(group)
+        place = self.allocator.take(group)
         if place is not None:
             self.there[group] = place
             assert place.memory.nbytes == group.nbytes
         else:
-            assert group not in self.slab.kept
-            assert isinstance(self.slab, Slab) or self.taken() + group.nbytes > SIZE
+            assert group not in self.allocator.kept
+            assert isinstance(self.allocator, ArenaAllocator) or self.taken() + group.nbytes > SIZE
 
     def give_back(self, at):
         group = self.groups[at]
         if group in self.there:
-            self.slab.give_back(group, self.there.pop(group))
+            self.allocator.give_back(group, self.there.pop(group))
 
     def keep(self, chosen):
         """Nothing else may be lent, and they have room together."""
@@ -73,53 +73,53 @@ class Checked:
             if group.nbytes <= left:
                 wanted.append(group)
                 left -= group.nbytes
-        losing = self.slab.unkept(wanted)
+        losing = self.allocator.unkept(wanted)
         for group in list(self.there):
-            if group not in self.slab.kept or group in losing:
-                self.slab.give_back(group, self.there.pop(group))
-        self.slab.collect()
-        staying = [group for group in self.slab.kept if group not in losing]
+            if group not in self.allocator.kept or group in losing:
+                self.allocator.give_back(group, self.there.pop(group))
+        self.allocator.collect()
+        staying = [group for group in self.allocator.kept if group not in losing]
         assert all(group in wanted for group in staying)
-        starts = {group: self.slab.kept[group] for group in staying}
-        self.slab.keep(wanted, 3 * UNIT)
-        assert set(self.slab.kept) == set(wanted)
-        assert all(self.slab.kept[group] == start for group, start in starts.items())
-        if isinstance(self.slab, Slab):  # what is left is in one piece
-            assert min(self.slab.kept.values(), default=SIZE) == left
+        starts = {group: self.allocator.kept[group] for group in staying}
+        self.allocator.keep(wanted, 3 * UNIT)
+        assert set(self.allocator.kept) == set(wanted)
+        assert all(self.allocator.kept[group] == start for group, start in starts.items())
+        if isinstance(self.allocator, ArenaAllocator):  # what is left is in one piece
+            assert min(self.allocator.kept.values(), default=SIZE) == left
 
     def drop(self, _):
-        group = next(reversed(self.slab.kept), None)
+        group = next(reversed(self.allocator.kept), None)
         if group is not None:
             if group in self.there:
-                self.slab.give_back(group, self.there.pop(group))
-            self.slab.drop(group)
+                self.allocator.give_back(group, self.there.pop(group))
+            self.allocator.drop(group)
 
     def leave(self, at):
         group = self.groups[at]
-        self.slab.leave(group, self.there.pop(group, None))
+        self.allocator.leave(group, self.there.pop(group, None))
         self.groups[at] = Group(group.nbytes)
-        self.slab.collect()
+        self.allocator.collect()
 
     def forget(self, at):
         self.give_back(at)
-        self.slab.forget(self.groups[at])
+        self.allocator.forget(self.groups[at])
 
     def taken(self):
         """Bytes of groups that are there, and of ranges that some have of their own."""
-        return sum(group.nbytes for group in {*self.there, *self.slab.kept})
+        return sum(group.nbytes for group in {*self.there, *self.allocator.kept})
 
     def check(self):
-        lent = self.slab.lender.lent
+        lent = self.allocator.lender.lent
         assert lent == self.taken() <= SIZE
-        if isinstance(self.slab, Slab):
-            starts = {group: place.start for group, place in self.there.items()} | self.slab.kept
+        if isinstance(self.allocator, ArenaAllocator):
+            starts = {group: place.start for group, place in self.there.items()} | self.allocator.kept
             spans = sorted((start, start + group.nbytes) for group, start in starts.items())
             assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
             assert all(start >= 0 and stop <= SIZE for start, stop in spans)
 
 
 @settings(max_examples=200)
-@given(st.sampled_from([Slab, Pieces]), st.lists(units, min_size=8, max_size=8), steps)
+@given(st.sampled_from([ArenaAllocator, PerGroupAllocator]), st.lists(units, min_size=8, max_size=8), steps)
 def test_no_two_groups_lie_at_one_place(kind, sizes, steps):
     checked = Checked(kind(CPU, SIZE), sizes)
     for what, which in steps:
@@ -128,19 +128,19 @@ def test_no_two_groups_lie_at_one_place(kind, sizes, steps):
 
 
 def test_a_group_comes_to_a_place_that_it_knows():
-    slab, group = Slab(CPU, SIZE), Group(UNIT)
-    first = slab.take(group)
-    slab.give_back(group, first)
-    assert slab.take(group) is first
-    slab.give_back(group, first)
-    slab.forget(group)
-    assert slab.take(group) is not first
+    allocator, group = ArenaAllocator(CPU, SIZE), Group(UNIT)
+    first = allocator.take(group)
+    allocator.give_back(group, first)
+    assert allocator.take(group) is first
+    allocator.give_back(group, first)
+    allocator.forget(group)
+    assert allocator.take(group) is not first
 
 
 def test_what_lies_beyond_a_gap_is_moved():
-    slab, groups = Slab(CPU, SIZE), [Group(2 * UNIT), Group(3 * UNIT), Group(UNIT)]
-    slab.keep(groups)
-    slab.forget(groups[0])
-    assert slab.unkept(groups[1:]) == groups[1:]
-    slab.keep(groups[1:])
-    assert list(slab.kept.values()) == [SIZE - 3 * UNIT, SIZE - 4 * UNIT]
+    allocator, groups = ArenaAllocator(CPU, SIZE), [Group(2 * UNIT), Group(3 * UNIT), Group(UNIT)]
+    allocator.keep(groups)
+    allocator.forget(groups[0])
+    assert allocator.unkept(groups[1:]) == groups[1:]
+    allocator.keep(groups[1:])
+    assert list(allocator.kept.values()) == [SIZE - 3 * UNIT, SIZE - 4 * UNIT]

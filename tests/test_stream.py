@@ -197,7 +197,7 @@ class Twins:
     def bytes_on_device(self):
         tensors = (*self.model.parameters(), *self.model.buffers())
         here = {id(it): it.nbytes for it in tensors if it.device.type == "sim"}
-        return sum(here.values()) + mover_of(self.applied)._engine.slab.size
+        return sum(here.values()) + mover_of(self.applied)._engine.allocator.size
 
     def remove(self):
         self.applied.remove()
@@ -346,7 +346,7 @@ def test_in_the_long_run_each_group_is_copied_once_a_pass_and_nothing_is_waited_
         module.synchronize()
         held = module.memory_allocated()
         mover = mover_of(applied)
-        misses = mover.loads.order.misses
+        misses = mover.prefetcher.order.misses
         with no_waiting(), sim.traced() as trace:
             for _ in range(5):
                 output = model(x)
@@ -355,11 +355,11 @@ def test_in_the_long_run_each_group_is_copied_once_a_pass_and_nothing_is_waited_
     copies = [it for it in trace.spans if it.engine == "copy in"]
     assert not [it for it in trace.spans if it.engine == "copy out"]
     streamed = [it for it in mover.own.groups.values() if not it.stays]
-    uses = len(mover.loads.order._order)
+    uses = len(mover.prefetcher.order._order)
     assert len(streamed) <= uses <= len(streamed) + 1  # the tied weight is used twice
     # What is in memory at the end for the pass to come was so at the beginning.
     assert len(copies) == 5 * uses
-    assert mover.loads.order.misses == misses
+    assert mover.prefetcher.order.misses == misses
 
 
 def test_the_next_group_is_copied_while_one_computes(sim):
@@ -459,7 +459,7 @@ def test_ways_to_call_are_known_again(sim):
     for _ in range(2):
         for way in ways:
             call(model, **way)
-    order = mover_of(applied).loads.order
+    order = mover_of(applied).prefetcher.order
     for way in ways * 2:
         before = order.misses
         call(model, **way)
@@ -486,7 +486,7 @@ def test_the_budget_is_used_and_kept_to_the_byte(sim):
                 peaks.append(module.memory_allocated() - before)
         mover = mover_of(applied)
         assert max(peaks) <= budget
-        aligned = sum(it.packed.nbytes for it in mover.own.groups.values())
+        aligned = sum(it.flat.nbytes for it in mover.own.groups.values())
         assert max(peaks) > min(budget, aligned) * 0.97
         applied.remove()
         assert module.memory_allocated() == before
@@ -512,13 +512,13 @@ def test_no_more_groups_are_there_than_may_be_copied_ahead_and_the_one_in_use(si
     with torch.no_grad(), patch.object(nn.functional, "linear", counting):
         for _ in range(4):
             model(x)
-    in_pieces = not mover_of(applied).lingers
+    per_group = not mover_of(applied).lingers
     for number, nbytes in enumerate(found[-len(sizes) :]):
         window = [sizes[(number + ahead) % len(sizes)] for ahead in range(min(prefetch + 1, len(sizes)))]
-        if in_pieces:
+        if per_group:
             assert nbytes <= sum(window) + 4 * 2 * max(widths)  # an input, and that of the one before
         assert nbytes >= sizes[number]
-        if len(window) == 2 and sum(window) <= mover_of(applied)._engine.slab.size:
+        if len(window) == 2 and sum(window) <= mover_of(applied)._engine.allocator.size:
             assert nbytes >= sum(window)
     applied.remove()
 
@@ -644,8 +644,8 @@ def test_a_share_of_what_is_free_is_a_budget(sim):
         model = build()
         applied = hookcore.apply(model, [GroupOffload("sim", memory_budget=0.02)])
         call(model)
-        slab = mover_of(applied)._engine.slab.size
-    assert 10_000 < slab <= 20_000
+        allocator = mover_of(applied)._engine.allocator.size
+    assert 10_000 < allocator <= 20_000
 
 
 def test_originals_are_freed_group_by_group_and_locked_memory_is_exact(sim):
@@ -653,13 +653,13 @@ def test_originals_are_freed_group_by_group_and_locked_memory_is_exact(sim):
     total = weights(model)
     originals = [StorageWeakRef(it.untyped_storage()) for it in model.parameters()]
     locked = []
-    make = host.HostMemory.make
+    make = host.PinnedMemory.make
 
     def counted(memory, nbytes):
         locked.append((nbytes, sum(not it.expired() for it in originals)))
         return make(memory, nbytes)
 
-    with patch.object(host.HostMemory, "make", counted):
+    with patch.object(host.PinnedMemory, "make", counted):
         hookcore.apply(model, [GroupOffload("sim", offload_type="block_level")])
     remaining = [it for _, it in locked]
     assert remaining == sorted(remaining, reverse=True)
@@ -679,7 +679,7 @@ def test_little_memory_is_locked_if_so_wished(sim, prefetch, budget, repeats):
     torch.get_device_module("sim").synchronize()
     for it in found:
         assert same_bits(it.cpu(), call(bare, "cpu"))
-    largest = max(it.packed.nbytes for it in mover_of(applied).own.groups.values())
+    largest = max(it.flat.nbytes for it in mover_of(applied).own.groups.values())
     assert sim.pinned_bytes() - before <= 3 * largest
     applied.remove()
     assert sim.pinned_bytes() == before
@@ -739,7 +739,7 @@ def without_wait_for_copy(self, load):
 
 
 def without_event_after_use(self, load):
-    self.slab.give_back(load.packed, load.place)
+    self.allocator.give_back(load.flat, load.place)
 
 
 FAULTS = {

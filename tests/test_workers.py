@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import hookcore
 from hookcore import CheckpointError
-from hookcore.memory.files.reader_threads import Workers
+from hookcore.memory.files.reader_threads import ReaderThreads
 from hookcore.testing.snapshot import same_bits
 from hookcore_plugins import DiskOffload, GroupOffload
 
@@ -49,7 +49,7 @@ def in_child(function):
 def test_a_child_has_threads_of_its_own(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(bytes(9000))
-    workers = Workers("test")
+    workers = ReaderThreads("test")
     goes_on = threading.Event()
     before = [workers.submit(goes_on.wait), workers.submit(goes_on.wait), workers.submit(os.getpid)]
     reader = workers.reader(path)
@@ -76,7 +76,7 @@ def test_a_child_has_threads_of_its_own(tmp_path):
 
 
 def test_a_child_closes_what_it_has_never_used():
-    workers = Workers("test")
+    workers = ReaderThreads("test")
     goes_on = threading.Event()
     for _ in range(3):
         workers.submit(goes_on.wait)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, TypeVar
 
-from hookcore.memory import Quota, Ranges, Use, pass_seconds
+from hookcore.memory import ByteQuota, FreeList, Use, pass_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Sequence
@@ -50,7 +50,7 @@ def climb(
         ring = room - sum(sizes[group] for group in staying)
         if ring < 0:
             return None
-        return pass_seconds(uses, staying, Quota(ring) if anywhere else Ranges(ring, large), ahead)
+        return pass_seconds(uses, staying, ByteQuota(ring) if anywhere else FreeList(ring, large), ahead)
 
     resident = set() if chosen is None else set(chosen.resident)
     first = judge(resident)

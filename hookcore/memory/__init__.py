@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from hookcore.memory.copies import copy_as, copy_to, stop_copying_as, stop_copying_to
-from hookcore.memory.device.device_pool import Room
-from hookcore.memory.device.flat_group import Packed, packed_nbytes
-from hookcore.memory.device.pinned_memory import HostMemory
+from hookcore.memory.device.device_pool import DevicePool
+from hookcore.memory.device.flat_group import FlatGroup, flat_nbytes
+from hookcore.memory.device.pinned_memory import PinnedMemory
 from hookcore.memory.device.stream_mover import StreamMover, has_streams
 from hookcore.memory.device.stream_report import StreamReport
-from hookcore.memory.device.synchronous_mover import DeviceMover
+from hookcore.memory.device.synchronous_mover import SynchronousMover
 from hookcore.memory.device.timeline import Recorder, Span, Timeline, record_timeline
 from hookcore.memory.files.checkpoint import Checkpoint
 from hookcore.memory.files.checkpoint_names import find_entries
-from hookcore.memory.files.file_mover import DiskMover
+from hookcore.memory.files.file_mover import FileMover
 from hookcore.memory.files.file_range import cost
 from hookcore.memory.files.file_store import FileStore
-from hookcore.memory.files.host_pool import DiskRoom
+from hookcore.memory.files.host_pool import HostPool
 from hookcore.memory.files.leftovers import make_claimed
 from hookcore.memory.files.mapped_file import MappedFile, find_mapping, map_checkpoint
 from hookcore.memory.files.origin import Origin, origin_of, set_origin, wanted_dtype
@@ -43,49 +43,49 @@ from hookcore.memory.grouping import (
 )
 from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
-from hookcore.memory.mover import GroupMover, Needed
+from hookcore.memory.mover import ComponentGroups, GroupMover
 from hookcore.memory.placement import Placement, moved
-from hookcore.memory.planning.free_list import Quota, Ranges
+from hookcore.memory.planning.free_list import ByteQuota, FreeList
 from hookcore.memory.planning.pool_layout import Layout, choose_layout
 from hookcore.memory.planning.residency import choose_residents, largest_held
 from hookcore.memory.planning.schedule import Use, pass_seconds
-from hookcore.memory.shared_weights import Together
-from hookcore.memory.store import MemoryStore, Store
+from hookcore.memory.shared_weights import SharedWeights
+from hookcore.memory.store import PinnedStore, Store
 from hookcore.memory.tensor_memory import check_movable, current_tensors, is_on, move_apart
 from hookcore.memory.watched_reads import WatchedTensors, stop_watching, watch
 from hookcore.storage import planned_nbytes
 
 __all__ = [
+    "ByteQuota",
     "Checkpoint",
-    "DeviceMover",
-    "DiskMover",
-    "DiskRoom",
+    "ComponentGroups",
+    "DevicePool",
+    "FileMover",
     "FileOrigins",
     "FileStore",
+    "FlatGroup",
+    "FreeList",
     "Gradients",
     "Group",
     "GroupMover",
-    "HostMemory",
+    "HostPool",
     "Layout",
     "MappedFile",
-    "MemoryStore",
     "ModelDevice",
     "ModelDtypeHook",
-    "Needed",
     "Origin",
-    "Packed",
+    "PinnedMemory",
+    "PinnedStore",
     "Placement",
-    "Quota",
-    "Ranges",
     "Recorder",
-    "Room",
+    "SharedWeights",
     "Span",
     "Store",
     "StreamMover",
     "StreamReport",
+    "SynchronousMover",
     "TensorEntry",
     "Timeline",
-    "Together",
     "Use",
     "WatchedTensors",
     "callable_parts",
@@ -102,6 +102,7 @@ __all__ = [
     "find_blocks",
     "find_entries",
     "find_mapping",
+    "flat_nbytes",
     "has_streams",
     "is_on",
     "known_origins",
@@ -119,7 +120,6 @@ __all__ = [
     "origin_of",
     "origins_in",
     "origins_of_mapped",
-    "packed_nbytes",
     "pass_seconds",
     "planned_nbytes",
     "record_timeline",

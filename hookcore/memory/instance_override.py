@@ -23,7 +23,7 @@ def models_with(name: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[s
             yield fqn, module
 
 
-def give_own_class(model: nn.Module, members: Mapping[str, Callable[..., Any]]) -> None:
+def override_members(model: nn.Module, members: Mapping[str, Callable[..., Any]]) -> None:
     """Puts a subclass of its class in the place of a model's class.
 
     Copies and pickles of the model are of the class that it had. The two classes compare equal, since
@@ -59,8 +59,8 @@ def give_own_class(model: nn.Module, members: Mapping[str, Callable[..., Any]]) 
     object.__setattr__(model, "__class__", answering)
 
 
-def give_class_back(model: nn.Module) -> None:
-    """Gives a model the class that it had before the last `give_own_class`."""
+def restore_class(model: nn.Module) -> None:
+    """Gives a model the class that it had before the last `override_members`."""
     object.__setattr__(model, "__class__", type(model).__bases__[0])
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookcore.errors import ConflictError
-from hookcore.memory.instance_override import give_class_back, give_own_class, models_with
+from hookcore.memory.instance_override import models_with, override_members, restore_class
 from hookcore.memory.watched_reads import only_looking
 from hookcore.stack import LeftOutOfCopies, PlainReduction
 
@@ -66,7 +66,7 @@ class ModelDevice:
             "dtype": _look,
         }
         for model in self._models:
-            give_own_class(model, {name: it for name, it in answers.items() if hasattr(type(model), name)})
+            override_members(model, {name: it for name, it in answers.items() if hasattr(type(model), name)})
         stays_on = (device, _with_index(self._offload_device))
         for module in self._guarded:
             guard = module.__dict__.get(_APPLY)
@@ -84,7 +84,7 @@ class ModelDevice:
             if not guard.count:
                 guard.give_back()
         for model in reversed(self._models):
-            give_class_back(model)
+            restore_class(model)
 
 
 class _MoveGuard(LeftOutOfCopies):

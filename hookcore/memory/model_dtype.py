@@ -13,7 +13,7 @@ import torch
 
 from hookcore.errors import ConflictError
 from hookcore.hook import Hook
-from hookcore.memory.instance_override import call_own_to, give_class_back, give_own_class, models_with
+from hookcore.memory.instance_override import call_own_to, models_with, override_members, restore_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -43,11 +43,11 @@ class ModelDtypeHook(Hook):
 
     def attach(self, module: nn.Module) -> None:
         """Has the module answer."""
-        give_own_class(module, {"dtype": lambda *_: self._dtype, "to": self._to})
+        override_members(module, {"dtype": lambda *_: self._dtype, "to": self._to})
 
     def detach(self, module: nn.Module) -> None:
         """Has it answer as its class does."""
-        give_class_back(module)
+        restore_class(module)
 
     def _to(self, model: nn.Module, own: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
         device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)

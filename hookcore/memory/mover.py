@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 @frozen(eq=False)
-class Needed:
+class ComponentGroups:
     """What calls of a component need.
 
     Attributes:
         component: Its name.
         groups: The groups that come and go.
         resident: Those that stay.
-        borrowed: What stands, in this component, for a group of another one that it needs, and that group.
+        aliases: What stands, in this component, for a group of another one that it needs, and that group.
     """
 
     component: str
     groups: tuple[Group, ...]
     resident: tuple[Group, ...]
-    borrowed: Mapping[Group, Group]
+    aliases: Mapping[Group, Group]
 
 
 class GroupMover(Protocol):
@@ -42,7 +42,7 @@ class GroupMover(Protocol):
 
     lingers: bool = True
 
-    def expect(self, needed: Needed) -> None:
+    def expect(self, needed: ComponentGroups) -> None:
         """Is told, before anything is attached, what a component needs; what was told last of it counts."""
         return
 
@@ -73,11 +73,11 @@ class GroupMover(Protocol):
         """Is told that an outermost call has ended, and that nothing is held any more."""
         return
 
-    def expose(self, group: Group) -> None:
+    def invalidate(self, group: Group) -> None:
         """Is told that somebody gets at the group's tensors between calls, and may change them."""
         return
 
-    def settle(self, group: Group) -> None:
+    def finalize(self, group: Group) -> None:
         """Is told that the group was detached for good."""
         return
 

@@ -24,7 +24,7 @@ from hookcore.memory.copies import copy_to, stand_in, step_back, stop_copying_to
 from hookcore.memory.gradients import Gradients
 from hookcore.memory.grouping import Group, callable_parts, entries_of
 from hookcore.memory.model_device import ModelDevice
-from hookcore.memory.mover import Needed
+from hookcore.memory.mover import ComponentGroups
 from hookcore.memory.watched_reads import stop_watching, watch
 from hookcore.technique import Binding, Claim, Resource
 
@@ -50,7 +50,7 @@ class Placement:
         mover: Brings and drops them.
         onload_device: Where the inputs of the outermost call are moved to. Models in the component that tell
             their device tell this one.
-        borrowed: Groups whose tensors have their home in a group of another placement, which this one joins.
+        aliases: Groups whose tensors have their home in a group of another placement, which this one joins.
         exclude_kwargs: Names of keyword inputs that are not moved; None for what the model's library says.
         offload_device: Where the weights lie between calls.
 
@@ -68,7 +68,7 @@ class Placement:
         mover: GroupMover,
         onload_device: torch.device,
         *,
-        borrowed: Mapping[Group, Group] | None = None,
+        aliases: Mapping[Group, Group] | None = None,
         exclude_kwargs: Collection[str] | None = None,
         offload_device: torch.device = _CPU,
     ) -> None:
@@ -76,7 +76,7 @@ class Placement:
         self.groups = tuple(groups)
         self.resident = tuple(resident)
         self.mover = mover
-        self._borrowed = dict(borrowed or {})
+        self._aliases = dict(aliases or {})
         self._onload_device = onload_device
         unmoved = component.conventions.unmoved_kwargs if exclude_kwargs is None else exclude_kwargs
         self._unmoved_kwargs = frozenset(unmoved)
@@ -108,12 +108,12 @@ class Placement:
         """The placements that it is joined with, itself among them, in the order in which they were made."""
         return [placement for ref in self._refs if (placement := ref()) is not None]
 
-    def _needed(self) -> Needed:
-        return Needed(self._component.name, self.groups, self.resident, self._borrowed)
+    def _needed(self) -> ComponentGroups:
+        return ComponentGroups(self._component.name, self.groups, self.resident, self._aliases)
 
     def _homes(self) -> Iterator[Group]:
         """All groups, its own and those that it borrows, each once."""
-        return iter(dict.fromkeys((*self.resident, *self.groups, *self._borrowed.values())))
+        return iter(dict.fromkeys((*self.resident, *self.groups, *self._aliases.values())))
 
     def bindings(self) -> Iterator[Binding]:
         """Lists the hooks: at the component's entries, at each call that holds a group, and at all parts.
@@ -124,8 +124,8 @@ class Placement:
         held: dict[tuple[str, str], list[Group]] = {("", entry): [] for entry in entries_of(self._component)}
         claimed: dict[tuple[str, str], list[Group]] = {}
         first = next(iter(held))
-        for group in (*self.groups, *self._borrowed):
-            home = self._borrowed.get(group, group)
+        for group in (*self.groups, *self._aliases):
+            home = self._aliases.get(group, group)
             for holder in group.holders:
                 if home not in (holding := held.setdefault(holder, [])):
                     holding.append(home)
@@ -139,7 +139,7 @@ class Placement:
                 for slot in group.slots
             ]
             yield Binding(fqn, hook_class(self, tuple(groups)), entry, claims)
-        if self.groups or self._borrowed:
+        if self.groups or self._aliases:
             for fqn in callable_parts(self._component):
                 if (fqn, "forward") not in held:
                     yield Binding(fqn, _PartHook(self))
@@ -199,11 +199,11 @@ class Placement:
     def _stays(self, group: Group) -> bool:
         return any(group in placement.resident for placement in self._joined)
 
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """Tells the mover that all groups were detached for good."""
         for group in self._homes():
             if not self._attached[group]:
-                self.mover.settle(group)
+                self.mover.finalize(group)
 
     def reset(self) -> None:
         """Has the mover forget what it learned from earlier calls."""
@@ -310,20 +310,20 @@ class Placement:
         below = set(module.modules())
         modules = self._component.modules
         return tuple(
-            self._borrowed.get(group, group)
-            for group in (*self.groups, *self._borrowed)
+            self._aliases.get(group, group)
+            for group in (*self.groups, *self._aliases)
             if any(owner in below for slot in group.slots for owner, _ in slot.owners)
             and not any(fqn in modules and modules[fqn] in below for fqn, _ in group.holders)
         )
 
     @property
     def _watched(self) -> list[Group]:
-        return [*self.groups, *(group for group in self._borrowed if group.holders)]
+        return [*self.groups, *(group for group in self._aliases if group.holders)]
 
     def _before_read(self, group: Group) -> None:
-        group = self._borrowed.get(group, group)
+        group = self._aliases.get(group, group)
         if not self._calls:
-            self.mover.expose(group)
+            self.mover.invalidate(group)
         elif not self._uses.get(group):
             self._hold(group)
 
@@ -366,7 +366,7 @@ class _PlacementHook(_HoldHook):
 
     def after_removal(self, module: nn.Module) -> None:
         """Has the mover leave the component usable without it."""
-        self._placement.settle()
+        self._placement.finalize()
 
     def reset(self, module: nn.Module) -> None:
         """Has the mover forget earlier calls."""

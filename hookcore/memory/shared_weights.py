@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _CPU = torch.device("cpu")
 
 
-class Together:
+class SharedWeights:
     """The placements of components that are bound jointly."""
 
     def __init__(self) -> None:
@@ -66,11 +66,11 @@ class Together:
                 homes |= found
                 joined.append(other)
         groups = list(make_groups(component, units, [slot for slot in moving if slot not in homes]))
-        borrowed: dict[Group, Group] = {}
+        aliases: dict[Group, Group] = {}
         for slot, home in homes.items():  # a group of its own for each, that stands for its home
             (alias,) = make_groups(component, units, [slot])
             stays = any(home in other.resident for other in joined)
-            borrowed[Group(alias.name, alias.slots, ()) if stays else alias] = home
+            aliases[Group(alias.name, alias.slots, ()) if stays else alias] = home
         kept = [
             Group(group.name, slots, ())
             for group in resident
@@ -83,7 +83,7 @@ class Together:
             kept,
             mover,
             onload_device,
-            borrowed=borrowed,
+            aliases=aliases,
             exclude_kwargs=exclude_kwargs,
             offload_device=offload_device,
         )

@@ -1,7 +1,7 @@
 """Where streamed parameters lie between calls, and how their bytes get from there to the device.
 
 `StreamMover` decides what is copied when, and what stays; it leaves all else to a store. There are two:
-`MemoryStore`, which keeps parameters in page-locked host memory, and `FileStore`, which leaves them in the
+`PinnedStore`, which keeps parameters in page-locked host memory, and `FileStore`, which leaves them in the
 files that they came from.
 """
 
@@ -13,9 +13,9 @@ import torch
 from attrs import define
 
 from hookcore.memory.device.copy_engine import CopyEngine
-from hookcore.memory.device.flat_group import Packed, packed_nbytes
-from hookcore.memory.device.pinned_memory import HostMemory, Staging
-from hookcore.memory.device.synchronous_mover import DeviceMover
+from hookcore.memory.device.flat_group import FlatGroup, flat_nbytes
+from hookcore.memory.device.pinned_memory import PinnedMemory, Staging
+from hookcore.memory.device.synchronous_mover import SynchronousMover
 from hookcore.memory.tensor_memory import current_tensors, go_back, memory_seen_elsewhere, move_apart
 from hookcore.storage import planned_nbytes
 
@@ -35,30 +35,30 @@ class Store(Protocol):
     def nbytes(self, group: Group, *, stays: bool = False) -> int:
         """Bytes of the device that a group takes when it comes, or if it stays, before it is taken over."""
 
-    def take(self, group: Group) -> Packed:
+    def take(self, group: Group) -> FlatGroup:
         """Takes a group's parameters over from wherever they are."""
 
-    def take_again(self, packed: Packed) -> Packed:
+    def take_again(self, flat: FlatGroup) -> FlatGroup:
         """Takes over anew what was given other data, or stayed on the device; no copy reads it any more."""
 
-    def give_back(self, packed: Packed) -> None:
+    def give_back(self, flat: FlatGroup) -> None:
         """Puts parameters back where `take` found them, with the values that they have now."""
 
-    def settle(self, group: Group) -> None:
+    def finalize(self, group: Group) -> None:
         """Is told that the group was given back for good."""
         return
 
-    def keep_on(self, packed: Packed, device: torch.device) -> None:
+    def keep_on(self, flat: FlatGroup, device: torch.device) -> None:
         """Has parameters stay on the device from now on, in memory of their own."""
 
-    def bring(self, packed: Packed, device: torch.device) -> None:
+    def bring(self, flat: FlatGroup, device: torch.device) -> None:
         """Has parameters show a copy on the device that is there already, in memory of its own."""
 
-    def drop(self, packed: Packed) -> None:
+    def drop(self, flat: FlatGroup) -> None:
         """Ends that; what was changed in it is kept."""
 
     def make_engine(
-        self, device: torch.device, nbytes: int, sources: Sequence[Packed], *, in_pieces: bool
+        self, device: torch.device, nbytes: int, sources: Sequence[FlatGroup], *, per_group: bool
     ) -> CopyEngine:
         """Makes what copies from here.
 
@@ -66,14 +66,14 @@ class Store(Protocol):
             device: Where to.
             nbytes: Bytes of memory there.
             sources: What will be copied.
-            in_pieces: Whether memory is allocated for each copy, and not now and once.
+            per_group: Whether memory is allocated for each copy, and not now and once.
         """
 
-    def report(self, packed: Packed, on_device: str | None) -> Mapping[str, int]:
+    def report(self, flat: FlatGroup, on_device: str | None) -> Mapping[str, int]:
         """Where bytes lie between calls.
 
         Args:
-            packed: The parameters.
+            flat: The parameters.
             on_device: Of those that stay on the device, its label.
         """
 
@@ -107,7 +107,7 @@ class _Taken:
     left: list[tuple[torch.Tensor, torch.Tensor]]
 
 
-class MemoryStore(Store):
+class PinnedStore(Store):
     """Keeps parameters in host memory, page-locked as far as that is wise, each group side by side.
 
     Args:
@@ -116,9 +116,9 @@ class MemoryStore(Store):
     """
 
     def __init__(self, device: torch.device, lock_limit: int | None = None) -> None:
-        self._host = HostMemory(device, lock_limit)
-        self._plain = DeviceMover(device, _CPU)
-        self._taken: dict[Packed, _Taken] = {}
+        self._host = PinnedMemory(device, lock_limit)
+        self._plain = SynchronousMover(device, _CPU)
+        self._taken: dict[FlatGroup, _Taken] = {}
 
     @property
     def locked(self) -> int:
@@ -127,55 +127,55 @@ class MemoryStore(Store):
 
     def nbytes(self, group: Group, *, stays: bool = False) -> int:
         """What stays is side by side no more."""
-        return planned_nbytes(group.slots) if stays else packed_nbytes(group.slots)
+        return planned_nbytes(group.slots) if stays else flat_nbytes(group.slots)
 
-    def take(self, group: Group) -> Packed:
+    def take(self, group: Group) -> FlatGroup:
         """Moves parameters to locked host memory."""
         homes = {slot: found[0].device for slot in group.slots if (found := current_tensors(slot))}
         taken = _Taken(group, homes, memory_seen_elsewhere(group.slots))
-        packed = self._host.pack(group.slots, group.name)
-        self._taken[packed] = taken
-        return packed
+        flat = self._host.pack(group.slots, group.name)
+        self._taken[flat] = taken
+        return flat
 
-    def take_again(self, packed: Packed) -> Packed:
+    def take_again(self, flat: FlatGroup) -> FlatGroup:
         """Takes the data that tensors were given into host memory of the group's own."""
-        self._host.release(packed.let_go())
-        group = self._taken[packed].group
+        self._host.release(flat.let_go())
+        group = self._taken[flat].group
         again = self._host.pack(group.slots, group.name)
-        self._taken[again] = self._taken.pop(packed)
+        self._taken[again] = self._taken.pop(flat)
         return again
 
-    def give_back(self, packed: Packed) -> None:
+    def give_back(self, flat: FlatGroup) -> None:
         """Moves parameters back to the device that they came from, into memory of their own."""
-        taken = self._taken[packed]
+        taken = self._taken[flat]
         move_apart(taken.homes)
         go_back(taken.left)
-        self._host.release(packed.let_go())
-        del self._taken[packed]
+        self._host.release(flat.let_go())
+        del self._taken[flat]
 
-    def keep_on(self, packed: Packed, device: torch.device) -> None:
+    def keep_on(self, flat: FlatGroup, device: torch.device) -> None:
         """Moves parameters to the device: a view of shared memory is copied whole."""
-        move_apart(dict.fromkeys(self._taken[packed].homes, device))
-        self._host.release(packed.let_go())
+        move_apart(dict.fromkeys(self._taken[flat].homes, device))
+        self._host.release(flat.let_go())
 
-    def bring(self, packed: Packed, device: torch.device) -> None:
+    def bring(self, flat: FlatGroup, device: torch.device) -> None:
         """Copies each parameter, and waits."""
-        self._plain.onload(self._taken[packed].group)
+        self._plain.onload(self._taken[flat].group)
 
-    def drop(self, packed: Packed) -> None:
+    def drop(self, flat: FlatGroup) -> None:
         """Ends that; what was changed is copied back."""
-        self._plain.offload(self._taken[packed].group)
+        self._plain.offload(self._taken[flat].group)
 
     def make_engine(
-        self, device: torch.device, nbytes: int, sources: Sequence[Packed], *, in_pieces: bool
+        self, device: torch.device, nbytes: int, sources: Sequence[FlatGroup], *, per_group: bool
     ) -> CopyEngine:
         """Makes what copies from locked memory, and through a little of it what is not locked."""
-        engine = CopyEngine(device, nbytes, in_pieces=in_pieces)
-        unlocked = [packed.nbytes for packed in sources if not packed.is_locked]
+        engine = CopyEngine(device, nbytes, per_group=per_group)
+        unlocked = [flat.nbytes for flat in sources if not flat.is_locked]
         if unlocked:
             engine.staging = Staging(device, _STAGED * max(unlocked))
         return engine
 
-    def report(self, packed: Packed, on_device: str | None) -> dict[str, int]:
+    def report(self, flat: FlatGroup, on_device: str | None) -> dict[str, int]:
         """All bytes, without the gaps between weights."""
-        return {on_device or f"offloaded on {_CPU}": self._taken[packed].group.nbytes}
+        return {on_device or f"offloaded on {_CPU}": self._taken[flat].group.nbytes}

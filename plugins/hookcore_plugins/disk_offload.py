@@ -22,15 +22,15 @@ from hookcore import (
 )
 from hookcore.memory import (
     Checkpoint,
-    DeviceMover,
-    DiskMover,
-    DiskRoom,
+    DevicePool,
+    FileMover,
     FileOrigins,
     FileStore,
     Group,
+    HostPool,
     Placement,
-    Room,
     StreamMover,
+    SynchronousMover,
     check_movable,
     check_ties,
     choose_residents,
@@ -107,12 +107,12 @@ class DiskOffload(JointTechnique):
         """
         first = places[0][0]
         if has_streams(first.execution_device):
-            room: Room | DiskRoom = Room(first.execution_device, first.memory_budget)
+            pool: DevicePool | HostPool = DevicePool(first.execution_device, first.memory_budget)
         else:
-            room = DiskRoom(first.memory_budget, first.read_ahead, is_shared=len(places) > 1)
-        return [list(technique._bind(component, room)) for technique, component in places]
+            pool = HostPool(first.memory_budget, first.read_ahead, is_shared=len(places) > 1)
+        return [list(technique._bind(component, pool)) for technique, component in places]
 
-    def _bind(self, component: Component, room: Room | DiskRoom) -> Iterator[Binding | Skipped]:
+    def _bind(self, component: Component, pool: DevicePool | HostPool) -> Iterator[Binding | Skipped]:
         origins = self._origins(component)
         if not origins:
             yield Skipped("", "none of its parameters is in the checkpoint")
@@ -120,14 +120,14 @@ class DiskOffload(JointTechnique):
         check_movable(component, origins)
         groups = make_groups(component, leaf_units(component), origins)
         yield from dtype_hooks(component, origins)
-        if isinstance(room, Room):
-            yield from self._streamed(component, groups, origins, room)
+        if isinstance(pool, DevicePool):
+            yield from self._streamed(component, groups, origins, pool)
         else:
-            yield from self._brought(component, groups, origins, room)
+            yield from self._brought(component, groups, origins, pool)
         staying = [slot for slot in component.slots if slot not in origins]
         if staying and self.execution_device.type != "cpu":
             check_movable(component, staying)
-            beside = DeviceMover(self.execution_device, torch.device("cpu"))
+            beside = SynchronousMover(self.execution_device, torch.device("cpu"))
             group = Group("in memory", tuple(staying), ())
             yield from Placement(component, [], [group], beside, self.execution_device).bindings()
         for slot in staying:
@@ -138,12 +138,12 @@ class DiskOffload(JointTechnique):
         component: Component,
         groups: Sequence[Group],
         origins: FileOrigins,
-        room: Room,
+        pool: DevicePool,
     ) -> Iterator[Binding]:
         """Has groups be read ahead of use, and copied to the device while others compute."""
         here = self.execution_device
         store = FileStore(origins, self.read_ahead)
-        mover = StreamMover(here, prefetch=_GROUPS_AHEAD, store=store, room=room)
+        mover = StreamMover(here, prefetch=_GROUPS_AHEAD, store=store, pool=pool)
         return Placement(component, groups, [], mover, here).bindings()
 
     def _brought(
@@ -151,16 +151,16 @@ class DiskOffload(JointTechnique):
         component: Component,
         groups: Sequence[Group],
         origins: FileOrigins,
-        room: DiskRoom,
+        pool: HostPool,
     ) -> Iterator[Binding]:
         """Has groups be brought into host memory, where the CPU uses them."""
         costs = {group: cost([origins[slot] for slot in group.slots]) for group in groups}
         resident: list[Group] = []
-        if not room.is_shared:
+        if not pool.is_shared:
             resident = choose_residents(costs, self.memory_budget, self.read_ahead, component.label(""))
         streamed = [group for group in groups if group not in set(resident)]
         here = self.execution_device
-        mover = DiskMover(streamed, origins, here, room, costs=costs, what=component.label(""))
+        mover = FileMover(streamed, origins, here, pool, costs=costs, what=component.label(""))
         return Placement(component, streamed, resident, mover, here).bindings()
 
     def _origins(self, component: Component) -> FileOrigins:

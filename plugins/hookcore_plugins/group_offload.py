@@ -24,17 +24,17 @@ from hookcore import (
 )
 from hookcore.memory import (
     Checkpoint,
-    DeviceMover,
-    DiskMover,
-    DiskRoom,
+    DevicePool,
+    FileMover,
     FileOrigins,
     FileStore,
     Group,
     GroupMover,
+    HostPool,
     Placement,
-    Room,
+    SharedWeights,
     StreamMover,
-    Together,
+    SynchronousMover,
     check_ties,
     dtype_hooks,
     find_blocks,
@@ -222,14 +222,14 @@ class GroupOffload(JointTechnique):
         """
         first = places[0][0]
         if first._streams:
-            room: Room | DiskRoom = Room(first.onload_device, first._budget)
+            pool: DevicePool | HostPool = DevicePool(first.onload_device, first._budget)
         else:
-            room = DiskRoom(None, _READ_AHEAD, is_shared=len(places) > 1)
-        together = Together()
-        return [list(technique._bind(component, together, room)) for technique, component in places]
+            pool = HostPool(None, _READ_AHEAD, is_shared=len(places) > 1)
+        shared_weights = SharedWeights()
+        return [list(technique._bind(component, shared_weights, pool)) for technique, component in places]
 
     def _bind(
-        self, component: Component, together: Together, room: Room | DiskRoom
+        self, component: Component, shared_weights: SharedWeights, pool: DevicePool | HostPool
     ) -> Iterator[Binding | Skipped]:
         if not component.slots:
             yield Skipped("", "it has no parameters or buffers")
@@ -246,14 +246,14 @@ class GroupOffload(JointTechnique):
             moving = [slot for slot in moving if not any(slot in group.slots for group in pinned)]
             resident += [Group(f"pinned {group.name}", group.slots, ()) for group in pinned]
         if self.offload_to_disk_path is not None or self.checkpoint is not None:
-            yield from self._from_files(component, units, moving, resident, room)
+            yield from self._from_files(component, units, moving, resident, pool)
             return
-        placement = together.place(
+        placement = shared_weights.place(
             component,
             units,
             moving,
             resident=resident,
-            make_mover=partial(self._mover, component, room),
+            make_mover=partial(self._mover, component, pool),
             onload_device=here,
             exclude_kwargs=self.exclude_kwargs,
             offload_device=self.offload_device,
@@ -278,7 +278,7 @@ class GroupOffload(JointTechnique):
         units: Sequence[tuple[str, ...]],
         moving: Sequence[TensorSlot],
         resident: Sequence[Group],
-        room: Room | DiskRoom,
+        pool: DevicePool | HostPool,
     ) -> Iterator[Binding | Skipped]:
         """Lists hooks that read weights from files."""
         here = self.onload_device
@@ -299,26 +299,28 @@ class GroupOffload(JointTechnique):
             others = []
         origins = FileOrigins(known, others, self.offload_to_disk_path)
         yield from dtype_hooks(component, known)
-        if isinstance(room, Room):
+        if isinstance(pool, DevicePool):
             groups = make_groups(component, units, moving)
-            mover: GroupMover = self._stream_mover(component, room, FileStore(origins, _READ_AHEAD))
+            mover: GroupMover = self._stream_mover(component, pool, FileStore(origins, _READ_AHEAD))
         else:
             groups = make_groups(component, units, [slot for slot in moving if not slot.is_buffer])
             resident.append(Group("buffers", tuple(slot for slot in moving if slot.is_buffer), ()))
-            beside = DeviceMover(here, here)
+            beside = SynchronousMover(here, here)
             yield from Placement(component, [], resident, beside, here).bindings()
             resident = []
             costs = {group: group.nbytes for group in groups}
-            mover = DiskMover(groups, origins, here, room, costs=costs, what=component.label(""))
+            mover = FileMover(groups, origins, here, pool, costs=costs, what=component.label(""))
         placement = Placement(component, groups, resident, mover, here, exclude_kwargs=self.exclude_kwargs)
         yield from placement.bindings()
 
-    def _mover(self, component: Component, room: Room | DiskRoom) -> GroupMover:
-        if isinstance(room, Room):
-            return self._stream_mover(component, room)
-        return DeviceMover(self.onload_device, self.offload_device)
+    def _mover(self, component: Component, pool: DevicePool | HostPool) -> GroupMover:
+        if isinstance(pool, DevicePool):
+            return self._stream_mover(component, pool)
+        return SynchronousMover(self.onload_device, self.offload_device)
 
-    def _stream_mover(self, component: Component, room: Room, store: Store | None = None) -> StreamMover:
+    def _stream_mover(
+        self, component: Component, pool: DevicePool, store: Store | None = None
+    ) -> StreamMover:
         # What runs as a whole is a group as large as a block: one ahead is enough.
         ahead = _LAYERS_AHEAD if self.offload_type == "auto" and not component.wholes else 1
         if self.prefetch is not None:
@@ -329,7 +331,7 @@ class GroupOffload(JointTechnique):
             lock_limit=0 if self.low_cpu_mem_usage else None,
             store=store,
             most_ahead=self.prefetch,
-            room=room,
+            pool=pool,
         )
 
     @property

@@ -18,11 +18,11 @@ from hookcore import (
     parse_onload_device,
 )
 from hookcore.memory import (
-    DeviceMover,
+    DevicePool,
     GroupMover,
-    Room,
+    SharedWeights,
     StreamMover,
-    Together,
+    SynchronousMover,
     has_streams,
     leaf_units,
     moving_and_staying,
@@ -64,32 +64,32 @@ class SequentialOffload(JointTechnique):
             PlanError: A tensor has no data, or an excluded module doesn't exist.
             UnsupportedModelError: A tensor is of a kind that cannot be moved.
         """
-        together = Together()
+        shared_weights = SharedWeights()
         device = places[0][0].device
-        room = Room(device) if has_streams(device) else None
-        return [list(technique._bind(component, together, room)) for technique, component in places]
+        pool = DevicePool(device) if has_streams(device) else None
+        return [list(technique._bind(component, shared_weights, pool)) for technique, component in places]
 
     def _bind(
-        self, component: Component, together: Together, room: Room | None
+        self, component: Component, shared_weights: SharedWeights, pool: DevicePool | None
     ) -> Iterator[Binding | Skipped]:
         if not component.slots:
             yield Skipped("", "it has no parameters or buffers")
             return
         moving, resident = moving_and_staying(component, self.exclude_modules, self.device)
-        placement = together.place(
+        placement = shared_weights.place(
             component,
             leaf_units(component),
             moving,
             resident=resident,
-            make_mover=partial(self._mover, room),
+            make_mover=partial(self._mover, pool),
             onload_device=self.device,
         )
         yield from placement.bindings()
 
-    def _mover(self, room: Room | None) -> GroupMover:
-        if room is not None:
-            return StreamMover(self.device, prefetch=1, most_ahead=1, in_pieces=True, room=room)
-        return DeviceMover(self.device, torch.device("cpu"))
+    def _mover(self, pool: DevicePool | None) -> GroupMover:
+        if pool is not None:
+            return StreamMover(self.device, prefetch=1, most_ahead=1, per_group=True, pool=pool)
+        return SynchronousMover(self.device, torch.device("cpu"))
 
 
 @hookimpl

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _SOURCES = tuple(str(Path(package.__file__).parent) for package in (hookcore, hookcore_plugins))
 _NOT_ITS_OWN = str(Path(hookcore.__file__).parent / "testing")  # the simulator stands for torch
 
-Place = tuple[str, int]  # file and line
+DeviceRange = tuple[str, int]  # file and line
 
 Block = tuple[int, int]  # the line where a statement begins, and which of its parts
 
@@ -97,7 +97,7 @@ class Tracer(contextlib.AbstractContextManager["Tracer"]):
     """
 
     def __init__(self, at: int | None = None) -> None:
-        self._places: list[Place] = []
+        self._places: list[DeviceRange] = []
         self._at = at
 
     def __enter__(self) -> Self:
@@ -127,7 +127,7 @@ class Tracer(contextlib.AbstractContextManager["Tracer"]):
 
         return line
 
-    def _reach(self, place: Place) -> None:
+    def _reach(self, place: DeviceRange) -> None:
         self._places.append(place)
         if len(self._places) - 1 == self._at:
             raise KeyboardInterrupt

@@ -8,19 +8,19 @@ import torch
 from attrs import define, field, frozen
 
 from hookcore.memory.device.flat_group import ALIGNMENT
-from hookcore.memory.planning.free_list import Quota, Ranges
+from hookcore.memory.planning.free_list import ByteQuota, FreeList
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from hookcore.memory.device.flat_group import Packed
+    from hookcore.memory.device.flat_group import FlatGroup
 
 _PLACES_KEPT = 16
 """Of one group; in a pass like the last one it comes to a place that it knows."""
 
 
 @frozen(eq=False)
-class Place:
+class DeviceRange:
     """Where a group can lie on the device.
 
     Attributes:
@@ -37,7 +37,7 @@ class Place:
 
 
 @define(eq=False)
-class Lending:
+class Allocator:
     """Device memory that is lent to groups, of which some have room of their own.
 
     Attributes:
@@ -53,29 +53,29 @@ class Lending:
 
     device: torch.device
     size: int
-    kept: dict[Packed, int] = field(factory=dict, init=False)
+    kept: dict[FlatGroup, int] = field(factory=dict, init=False)
     left: list[tuple[int, int]] = field(factory=list, init=False)
-    lender: Ranges | Quota = field(init=False)
+    lender: FreeList | ByteQuota = field(init=False)
 
-    def give_back(self, packed: Packed, place: Place) -> None:
+    def give_back(self, flat: FlatGroup, place: DeviceRange) -> None:
         """Has others lie where a group lay, unless the room is its own."""
-        if packed not in self.kept:
-            self.lender.give_back(place.start, packed.nbytes)
+        if flat not in self.kept:
+            self.lender.give_back(place.start, flat.nbytes)
 
-    def drop(self, packed: Packed) -> None:
+    def drop(self, flat: FlatGroup) -> None:
         """Keeps no room for a group any more, of which nothing is there."""
-        self.lender.give_back(self.kept.pop(packed), packed.nbytes)
+        self.lender.give_back(self.kept.pop(flat), flat.nbytes)
 
-    def forget(self, packed: Packed) -> None:
+    def forget(self, flat: FlatGroup) -> None:
         """Forgets a group that is packed anew, and of which nothing is on the device."""
-        if packed in self.kept:
-            self.drop(packed)
+        if flat in self.kept:
+            self.drop(flat)
 
-    def leave(self, packed: Packed, place: Place | None) -> None:
+    def leave(self, flat: FlatGroup, place: DeviceRange | None) -> None:
         """Has what a group took be collected later: it goes away, at whatever moment, with its model."""
-        start = self.kept.pop(packed, None if place is None else place.start)
+        start = self.kept.pop(flat, None if place is None else place.start)
         if start is not None:
-            self.left.append((start, packed.nbytes))
+            self.left.append((start, flat.nbytes))
 
     def collect(self) -> None:
         """Has others lie where groups lay that went away."""
@@ -84,7 +84,7 @@ class Lending:
 
 
 @define(eq=False)
-class Slab(Lending):
+class ArenaAllocator(Allocator):
     """One stretch of device memory, allocated once, and who lies where in it.
 
     Groups with a range of their own have it at the end, the one that had it first last.
@@ -96,13 +96,13 @@ class Slab(Lending):
     is_shared: ClassVar[bool] = False
 
     large: int | None = None
-    lender: Ranges = field(init=False)
+    lender: FreeList = field(init=False)
     _memory: torch.Tensor = field(init=False)
-    _places: dict[Packed, dict[int, Place]] = field(factory=dict, init=False)
+    _places: dict[FlatGroup, dict[int, DeviceRange]] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.size = self.size // ALIGNMENT * ALIGNMENT
-        self.lender = Ranges(self.size, self.large)
+        self.lender = FreeList(self.size, self.large)
         self._memory = _allocate(self.size, self.device)
 
     @property
@@ -110,62 +110,62 @@ class Slab(Lending):
         """Bytes of memory that it has now."""
         return self.size
 
-    def take(self, packed: Packed) -> Place | None:
+    def take(self, flat: FlatGroup) -> DeviceRange | None:
         """Finds room for a group; None if there is none."""
-        start = self.kept.get(packed)
+        start = self.kept.get(flat)
         if start is None:
-            start = self.lender.take(packed.nbytes)
+            start = self.lender.take(flat.nbytes)
         if start is None:
             return None
-        known = self._places.get(packed)
+        known = self._places.get(flat)
         if known is None:
-            known = self._places[packed] = {}
+            known = self._places[flat] = {}
         found = known.get(start)
         if found is None:
             if len(known) == _PLACES_KEPT:
                 known.clear()
-            found = known[start] = _make_place(packed, start, self._memory[start : start + packed.nbytes])
+            found = known[start] = _make_place(flat, start, self._memory[start : start + flat.nbytes])
         return found
 
-    def unkept(self, wanted: Collection[Packed]) -> list[Packed]:
+    def unkept(self, wanted: Collection[FlatGroup]) -> list[FlatGroup]:
         """Which groups would lose their range if only these had one: none lies beyond another that does."""
         end = self.size
-        for at, (packed, start) in enumerate(self.kept.items()):
-            if packed not in wanted or start + packed.nbytes != end:
+        for at, (flat, start) in enumerate(self.kept.items()):
+            if flat not in wanted or start + flat.nbytes != end:
                 return list(self.kept)[at:]
             end = start
         return []
 
-    def keep(self, wanted: Iterable[Packed], large: int | None = None) -> None:
+    def keep(self, wanted: Iterable[FlatGroup], large: int | None = None) -> None:
         """Gives groups ranges of their own, and no others; nothing else may be lent.
 
         Args:
             wanted: The groups, which have room together.
             large: Bytes from which others lie at the end of what is left; None for all at its beginning.
         """
-        for packed in self.unkept(wanted := dict.fromkeys(wanted)):
-            self.drop(packed)
+        for flat in self.unkept(wanted := dict.fromkeys(wanted)):
+            self.drop(flat)
         end = min(self.kept.values(), default=self.size)
-        for packed in wanted:
-            if packed not in self.kept:
-                end -= packed.nbytes
+        for flat in wanted:
+            if flat not in self.kept:
+                end -= flat.nbytes
                 self.lender.take_from(end)
-                self.kept[packed] = end
+                self.kept[flat] = end
         self.lender.large = self.size + 1 if large is None else large
 
-    def forget(self, packed: Packed) -> None:
+    def forget(self, flat: FlatGroup) -> None:
         """Forgets a group that is packed anew, with its places; nothing of it is on the device."""
-        super().forget(packed)
-        self._places.pop(packed, None)
+        super().forget(flat)
+        self._places.pop(flat, None)
 
-    def leave(self, packed: Packed, place: Place | None) -> None:
+    def leave(self, flat: FlatGroup, place: DeviceRange | None) -> None:
         """Has what a group took be collected later: it goes away, at whatever moment, with its model."""
-        super().leave(packed, place)
-        self._places.pop(packed, None)
+        super().leave(flat, place)
+        self._places.pop(flat, None)
 
 
 @define(eq=False)
-class Pieces(Lending):
+class PerGroupAllocator(Allocator):
     """Device memory that is allocated for one group at a time, up to a size.
 
     Where there is hardly room for two groups, a slab would have gaps that are too short for either, and keep
@@ -174,34 +174,34 @@ class Pieces(Lending):
 
     is_shared: ClassVar[bool] = True
 
-    lender: Quota = field(init=False)
+    lender: ByteQuota = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.lender = Quota(self.size)
+        self.lender = ByteQuota(self.size)
 
     @property
     def allocated(self) -> int:
         """Bytes of memory that it has now."""
         return self.lender.lent
 
-    def take(self, packed: Packed) -> Place | None:
+    def take(self, flat: FlatGroup) -> DeviceRange | None:
         """Allocates memory for a group; None if that would be too much."""
-        if packed not in self.kept and self.lender.take(packed.nbytes) is None:
+        if flat not in self.kept and self.lender.take(flat.nbytes) is None:
             return None
-        return _make_place(packed, 0, _allocate(packed.nbytes, self.device))
+        return _make_place(flat, 0, _allocate(flat.nbytes, self.device))
 
-    def unkept(self, wanted: Collection[Packed]) -> list[Packed]:
+    def unkept(self, wanted: Collection[FlatGroup]) -> list[FlatGroup]:
         """Which groups would lose their room if only these had some of their own."""
-        return [packed for packed in self.kept if packed not in wanted]
+        return [flat for flat in self.kept if flat not in wanted]
 
-    def keep(self, wanted: Iterable[Packed], _large: int | None = None) -> None:
+    def keep(self, wanted: Iterable[FlatGroup], _large: int | None = None) -> None:
         """Keeps room for groups, and no others; nothing else may be lent."""
-        for packed in self.unkept(wanted := dict.fromkeys(wanted)):
-            self.drop(packed)
-        for packed in wanted:
-            if packed not in self.kept:
-                self.lender.take(packed.nbytes)
-                self.kept[packed] = 0
+        for flat in self.unkept(wanted := dict.fromkeys(wanted)):
+            self.drop(flat)
+        for flat in wanted:
+            if flat not in self.kept:
+                self.lender.take(flat.nbytes)
+                self.kept[flat] = 0
 
 
 @torch.inference_mode(False)  # what is made here outlives the mode
@@ -209,6 +209,6 @@ def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
-def _make_place(packed: Packed, start: int, memory: torch.Tensor) -> Place:
-    views = packed.views(memory)
-    return Place(start, memory, views, [view.data_ptr() for view in views])
+def _make_place(flat: FlatGroup, start: int, memory: torch.Tensor) -> DeviceRange:
+    views = flat.views(memory)
+    return DeviceRange(start, memory, views, [view.data_ptr() for view in views])

@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import define
 
-from hookcore.memory.device.allocators import Pieces, Slab
+from hookcore.memory.device.allocators import ArenaAllocator, PerGroupAllocator
 from hookcore.memory.device.pass_times import PassTimes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hookcore.memory.device.allocators import Place
-    from hookcore.memory.device.flat_group import Packed
+    from hookcore.memory.device.allocators import DeviceRange
+    from hookcore.memory.device.flat_group import FlatGroup
     from hookcore.memory.device.pinned_memory import Staging
     from hookcore.memory.device.timeline import Recorder
 
 
 @define(eq=False)
-class Load:
+class Transfer:
     """A copy of a group on its way to the device, or there.
 
     Attributes:
-        packed: What is copied.
+        flat: What is copied.
         place: Where it goes.
         ready: Recorded after the copy.
         lent_to: The stream that computed when the place was taken, to which its memory goes back.
@@ -40,8 +40,8 @@ class Load:
         is_new: Whether nothing has used it yet.
     """
 
-    packed: Packed
-    place: Place
+    flat: FlatGroup
+    place: DeviceRange
     ready: Any
     lent_to: Any
     asked: Any = None
@@ -55,10 +55,10 @@ class CopyEngine:
     Args:
         device: The device.
         nbytes: Bytes of memory that copies may take.
-        in_pieces: Whether it is allocated for each of them, and not now and once.
+        per_group: Whether it is allocated for each of them, and not now and once.
 
     Attributes:
-        slab: The memory.
+        allocator: The memory.
         marker: Makes events that are timed, for `times` or `timeline`; None if neither wants any.
         staging: Through which memory that isn't locked is copied; None if all of it is.
 
@@ -66,20 +66,20 @@ class CopyEngine:
         torch.OutOfMemoryError: The device has less memory.
     """
 
-    def __init__(self, device: torch.device, nbytes: int, *, in_pieces: bool = False) -> None:
+    def __init__(self, device: torch.device, nbytes: int, *, per_group: bool = False) -> None:
         self._device = device
         self._module: Any = torch.get_device_module(device)
         self._computing = self._module.current_stream(device)
         self._copying = self._module.Stream(device)
         self._left = self._module.Event()
-        self._in_pieces = in_pieces
-        self.slab = self._make_slab(nbytes)
+        self._per_group = per_group
+        self.allocator = self._make_allocator(nbytes)
         self._times: PassTimes | None = None
         self._timeline: Recorder | None = None
         self.marker: PassTimes | Recorder | None = None
         self.staging: Staging | None = None
 
-    def replace_slab(self, nbytes: int, large: int | None = None) -> None:
+    def replace_allocator(self, nbytes: int, large: int | None = None) -> None:
         """Allocates other memory; the old one, in which nothing may be lent any more, is freed before.
 
         Args:
@@ -87,13 +87,13 @@ class CopyEngine:
             large: Bytes from which groups lie at its end; None for all at its beginning.
         """
         self.synchronize()  # freed memory goes back to the stream that it was allocated for
-        del self.slab
-        self.slab = self._make_slab(nbytes, large)
+        del self.allocator
+        self.allocator = self._make_allocator(nbytes, large)
 
-    def _make_slab(self, nbytes: int, large: int | None = None) -> Slab | Pieces:
-        if self._in_pieces:
-            return Pieces(self._device, nbytes)
-        return Slab(self._device, nbytes, large)
+    def _make_allocator(self, nbytes: int, large: int | None = None) -> ArenaAllocator | PerGroupAllocator:
+        if self._per_group:
+            return PerGroupAllocator(self._device, nbytes)
+        return ArenaAllocator(self._device, nbytes, large)
 
     @property
     def times(self) -> PassTimes | None:
@@ -137,77 +137,77 @@ class CopyEngine:
         """The stream that will compute if a call begins now."""
         return self._module.current_stream(self._device)
 
-    def take(self, packed: Packed) -> Load | None:
+    def take(self, flat: FlatGroup) -> Transfer | None:
         """Finds room for a group, whose copy is not begun yet; None if there is none."""
-        slab = self.slab
-        if packed.nbytes > slab.lender.free and packed not in slab.kept:  # most often so
+        allocator = self.allocator
+        if flat.nbytes > allocator.lender.free and flat not in allocator.kept:  # most often so
             return None
-        place = slab.take(packed)
+        place = allocator.take(flat)
         if place is None:
             return None
-        if packed.copied is None or self.marker is not None:
-            packed.copied = self._module.Event(enable_timing=self.marker is not None)
-        return Load(packed, place, packed.copied, self._computing)
+        if flat.copied is None or self.marker is not None:
+            flat.copied = self._module.Event(enable_timing=self.marker is not None)
+        return Transfer(flat, place, flat.copied, self._computing)
 
-    def give_back(self, load: Load) -> None:
+    def give_back(self, transfer: Transfer) -> None:
         """Gives back the room of a load that was not used. Its copy may still be under way."""
-        if self.slab.is_shared:  # copies run one after another, but others may have the memory next
-            load.lent_to.wait_event(load.ready)
-        self.slab.give_back(load.packed, load.place)
+        if self.allocator.is_shared:  # copies run one after another, but others may have the memory next
+            transfer.lent_to.wait_event(transfer.ready)
+        self.allocator.give_back(transfer.flat, transfer.place)
 
-    def copy(self, loads: Iterable[Load]) -> None:
+    def copy(self, transfers: Iterable[Transfer]) -> None:
         """Begins copies, after all use so far of the memory that they fill."""
         copying, times, timeline, marker = self._copying, self._times, self._timeline, self.marker
-        if self.slab.is_shared:  # with what was computed until this moment
+        if self.allocator.is_shared:  # with what was computed until this moment
             self._left.record(self._computing)
         copying.wait_event(self._left)
         with self._module.stream(copying):
-            for load in loads:
-                packed = load.packed
+            for transfer in transfers:
+                flat = transfer.flat
                 begun = marker and marker.mark(copying)
-                staging = None if packed.is_locked else self._staging_for(packed)
-                source = packed.host if staging is None else staging.fill(packed.host)
-                load.place.memory.copy_(source, non_blocking=True)
-                load.ready.record(copying)
+                staging = None if flat.is_locked else self._staging_for(flat)
+                source = flat.host if staging is None else staging.fill(flat.host)
+                transfer.place.memory.copy_(source, non_blocking=True)
+                transfer.ready.record(copying)
                 if staging is not None:
-                    staging.sent(source, load.ready)
-                packed.note_versions()
+                    staging.sent(source, transfer.ready)
+                flat.note_versions()
                 if times is not None:
-                    times.copy(packed, begun, times.mark(copying))
+                    times.copy(flat, begun, times.mark(copying))
                 if timeline is not None:
-                    timeline.add("copy", packed.name, begun, load.ready)
+                    timeline.add("copy", flat.name, begun, transfer.ready)
 
-    def _staging_for(self, packed: Packed) -> Staging | None:
+    def _staging_for(self, flat: FlatGroup) -> Staging | None:
         """What a group that isn't locked is copied through, if it has room there."""
         staging = self.staging
-        return None if staging is None or staging.nbytes < packed.nbytes else staging
+        return None if staging is None or staging.nbytes < flat.nbytes else staging
 
-    def wait_for(self, load: Load) -> None:
+    def wait_for(self, transfer: Transfer) -> None:
         """Has what is computed from now on come after a copy."""
-        self._computing.wait_event(load.ready)
+        self._computing.wait_event(transfer.ready)
         if self.marker is not None:
-            load.used = self.mark()
+            transfer.used = self.mark()
 
-    def leave(self, load: Load) -> None:
+    def leave(self, transfer: Transfer) -> None:
         """Has all later copies come after what was computed so far, with this load among others."""
         self._left.record(self._computing)
         if self._times is not None:
-            self._times.use(load.packed, load.asked, load.used, self._times.mark(self._computing))
+            self._times.use(transfer.flat, transfer.asked, transfer.used, self._times.mark(self._computing))
         if self._timeline is not None:
-            self._timeline.add("stall", load.packed.name, load.asked, load.used)
-            self.used(load.packed, load.used)
-        if self.slab.is_shared and load.lent_to != self._computing:
-            load.lent_to.wait_stream(self._computing)
-        self.slab.give_back(load.packed, load.place)
+            self._timeline.add("stall", transfer.flat.name, transfer.asked, transfer.used)
+            self.used(transfer.flat, transfer.used)
+        if self.allocator.is_shared and transfer.lent_to != self._computing:
+            transfer.lent_to.wait_stream(self._computing)
+        self.allocator.give_back(transfer.flat, transfer.place)
 
     def mark(self) -> Any:
         """An event on the computing stream, where times are measured or a timeline is recorded."""
         return None if self.marker is None else self.marker.mark(self._computing)
 
-    def used(self, packed: Packed, begun: Any) -> None:
+    def used(self, flat: FlatGroup, begun: Any) -> None:
         """Takes down, if a timeline is recorded, that a group was used from an event until now."""
         if self.timeline is not None:
-            self.timeline.add("compute", packed.name, begun, self.mark())
+            self.timeline.add("compute", flat.name, begun, self.mark())
 
     def synchronize(self) -> None:
         """Has the host wait for all copies and for all that was computed."""

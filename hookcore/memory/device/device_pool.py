@@ -21,8 +21,8 @@ import torch
 from attrs import frozen
 
 from hookcore.errors import ConcurrentCallError
-from hookcore.memory.planning.budget_split import allot
-from hookcore.memory.planning.call_cycle import Rounds
+from hookcore.memory.planning.budget_split import split_budget
+from hookcore.memory.planning.call_cycle import CallCycle
 from hookcore.memory.planning.pool_layout import choose_layout
 from hookcore.memory.planning.schedule import Use
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from hookcore.memory.device.copy_engine import CopyEngine
-    from hookcore.memory.device.flat_group import Packed
+    from hookcore.memory.device.flat_group import FlatGroup
     from hookcore.memory.device.stream_mover import StreamMover
     from hookcore.memory.device.timeline import Recorder
 
@@ -57,7 +57,7 @@ def with_index(device: torch.device) -> torch.device:
     return torch.device(device.type, torch.get_device_module(device).current_device())
 
 
-class Room:
+class DevicePool:
     """Device memory for weights, and whose calls use it.
 
     Args:
@@ -84,7 +84,7 @@ class Room:
         self._numbers = itertools.count()
         self._running: list[tuple[StreamMover, Any]] = []  # with the streams that compute, innermost last
         self._is_outdated = False
-        self._rounds: Rounds[int] = Rounds()
+        self._rounds: CallCycle[int] = CallCycle()
         self._kept: dict[tuple[int, ...], _Kept | None] = {}  # by round
         self._chosen: _Kept | None = None  # what the memory is divided by now
         self._lock = threading.RLock()
@@ -108,7 +108,7 @@ class Room:
         movers = list(dict.fromkeys(self._expecting.values()))
         owns = [it.own for it in movers]
         shares = [own.expected_share() for own in owns]
-        allotment = allot(shares, budget=self.budget, device=self.device)
+        allotment = split_budget(shares, budget=self.budget, device=self.device)
         taken = allotment.ring + max(own.uncounted_bytes for own in owns)
         for own, share in zip(owns, shares, strict=True):
             taken += share.fixed + own.expected_staying_bytes(allotment.staying)
@@ -140,7 +140,7 @@ class Room:
             self._is_outdated = bool(self._running)
             if not self._running:
                 for mover in self._movers.values():
-                    mover.loads.drop_all()
+                    mover.prefetcher.drop_all()
                 self.engine = self._chosen = None
                 self._kept.clear()
         finally:
@@ -214,24 +214,24 @@ class Room:
     def drop_ahead(self) -> None:
         """Gives up what was copied ahead."""
         for mover in self._movers.values():
-            mover.loads.drop_ahead()
+            mover.prefetcher.drop_ahead()
 
-    def make_way(self) -> bool:
+    def evict_one(self) -> bool:
         """Gives up one group that is kept; False if there is none that isn't in use."""
-        kept = self.slab.kept
-        packed = next(reversed(kept), None)
-        if packed is None or not all(mover.loads.give_up([packed]) for mover in self._movers.values()):
+        kept = self.allocator.kept
+        flat = next(reversed(kept), None)
+        if flat is None or not all(mover.prefetcher.evict([flat]) for mover in self._movers.values()):
             return False
-        self.slab.drop(packed)
+        self.allocator.drop(flat)
         return True
 
     # How it is done
 
     @property
-    def slab(self) -> Any:
+    def allocator(self) -> Any:
         """The engine's memory."""
         assert self.engine is not None  # noqa: S101 -- asked during calls only
-        return self.engine.slab
+        return self.engine.allocator
 
     def _begin(self, mover: StreamMover) -> CopyEngine:
         outermost = not self._running
@@ -241,13 +241,13 @@ class Room:
             self.engine = self._make_engine()
         assert self.engine is not None  # noqa: S101 -- a running call has made it
         self.engine.begin(self.engine.stream_of_caller)
-        self.slab.collect()
+        self.allocator.collect()
         self.last = mover.number
         if outermost:
             self._rounds.note(mover.number)
             for other in self._movers.values():
                 if other is not mover:
-                    other.loads.drop_ahead()
+                    other.prefetcher.drop_ahead()
         mover.drop_exposed()
         if outermost:
             if not mover.begin_measuring(self.engine) and not self.is_shared:
@@ -262,35 +262,35 @@ class Room:
         self._is_outdated = False
         self.is_shared = len(movers) > 1
         shares = [mover.own.share() for mover in movers]
-        allotment = allot(shares, budget=self.budget, device=self.device)
-        in_pieces = allotment.in_pieces or any(mover.in_pieces for mover in movers)
+        allotment = split_budget(shares, budget=self.budget, device=self.device)
+        per_group = allotment.per_group or any(mover.per_group for mover in movers)
         for mover, share in zip(movers, shares, strict=True):
             ring = allotment.ring + (0 if self.is_shared else share.always)
             mover.move_in(
-                allotment.staying, share, lingers=not in_pieces, one_by_one=not share.has_room_for_two(ring)
+                allotment.staying, share, lingers=not per_group, one_by_one=not share.has_room_for_two(ring)
             )
-        coming = [packed for mover in movers for packed in mover.coming]
-        return movers[0].store.make_engine(self.device, allotment.ring, coming, in_pieces=in_pieces)
+        coming = [flat for mover in movers for flat in mover.coming]
+        return movers[0].store.make_engine(self.device, allotment.ring, coming, per_group=per_group)
 
     def _suits(self, mover: StreamMover, times: int = _COMFORT) -> bool:
         """Whether a mover's groups can come and go beside what is kept, so many of the largest at once."""
-        kept = self.slab.kept
-        if not all(packed in kept for packed in mover.held):
+        kept = self.allocator.kept
+        if not all(flat in kept for flat in mover.held):
             return False
         return self._beside(kept) >= min(times * mover.largest, self._beside(mover.held))
 
-    def _beside(self, kept: Iterable[Packed]) -> int:
+    def _beside(self, kept: Iterable[FlatGroup]) -> int:
         """Bytes that are left beside groups that are kept."""
-        size: int = self.slab.size
-        return size - sum(packed.nbytes for packed in kept)
+        size: int = self.allocator.size
+        return size - sum(flat.nbytes for flat in kept)
 
     def _divide(self, mover: StreamMover) -> None:
         """Sees to it that a mover's groups have room."""
-        slab = self.slab
+        allocator = self.allocator
         chosen = self._choose()
         if chosen is not None:
             wanted = self._packed(chosen)
-            if self._chosen is chosen and len(slab.kept) == len(wanted) and not slab.unkept(wanted):
+            if self._chosen is chosen and len(allocator.kept) == len(wanted) and not allocator.unkept(wanted):
                 return
         elif self._suits(mover):
             self._chosen = None
@@ -299,22 +299,22 @@ class Room:
             wanted = dict.fromkeys([*self._keepable(mover), *mover.held])
         self._chosen = chosen
         self.drop_ahead()
-        leaving = slab.unkept(wanted)
+        leaving = allocator.unkept(wanted)
         for other in self._movers.values():
-            other.loads.give_up(leaving)
-        slab.keep(wanted, None if chosen is None else chosen.large)
+            other.prefetcher.evict(leaving)
+        allocator.keep(wanted, None if chosen is None else chosen.large)
 
-    def _keepable(self, mover: StreamMover) -> list[Packed]:
+    def _keepable(self, mover: StreamMover) -> list[FlatGroup]:
         """What may still be kept, of those that are, while this mover runs."""
         left = self._beside(mover.held)
         left -= min(_COMFORT * mover.largest, left)
         found = []
-        for packed in self.slab.kept:
-            if packed not in mover.held:
-                left -= packed.nbytes
+        for flat in self.allocator.kept:
+            if flat not in mover.held:
+                left -= flat.nbytes
                 if left < 0:
                     break
-            found.append(packed)
+            found.append(flat)
         return found
 
     def _choose(self) -> _Kept | None:
@@ -330,7 +330,7 @@ class Room:
             self._kept[key] = self._choose_for(movers)
         return self._kept[key]
 
-    def _packed(self, chosen: _Kept) -> dict[Packed, None]:
+    def _packed(self, chosen: _Kept) -> dict[FlatGroup, None]:
         """What stays, by what it is now."""
         every = {number: self._movers[number].all_packed for number, _ in chosen.groups}
         return dict.fromkeys(every[number][index] for number, index in chosen.groups)
@@ -338,17 +338,17 @@ class Room:
     def _choose_for(self, movers: Sequence[StreamMover]) -> _Kept | None:
         """Chooses what stays in a round, in which these run one after another."""
         different = list(dict.fromkeys(movers))
-        place = {packed: (it.number, at) for it in different for at, packed in enumerate(it.all_packed)}
-        held = {packed: None for it in different for packed in it.held}
+        place = {flat: (it.number, at) for it in different for at, flat in enumerate(it.all_packed)}
+        held = {flat: None for it in different for flat in it.held}
         uses = [use for it in movers for use in it.measured_uses()]
-        unseen = {packed for it in different for packed in it.coming} - held.keys()
+        unseen = {flat for it in different for flat in it.coming} - held.keys()
         unseen -= {use.group for use in uses}
-        room, least = self._beside(held), max((it.nbytes for it in unseen), default=0)
-        if not uses or room < max(least, *(it.largest for it in different)):
+        pool, least = self._beside(held), max((it.nbytes for it in unseen), default=0)
+        if not uses or pool < max(least, *(it.largest for it in different)):
             return None
         renamed = [Use(place[use.group], use.nbytes, use.compute, use.copy, use.after) for use in uses]
-        ahead, anywhere = movers[0].allowed_ahead, self.slab.is_shared
-        layout = choose_layout(renamed, room, least, ahead=ahead, anywhere=anywhere)
+        ahead, anywhere = movers[0].allowed_ahead, self.allocator.is_shared
+        layout = choose_layout(renamed, pool, least, ahead=ahead, anywhere=anywhere)
         if layout is None:
             return None
-        return _Kept((*(place[packed] for packed in held), *layout.resident), layout.large)
+        return _Kept((*(place[flat] for flat in held), *layout.resident), layout.large)

@@ -64,7 +64,7 @@ def _lay_out(slots: Iterable[TensorSlot]) -> tuple[list[_Part], int]:
     return parts, position
 
 
-def packed_nbytes(slots: Iterable[TensorSlot]) -> int:
+def flat_nbytes(slots: Iterable[TensorSlot]) -> int:
     """Bytes that they will take side by side, in the dtypes that a plan will store them in."""
     total = 0
     for slot in slots:
@@ -80,7 +80,7 @@ def rounded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-class Packed:
+class FlatGroup:
     """The tensors of a group, which lie in one stretch of host memory and can be shown elsewhere.
 
     Args:

@@ -12,7 +12,7 @@ from hookcore.memory.planning.schedule import Use
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
 
-    from hookcore.memory.device.flat_group import Packed
+    from hookcore.memory.device.flat_group import FlatGroup
 
 _MILLI = 1e-3
 
@@ -28,8 +28,8 @@ class PassTimes:
 
     make_event: Callable[[], Any]
     passes: int = 0
-    _uses: list[tuple[Packed, Any, Any, Any]] = field(factory=list)
-    _copies: dict[Packed, tuple[Any, Any]] = field(factory=dict)
+    _uses: list[tuple[FlatGroup, Any, Any, Any]] = field(factory=list)
+    _copies: dict[FlatGroup, tuple[Any, Any]] = field(factory=dict)
 
     def mark(self, stream: Any) -> Any:
         """Records an event on a stream."""
@@ -37,11 +37,11 @@ class PassTimes:
         event.record(stream)
         return event
 
-    def copy(self, group: Packed, begun: Any, ended: Any) -> None:
+    def copy(self, group: FlatGroup, begun: Any, ended: Any) -> None:
         """Takes down the events before and after a group's copy; the first one counts."""
         self._copies.setdefault(group, (begun, ended))
 
-    def use(self, group: Packed, asked: Any, begun: Any, ended: Any) -> None:
+    def use(self, group: FlatGroup, asked: Any, begun: Any, ended: Any) -> None:
         """Takes down the events before the wait for a group, after it, and after the group's use."""
         if not self.passes:
             self._uses.append((group, asked, begun, ended))
@@ -60,7 +60,7 @@ class PassTimes:
             self._uses[-1][-1].synchronize()
         return self.passes > 0 and bool(self._uses[-1][-1].query())
 
-    def uses(self, groups: Container[Packed]) -> list[Use[Packed]]:
+    def uses(self, groups: Container[FlatGroup]) -> list[Use[FlatGroup]]:
         """What was measured of the uses of some groups, one after another; seconds."""
         copies = {
             group: begun.elapsed_time(ended) * _MILLI

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookcore.memory.device.flat_group import Packed
-from hookcore.memory.planning.free_list import Ranges
+from hookcore.memory.device.flat_group import FlatGroup
+from hookcore.memory.planning.free_list import FreeList
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -32,7 +32,7 @@ _SHARE = 0.8
 """Of what is free; memory that is locked cannot be swapped out, and others need some, too."""
 
 
-class HostMemory:
+class PinnedMemory:
     """Makes host memory to copy weights from, and locks it as far as that is wise.
 
     What is locked in place is unlocked at the latest when nobody refers to it any more.
@@ -53,19 +53,19 @@ class HostMemory:
         self._buffers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._unlock: dict[int, Callable[[], object]] = {}
 
-    def pack(self, slots: Iterable[TensorSlot], name: str = "") -> Packed:
+    def pack(self, slots: Iterable[TensorSlot], name: str = "") -> FlatGroup:
         """Copies the slots' tensors to memory of this kind, and has them show it.
 
         Args:
             slots: A group's slots.
             name: The group's name, for people.
         """
-        packed = Packed(slots, name)
-        memory = self.make(packed.nbytes)
-        packed.take(memory)
+        flat = FlatGroup(slots, name)
+        memory = self.make(flat.nbytes)
+        flat.take(memory)
         self.lock(memory)
-        packed.is_locked = memory.is_pinned()
-        return packed
+        flat.is_locked = memory.is_pinned()
+        return flat
 
     def make(self, nbytes: int) -> torch.Tensor:
         """Makes memory to be filled and then given to `lock`.
@@ -112,10 +112,10 @@ class Staging:
     """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
-        host = HostMemory(device)
+        host = PinnedMemory(device)
         self._memory = host.make(nbytes)
         host.lock(self._memory)
-        self._ranges = Ranges(nbytes)
+        self._ranges = FreeList(nbytes)
         self._sent: deque[tuple[Any, int, int]] = deque()  # an event after the copy of each range
 
     @property

@@ -16,21 +16,21 @@ from hookcore.memory.planning.order_of_use import LearnedOrder
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from hookcore.memory.device.copy_engine import CopyEngine, Load
-    from hookcore.memory.device.device_pool import Room
-    from hookcore.memory.device.flat_group import Packed
-    from hookcore.memory.device.streamed_groups import Member, Members
+    from hookcore.memory.device.copy_engine import CopyEngine, Transfer
+    from hookcore.memory.device.device_pool import DevicePool
+    from hookcore.memory.device.flat_group import FlatGroup
+    from hookcore.memory.device.streamed_groups import StreamedGroup, StreamedGroups
     from hookcore.memory.grouping import Group
 
 _AHEAD_OF_A_GUESS = 4  # groups; modules are often registered in another order than they run
 
 
-class Loads:
+class Prefetcher:
     """The copies of a mover's groups on the device.
 
     Args:
         members: The groups.
-        room: The memory on the device.
+        pool: The memory on the device.
         most_ahead: How many groups may be copied ahead of use; None for as many as there is room for.
 
     Attributes:
@@ -41,30 +41,30 @@ class Loads:
         order: The order of use.
     """
 
-    def __init__(self, members: Members, room: Room, most_ahead: int | None) -> None:
+    def __init__(self, members: StreamedGroups, pool: DevicePool, most_ahead: int | None) -> None:
         self._members = members
-        self._room = room
+        self._pool = pool
         self.most_ahead = most_ahead
         self.counts = StreamReport()
-        self.ahead: dict[Group, Load] = {}
-        self.kept: dict[Group, Load] = {}
+        self.ahead: dict[Group, Transfer] = {}
+        self.kept: dict[Group, Transfer] = {}
         self.order: LearnedOrder[Group] = LearnedOrder(())
         self._reach = 0  # how many of what is expected next are there; 0 if that has to be found out
 
     @property
     def engine(self) -> CopyEngine:
         """What copies. There is one from the first call on."""
-        if self._room.engine is None:
+        if self._pool.engine is None:
             raise RuntimeError("groups can be moved during a call only")
-        return self._room.engine
+        return self._pool.engine
 
-    def get(self, group: Group) -> Load | None:
+    def get(self, group: Group) -> Transfer | None:
         """A group's copy, used or not."""
         return self.ahead.get(group) or self.kept.get(group)
 
     # Uses
 
-    def bring(self, group: Group, member: Member) -> Load | None:
+    def bring(self, group: Group, member: StreamedGroup) -> Transfer | None:
         """The copy, which may be under way, of the values of a group that is used now; None without room.
 
         While gradients are recorded there is none, as no memory is used again.
@@ -73,30 +73,30 @@ class Loads:
             self._drop_unexpected(group)
         elif self._reach:
             self._reach -= 1
-        packed, needs_memory = member.packed, torch.is_grad_enabled()
-        load = self.get(group)
-        if load is not None:
-            if packed.is_untouched(packed.addresses) and not needs_memory:
+        flat, needs_memory = member.flat, torch.is_grad_enabled()
+        transfer = self.get(group)
+        if transfer is not None:
+            if flat.is_untouched(flat.addresses) and not needs_memory:
                 self.ahead.pop(group, None)
-                if load.is_new:
-                    load.is_new = False
+                if transfer.is_new:
+                    transfer.is_new = False
                     self.counts.hits += 1
-                return load
-            self.give_back(group, load)
+                return transfer
+            self.give_back(group, transfer)
         return None if needs_memory else self._bring_at_once(group, member)
 
-    def _bring_at_once(self, group: Group, member: Member) -> Load | None:
+    def _bring_at_once(self, group: Group, member: StreamedGroup) -> Transfer | None:
         """Begins to copy a group that is needed now; None if there is no room."""
-        if not member.packed.is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
+        if not member.flat.is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
             self.pack_again(member)
-        load = self._make_room_for(member.packed)
-        if load is not None:
-            if member.packed in self.engine.slab.kept:
-                self.kept[group] = load
-            self.engine.copy([load])
-            self.count_demand(member.packed.nbytes)
-            load.is_new = False
-        return load
+        transfer = self._make_room_for(member.flat)
+        if transfer is not None:
+            if member.flat in self.engine.allocator.kept:
+                self.kept[group] = transfer
+            self.engine.copy([transfer])
+            self.count_demand(member.flat.nbytes)
+            transfer.is_new = False
+        return transfer
 
     def count_demand(self, nbytes: int) -> None:
         """Counts a group that was copied only when it was needed."""
@@ -105,22 +105,22 @@ class Loads:
         counts.copies += 1
         counts.moved_bytes += nbytes
 
-    def pack_again(self, member: Member) -> None:
+    def pack_again(self, member: StreamedGroup) -> None:
         """Takes the data over that tensors were given."""
-        if member.packed.copied is not None:
-            member.packed.copied.synchronize()
-        self.engine.slab.forget(member.packed)
-        member.packed = self._members.store.take_again(member.packed)
+        if member.flat.copied is not None:
+            member.flat.copied.synchronize()
+        self.engine.allocator.forget(member.flat)
+        member.flat = self._members.store.take_again(member.flat)
 
-    def _make_room_for(self, packed: Packed) -> Load | None:
+    def _make_room_for(self, flat: FlatGroup) -> Transfer | None:
         """Finds room for a group that is needed now; None if all else is in use."""
-        load = self.engine.take(packed)
-        if load is None:
-            self._room.drop_ahead()
-            load = self.engine.take(packed)
-        while load is None and self._room.make_way():
-            load = self.engine.take(packed)
-        return load
+        transfer = self.engine.take(flat)
+        if transfer is None:
+            self._pool.drop_ahead()
+            transfer = self.engine.take(flat)
+        while transfer is None and self._pool.evict_one():
+            transfer = self.engine.take(flat)
+        return transfer
 
     # Ahead of use
 
@@ -131,7 +131,7 @@ class Loads:
             wraps: Whether another pass like this one follows.
             is_guess: Whether it is not sure that this comes next.
         """
-        loads: list[Load] = []
+        transfers: list[Transfer] = []
         nbytes = 0
         engine, members = self.engine, self._members.groups
         order, ahead, kept = self.order, self.ahead, self.kept
@@ -146,34 +146,34 @@ class Loads:
                 if group in ahead or len(ahead) >= most:
                     break
                 member = members[group]
-                load = None if member.in_use else engine.take(member.packed)
-                if load is None:
+                transfer = None if member.in_use else engine.take(member.flat)
+                if transfer is None:
                     break
-                (kept if member.packed in engine.slab.kept else ahead)[group] = load
-                loads.append(load)
-                nbytes += member.packed.nbytes
+                (kept if member.flat in engine.allocator.kept else ahead)[group] = transfer
+                transfers.append(transfer)
+                nbytes += member.flat.nbytes
             self._reach += 1
-        if loads:
-            engine.copy(loads)
-            self.counts.copies += len(loads)
+        if transfers:
+            engine.copy(transfers)
+            self.counts.copies += len(transfers)
             self.counts.moved_bytes += nbytes
         return group is None and not order.is_lost
 
     # Dropping
 
-    def give_back(self, group: Group, load: Load) -> None:
+    def give_back(self, group: Group, transfer: Transfer) -> None:
         """Drops a group's copy, which nobody uses."""
         self.ahead.pop(group, None)
         self.kept.pop(group, None)
         self._reach = 0
-        self.engine.give_back(load)
+        self.engine.give_back(transfer)
 
     def drop(self, groups: Iterable[Group]) -> None:
         """Drops the copies that there are of some groups."""
         for group in groups:
-            load = self.get(group)
-            if load is not None:
-                self.give_back(group, load)
+            transfer = self.get(group)
+            if transfer is not None:
+                self.give_back(group, transfer)
 
     def drop_ahead(self) -> None:
         """Drops what was copied ahead of use."""
@@ -183,9 +183,9 @@ class Loads:
         """Drops all that is there, used or not."""
         self.drop([*self.ahead, *self.kept])
 
-    def give_up(self, leaving: Collection[Packed]) -> bool:
+    def evict(self, leaving: Collection[FlatGroup]) -> bool:
         """Drops what is kept of these groups, but for what is in use; says whether nothing is."""
-        found = [group for group, load in self.kept.items() if load.packed in leaving]
+        found = [group for group, transfer in self.kept.items() if transfer.flat in leaving]
         if any(self._members.groups[group].in_use for group in found):
             return False
         self.drop(found)

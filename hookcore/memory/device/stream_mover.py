@@ -20,26 +20,26 @@ from typing import TYPE_CHECKING
 import torch
 from attrs import evolve
 
-from hookcore.memory.device.device_pool import Room, with_index
-from hookcore.memory.device.prefetcher import Loads
+from hookcore.memory.device.device_pool import DevicePool, with_index
+from hookcore.memory.device.prefetcher import Prefetcher
 from hookcore.memory.device.stream_report import StreamReport
-from hookcore.memory.device.streamed_groups import Members
+from hookcore.memory.device.streamed_groups import StreamedGroups
 from hookcore.memory.device.timeline import Recorder
 from hookcore.memory.mover import GroupMover
 from hookcore.memory.planning.order_of_use import LearnedOrder
 from hookcore.memory.planning.pool_layout import choose_layout
-from hookcore.memory.store import MemoryStore, Store
+from hookcore.memory.store import PinnedStore, Store
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from hookcore.memory.device.copy_engine import CopyEngine, Load
-    from hookcore.memory.device.flat_group import Packed
+    from hookcore.memory.device.copy_engine import CopyEngine, Transfer
+    from hookcore.memory.device.flat_group import FlatGroup
     from hookcore.memory.device.pass_times import PassTimes
     from hookcore.memory.device.timeline import Timeline
     from hookcore.memory.grouping import Group
-    from hookcore.memory.mover import Needed
-    from hookcore.memory.planning.budget_split import Share
+    from hookcore.memory.mover import ComponentGroups
+    from hookcore.memory.planning.budget_split import BudgetShare
     from hookcore.memory.planning.schedule import Use
 
 _CPU = torch.device("cpu")
@@ -67,15 +67,15 @@ class StreamMover(GroupMover):
         lock_limit: Bytes of host memory that may be locked; None for a share of what is free.
         store: Where parameters lie between calls; None for host memory that is locked within that limit.
         most_ahead: How many groups may be copied ahead of use; None for as many as there is room for.
-        in_pieces: Whether memory is there only while a group is; it is anyway where there is room for few.
-        room: The memory, with a budget of its own, that it has in turn with others; None for one of its own.
+        per_group: Whether memory is there only while a group is; it is anyway where there is room for few.
+        pool: The memory, with a budget of its own, that it has in turn with others; None for one of its own.
 
     Attributes:
         number: Its number in the room.
-        in_pieces: As given.
+        per_group: As given.
         allowed_ahead: `most_ahead`, as given.
         recorder: Times what it does; None for nothing.
-        loads: What is on the device, or on its way there.
+        transfers: What is on the device, or on its way there.
     """
 
     def __init__(
@@ -87,19 +87,19 @@ class StreamMover(GroupMover):
         lock_limit: int | None = None,
         store: Store | None = None,
         most_ahead: int | None = None,
-        in_pieces: bool = False,
-        room: Room | None = None,
+        per_group: bool = False,
+        pool: DevicePool | None = None,
     ) -> None:
         self._device = with_index(onload_device)
-        self._room = Room(self._device, budget) if room is None else room
-        self._own = Members(
-            MemoryStore(self._device, lock_limit) if store is None else store, self._device, prefetch
+        self._pool = DevicePool(self._device, budget) if pool is None else pool
+        self._own = StreamedGroups(
+            PinnedStore(self._device, lock_limit) if store is None else store, self._device, prefetch
         )
-        self.number = self._room.number()
+        self.number = self._pool.number()
         self.allowed_ahead = most_ahead
-        self.in_pieces = in_pieces
+        self.per_group = per_group
         self.recorder: Recorder | None = None
-        self.loads = Loads(self._own, self._room, most_ahead)
+        self.prefetcher = Prefetcher(self._own, self._pool, most_ahead)
         self._exposed: set[Group] = set()
         self._times: PassTimes | None = None
         self._is_divided = False  # by what they showed, where the memory is its own
@@ -108,12 +108,12 @@ class StreamMover(GroupMover):
     def __del__(self) -> None:
         # A model that goes away with its hooks on: copies to memory that goes with it may still be under way.
         # As the interpreter ends, torch aborts where it is asked to wait, and the process takes all with it.
-        engine = self._room.engine
+        engine = self._pool.engine
         if engine is not None and not sys.is_finalizing():
             engine.synchronize()
             for group, member in self._own.groups.items():
-                load = self.loads.get(group) or member.in_use
-                engine.slab.leave(member.packed, None if load is None else load.place)
+                transfer = self.prefetcher.get(group) or member.in_use
+                engine.allocator.leave(member.flat, None if transfer is None else transfer.place)
 
     # Between calls
 
@@ -121,33 +121,33 @@ class StreamMover(GroupMover):
         """Gives a group's parameters to the store, and its buffers to the device."""
         self._dissolve()
         self._own.attach(group, resident=resident)
-        self._room.register(self)
+        self._pool.register(self)
 
     def detach(self, group: Group) -> None:
         """Puts a group back where it came from."""
         self._dissolve()
         self._own.detach(group)
         if not self._own.fixed:
-            self._room.unregister(self)
+            self._pool.unregister(self)
 
     def _dissolve(self) -> None:
         """Gives the memory on the device back, since what it is for changes."""
-        self._room.dissolve()
-        if self._room.engine is not None:  # others are being called
-            self.loads.drop_all()
+        self._pool.dissolve()
+        if self._pool.engine is not None:  # others are being called
+            self.prefetcher.drop_all()
 
-    def settle(self, group: Group) -> None:
+    def finalize(self, group: Group) -> None:
         """Is told that the group was detached for good."""
-        self._own.store.settle(group.divided()[0])
+        self._own.store.finalize(group.divided()[0])
 
     def reset(self) -> None:
         """Forgets the order of use and what was counted; all that others don't use is copied anew."""
-        self.loads.counts = StreamReport()
-        self.loads.order.forget()
-        self._room.forget()
-        if self._room.is_shared:
+        self.prefetcher.counts = StreamReport()
+        self.prefetcher.order.forget()
+        self._pool.forget()
+        if self._pool.is_shared:
             self._times = None
-        self.loads.drop_all()
+        self.prefetcher.drop_all()
 
     def train(self) -> None:
         """Lets no more groups get their home on the device."""
@@ -157,10 +157,10 @@ class StreamMover(GroupMover):
         """Where the bytes of the group lie."""
         return self._own.report(group, resident=resident)
 
-    def expect(self, needed: Needed) -> None:
+    def expect(self, needed: ComponentGroups) -> None:
         """Takes down what a component needs."""
         self._own.expect(needed)
-        self._room.expect(needed.component, self)
+        self._pool.expect(needed.component, self)
 
     def needs(self) -> dict[str, int]:
         """What the first call will allocate, said by the first of those in a room: memory that stays or not.
@@ -170,19 +170,19 @@ class StreamMover(GroupMover):
         Raises:
             BudgetError: The budget is too small.
         """
-        return self._room.needs(self)
+        return self._pool.needs(self)
 
     def run_report(self) -> StreamReport:
         """What was counted since the last reset, with the bytes that are taken now."""
         resident, ring, staged = self._own.staying_bytes, 0, 0
-        if (engine := self._room.engine) is not None:
-            kept = engine.slab.kept
-            resident += sum(it.packed.nbytes for it in self._own.groups.values() if it.packed in kept)
-            if self._room.last == self.number:
-                ring = engine.slab.allocated - sum(packed.nbytes for packed in kept)
+        if (engine := self._pool.engine) is not None:
+            kept = engine.allocator.kept
+            resident += sum(it.flat.nbytes for it in self._own.groups.values() if it.flat in kept)
+            if self._pool.last == self.number:
+                ring = engine.allocator.allocated - sum(flat.nbytes for flat in kept)
                 staged = 0 if engine.staging is None else engine.staging.nbytes
         return evolve(
-            self.loads.counts,
+            self.prefetcher.counts,
             resident_bytes=resident,
             ring_bytes=ring,
             locked_bytes=self._own.store.locked + staged,
@@ -193,22 +193,22 @@ class StreamMover(GroupMover):
         """Times copies, uses and stalls until the end of the block."""
         recorder = self.recorder = Recorder(self._device)
         timeline.recorders.append(recorder)
-        passes = self.loads.counts.passes
+        passes = self.prefetcher.counts.passes
         try:
             yield
         finally:
             self.recorder = None
-            self._room.stop_recording(recorder)
+            self._pool.stop_recording(recorder)
             recorder.close()
-            counts = self.loads.counts
+            counts = self.prefetcher.counts
             counts.timed_passes += counts.passes - passes
             counts.stalled_seconds = (counts.stalled_seconds or 0.0) + recorder.stalled
 
-    def expose(self, group: Group) -> None:
+    def invalidate(self, group: Group) -> None:
         """Sees to it that a group's tensors can be changed: no copy reads them, and none has read them."""
         member = self._own.groups.get(group)
-        if member is not None and member.packed.copied is not None and not member.stays:
-            member.packed.copied.synchronize()
+        if member is not None and member.flat.copied is not None and not member.stays:
+            member.flat.copied.synchronize()
             self._exposed.add(group)
 
     # Calls
@@ -225,7 +225,7 @@ class StreamMover(GroupMover):
         self._verify()
         if self._own.store.is_outdated:
             self._dissolve()
-        self._room.enter(self)
+        self._pool.enter(self)
         self._prefetch()
 
     def end(self) -> None:
@@ -234,9 +234,9 @@ class StreamMover(GroupMover):
         Raises:
             CheckpointError: A file has changed, so that the call may have used wrong weights.
         """
-        self.loads.counts.passes += 1
-        self.loads.order.end_pass()
-        self._room.leave(self)
+        self.prefetcher.counts.passes += 1
+        self.prefetcher.order.end_pass()
+        self._pool.leave(self)
         self._verify()
 
     def onload(self, group: Group) -> None:
@@ -244,30 +244,30 @@ class StreamMover(GroupMover):
         member = self._own.groups.get(group)
         if member is None:
             self._own.plain.onload(group)
-            self.loads.count_demand(group.nbytes)
+            self.prefetcher.count_demand(group.nbytes)
             return
         if member.stays:
-            member.packed.bring_given(self._device)
+            member.flat.bring_given(self._device)
             if self.recorder is not None:
                 member.used = self._engine.mark()
             return
         engine = self._engine
         asked = None if engine.marker is None else engine.mark()
-        load = self.loads.bring(group, member)
-        if load is None:
-            self._own.store.bring(member.packed, self._device)
-            self.loads.count_demand(member.packed.nbytes)
+        transfer = self.prefetcher.bring(group, member)
+        if transfer is None:
+            self._own.store.bring(member.flat, self._device)
+            self.prefetcher.count_demand(member.flat.nbytes)
             return
-        load.asked = asked
+        transfer.asked = asked
         try:
-            engine.wait_for(load)
+            engine.wait_for(transfer)
         except BaseException:  # reading its file failed
-            self.loads.give_back(group, load)
-            self.loads.drop_ahead()
+            self.prefetcher.give_back(group, transfer)
+            self.prefetcher.drop_ahead()
             raise
-        member.packed.show(load.place.views)
-        member.in_use = load
-        if self.loads.most_ahead:  # one less is ahead now
+        member.flat.show(transfer.place.views)
+        member.in_use = transfer
+        if self.prefetcher.most_ahead:  # one less is ahead now
             self._prefetch()
 
     def offload(self, group: Group) -> None:
@@ -276,21 +276,21 @@ class StreamMover(GroupMover):
         if member is None:
             self._own.plain.offload(group)
             return
-        load, member.in_use = member.in_use, None
-        if load is None:
+        transfer, member.in_use = member.in_use, None
+        if transfer is None:
             if not member.stays:
-                self._own.store.drop(member.packed)
+                self._own.store.drop(member.flat)
             elif member.used is not None:
-                self._engine.used(member.packed, member.used)
+                self._engine.used(member.flat, member.used)
                 member.used = None
             return
-        packed, place = member.packed, load.place
-        if packed.is_untouched(place.addresses):
-            packed.show_host()
-            self._engine.leave(load)
+        flat, place = member.flat, transfer.place
+        if flat.is_untouched(place.addresses):
+            flat.show_host()
+            self._engine.leave(transfer)
         else:
-            self._keep_changes(group, packed, load)
-        del load, place  # memory of its own is free before more is allocated
+            self._keep_changes(group, flat, transfer)
+        del transfer, place  # memory of its own is free before more is allocated
         self._prefetch()
 
     # What the room asks
@@ -306,34 +306,34 @@ class StreamMover(GroupMover):
         return self._own.store
 
     @property
-    def own(self) -> Members:
+    def own(self) -> StreamedGroups:
         """Its groups."""
         return self._own
 
     @property
-    def coming(self) -> list[Packed]:
+    def coming(self) -> list[FlatGroup]:
         """The groups that don't stay in memory of their own."""
-        return [self._own.groups[group].packed for group in self._own.coming]
+        return [self._own.groups[group].flat for group in self._own.coming]
 
     @property
-    def held(self) -> list[Packed]:
+    def held(self) -> list[FlatGroup]:
         """Those that calls hold while others come and go."""
         found = (self._own.groups.get(group) for group in self._own.spanning)
-        return [member.packed for member in found if member is not None and not member.stays]
+        return [member.flat for member in found if member is not None and not member.stays]
 
     @property
     def largest(self) -> int:
         """Bytes of the largest group that comes and goes."""
         held = set(self.held)
-        return max((packed.nbytes for packed in self.coming if packed not in held), default=0)
+        return max((flat.nbytes for flat in self.coming if flat not in held), default=0)
 
     @property
-    def all_packed(self) -> list[Packed]:
+    def all_packed(self) -> list[FlatGroup]:
         """All groups, in an order that lasts until one is attached or detached."""
-        return [member.packed for member in self._own.groups.values()]
+        return [member.flat for member in self._own.groups.values()]
 
     def move_in(
-        self, staying: Collection[Group], share: Share[Group], *, lingers: bool, one_by_one: bool
+        self, staying: Collection[Group], share: BudgetShare[Group], *, lingers: bool, one_by_one: bool
     ) -> None:
         """Has groups stay from the start, and all others come and go in new memory.
 
@@ -346,18 +346,18 @@ class StreamMover(GroupMover):
         mine = [group for group in share.sizes if group in staying]
         self._own.keep_on_device(mine)
         self.lingers = lingers
-        self.loads.most_ahead = 0 if one_by_one else self.allowed_ahead
-        self.loads.order = LearnedOrder([group for group in share.sizes if group not in staying])
+        self.prefetcher.most_ahead = 0 if one_by_one else self.allowed_ahead
+        self.prefetcher.order = LearnedOrder([group for group in share.sizes if group not in staying])
         self._times = None
         self._is_divided = False
 
     def begin_measuring(self, engine: CopyEngine) -> bool:
         """Times this pass if there is a use for that, and none has been; says whether it does."""
-        if self._times is not None or self._room.budget is None or self.loads.most_ahead == 0:
+        if self._times is not None or self._pool.budget is None or self.prefetcher.most_ahead == 0:
             return False
         if not self.largest:
             return False
-        self.loads.drop_all()  # so that all is copied in this pass
+        self.prefetcher.drop_all()  # so that all is copied in this pass
         engine.measure()
         self._times = engine.times
         return True
@@ -377,7 +377,7 @@ class StreamMover(GroupMover):
         """Whether it is known how long a pass took."""
         return self._times is not None and self._times.is_known
 
-    def measured_uses(self) -> list[Use[Packed]]:
+    def measured_uses(self) -> list[Use[FlatGroup]]:
         """What was measured of groups that come and go."""
         held = set(self.held)
         return [] if self._times is None else self._times.uses({it for it in self.coming if it not in held})
@@ -387,64 +387,64 @@ class StreamMover(GroupMover):
         if self._is_divided or self._is_trained or not self.is_measured:
             return
         self._is_divided = True
-        self.loads.drop_ahead()
+        self.prefetcher.drop_ahead()
         for member in self._own.groups.values():
-            if not member.stays and not member.packed.is_home:
-                self.loads.pack_again(member)
-        passing = {self._own.groups[group].packed: group for group in self._own.coming}
+            if not member.stays and not member.flat.is_home:
+                self.prefetcher.pack_again(member)
+        passing = {self._own.groups[group].flat: group for group in self._own.coming}
         uses = self.measured_uses()
         unseen = passing.keys() - {use.group for use in uses}
-        room, least = self._engine.slab.size, max((it.nbytes for it in unseen), default=0)
+        pool, least = self._engine.allocator.size, max((it.nbytes for it in unseen), default=0)
         layout = choose_layout(
-            uses, room, least, ahead=self.loads.most_ahead, anywhere=self._engine.slab.is_shared
+            uses, pool, least, ahead=self.prefetcher.most_ahead, anywhere=self._engine.allocator.is_shared
         )
         if layout is not None and (layout.resident or layout.large):
-            self._engine.replace_slab(0)
-            self._own.keep_on_device([passing[packed] for packed in layout.resident])
-            ring = room - sum(packed.nbytes for packed in layout.resident)
-            self._engine.replace_slab(ring, layout.large)
-            self.loads.order.leave_out({passing[packed] for packed in layout.resident})
+            self._engine.replace_allocator(0)
+            self._own.keep_on_device([passing[flat] for flat in layout.resident])
+            ring = pool - sum(flat.nbytes for flat in layout.resident)
+            self._engine.replace_allocator(ring, layout.large)
+            self.prefetcher.order.leave_out({passing[flat] for flat in layout.resident})
 
     def drop_exposed(self) -> None:
         """Drops what may be other than it is in its home by now."""
-        self.loads.drop(self._exposed)
+        self.prefetcher.drop(self._exposed)
         self._exposed.clear()
 
     # How it is done
 
-    def _keep_changes(self, group: Group, packed: Packed, load: Load) -> None:
+    def _keep_changes(self, group: Group, flat: FlatGroup, transfer: Transfer) -> None:
         """Ends a use that has changed a group, or given it other data."""
-        place = load.place
-        changed, replaced = packed.is_changed, packed.replaced(place.addresses)
-        packed.show_host()
+        place = transfer.place
+        changed, replaced = flat.is_changed, flat.replaced(place.addresses)
+        flat.show_host()
         if changed:
-            packed.keep(place.views)
+            flat.keep(place.views)
         for tensor, data in replaced:  # the call gave it other data, as `weight.data = ...` does
             tensor.data = data.to(_CPU)
-        self._engine.leave(load)
-        if (changed or replaced) and group in self.loads.kept:
-            self.loads.give_back(group, load)
+        self._engine.leave(transfer)
+        if (changed or replaced) and group in self.prefetcher.kept:
+            self.prefetcher.give_back(group, transfer)
 
     @property
     def _engine(self) -> CopyEngine:
-        return self.loads.engine
+        return self.prefetcher.engine
 
     def _verify(self) -> None:
         """Has the store look whether all is as it was; if not, what was copied ahead isn't used either."""
         try:
             self._own.store.verify()
         except BaseException:
-            self.loads.drop_all()
+            self.prefetcher.drop_all()
             raise
 
     def _prefetch(self) -> None:
         """Begins to copy what is used next, as far as there is room."""
         if torch.is_grad_enabled():
             return
-        if not self._room.is_shared:
-            self.loads.prefetch()
+        if not self._pool.is_shared:
+            self.prefetcher.prefetch()
             return
-        following, is_sure = self._room.following(self), self._room.is_sure
-        at_end = self.loads.prefetch(wraps=is_sure and following is self)
+        following, is_sure = self._pool.following(self), self._pool.is_sure
+        at_end = self.prefetcher.prefetch(wraps=is_sure and following is self)
         if at_end and following is not None and not (is_sure and following is self):
-            following.loads.prefetch(wraps=following is self, is_guess=not is_sure)
+            following.prefetcher.prefetch(wraps=following is self, is_guess=not is_sure)

@@ -7,31 +7,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import define
 
-from hookcore.memory.device.synchronous_mover import DeviceMover
+from hookcore.memory.device.synchronous_mover import SynchronousMover
 from hookcore.memory.grouping import Group, spanning_groups
-from hookcore.memory.planning.budget_split import Share
+from hookcore.memory.planning.budget_split import BudgetShare
 from hookcore.memory.planning.residency import largest_held
 from hookcore.storage import planned_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Container, Iterable, Mapping
 
-    from hookcore.memory.device.copy_engine import Load
-    from hookcore.memory.device.flat_group import Packed
-    from hookcore.memory.mover import Needed
+    from hookcore.memory.device.copy_engine import Transfer
+    from hookcore.memory.device.flat_group import FlatGroup
+    from hookcore.memory.mover import ComponentGroups
     from hookcore.memory.store import Store
 
 _CPU = torch.device("cpu")
 
 
 @define(eq=False)
-class Member:
+class StreamedGroup:
     """A group and where it is.
 
     Attributes:
         parameters: Its parameters, as a group for the plain mover.
         buffers: Its buffers, which always stay on the device.
-        packed: Its parameters.
+        flat: Its parameters.
         in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
         stays: Whether it stays on the device, in memory of its own.
         used: An event at the beginning of its use, if it stays and a timeline is recorded.
@@ -39,13 +39,13 @@ class Member:
 
     parameters: Group
     buffers: Group
-    packed: Packed
-    in_use: Load | None = None
+    flat: FlatGroup
+    in_use: Transfer | None = None
     stays: bool = False
     used: Any = None
 
 
-class Members:
+class StreamedGroups:
     """Groups whose parameters lie in a store, and whose buffers stay on the device.
 
     Args:
@@ -63,13 +63,13 @@ class Members:
 
     def __init__(self, store: Store, device: torch.device, prefetch: int) -> None:
         self.store = store
-        self.plain = DeviceMover(device, _CPU)
-        self.groups: dict[Group, Member] = {}
+        self.plain = SynchronousMover(device, _CPU)
+        self.groups: dict[Group, StreamedGroup] = {}
         self.fixed: dict[Group, int] = {}
         self.spanning: list[Group] = []
         self._device = device
         self._prefetch = prefetch
-        self._expected: dict[str, Needed] = {}
+        self._expected: dict[str, ComponentGroups] = {}
 
     @property
     def what(self) -> str:
@@ -85,12 +85,12 @@ class Members:
         parameters, buffers = group.divided()
         self.plain.attach(buffers, resident=True)
         try:
-            packed = self.store.take(parameters)
+            flat = self.store.take(parameters)
         except BaseException:
             self.plain.detach(buffers)
             raise
         self.fixed[group] = buffers.nbytes
-        self.groups[group] = Member(parameters, buffers, packed, stays=not packed.tensors)
+        self.groups[group] = StreamedGroup(parameters, buffers, flat, stays=not flat.tensors)
 
     def detach(self, group: Group) -> None:
         """Puts a group back where it came from."""
@@ -98,7 +98,7 @@ class Members:
         if member is None:
             self.plain.detach(group)
         else:
-            self.store.give_back(member.packed)
+            self.store.give_back(member.flat)
             self.plain.detach(member.buffers)
             del self.groups[group]
         del self.fixed[group]
@@ -108,7 +108,7 @@ class Members:
         here = f"resident on {self._device}"
         if (member := self.groups.get(group)) is None:
             return self.plain.report(group, resident=resident)
-        found = dict(self.store.report(member.packed, here if member.stays else None))
+        found = dict(self.store.report(member.flat, here if member.stays else None))
         if member.buffers.slots:
             found[here] = found.get(here, 0) + member.buffers.nbytes
         return found
@@ -117,7 +117,7 @@ class Members:
         """Has groups stay on the device, in memory of their own."""
         for group in groups:
             member = self.groups[group]
-            self.store.keep_on(member.packed, self._device)
+            self.store.keep_on(member.flat, self._device)
             member.stays = True
 
     @property
@@ -134,29 +134,29 @@ class Members:
 
     # What they take of the device
 
-    def expect(self, needed: Needed) -> None:
+    def expect(self, needed: ComponentGroups) -> None:
         """Takes down what a component needs."""
         self._expected[needed.component] = needed
 
-    def share(self) -> Share[Group]:
+    def share(self) -> BudgetShare[Group]:
         """What they need from now on; nothing stays as yet."""
         for member in self.groups.values():
             # It stays since other groups were there, or is wanted in another dtype than then.
-            if member.packed.tensors and (member.stays or member.packed.is_outdated):
-                member.packed = self.store.take_again(member.packed)
+            if member.flat.tensors and (member.stays or member.flat.is_outdated):
+                member.flat = self.store.take_again(member.flat)
                 member.stays = False
-        sizes = {group: self.groups[group].packed.nbytes for group in self.coming}
+        sizes = {group: self.groups[group].flat.nbytes for group in self.coming}
         self.spanning = self._spanning(sizes)
-        return Share(self.what, sizes, self.spanning, sum(self.fixed.values()), self._prefetch)
+        return BudgetShare(self.what, sizes, self.spanning, sum(self.fixed.values()), self._prefetch)
 
-    def expected_share(self) -> Share[Group]:
+    def expected_share(self) -> BudgetShare[Group]:
         """What they will need, before anything is attached."""
         parts = {group: group.divided() for group in self._expected_groups() if not group.is_inference}
         fixed = sum(planned_nbytes(buffers.slots) for _, buffers in parts.values())
         resident = [group for needed in self._expected.values() for group in needed.resident]
         fixed += sum(planned_nbytes(group.slots) for group in resident)
         sizes = {group: self.store.nbytes(mine) for group, (mine, _) in parts.items() if mine.slots}
-        return Share(self.what, sizes, self._spanning(sizes), fixed, self._prefetch)
+        return BudgetShare(self.what, sizes, self._spanning(sizes), fixed, self._prefetch)
 
     def expected_staying_bytes(self, staying: Container[Group]) -> int:
         """Bytes of those of their groups that will stay."""
@@ -176,7 +176,7 @@ class Members:
         """The groups that a call of any component holds while others of these come and go."""
         found: set[Group] = set()
         for needed in self._expected.values():
-            home = {group: group for group in needed.groups} | dict(needed.borrowed)
+            home = {group: group for group in needed.groups} | dict(needed.aliases)
             groups = spanning_groups(group for group in home if home[group] in passing)
             found.update(home[group] for group in groups)
         return [group for group in passing if group in found]

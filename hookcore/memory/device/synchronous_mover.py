@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hookcore.memory.grouping import Group
-    from hookcore.memory.mover import Needed
+    from hookcore.memory.mover import ComponentGroups
     from hookcore.target import TensorSlot
 
 
@@ -52,7 +52,7 @@ class _Brought:
     copy: torch.Tensor
 
 
-class DeviceMover(GroupMover):
+class SynchronousMover(GroupMover):
     """Copies groups from an offload device to an onload device, and waits for each copy.
 
     What is copied is what the tensors hold when the copy begins, so every change between two calls counts.
@@ -70,7 +70,7 @@ class DeviceMover(GroupMover):
         self._offload_device = offload_device
         self._homes: dict[TensorSlot, torch.device] = {}
         self._brought: dict[Group, list[_Brought]] = {}
-        self._expected: dict[str, Needed] = {}
+        self._expected: dict[str, ComponentGroups] = {}
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Moves a group to where it lies between calls."""
@@ -132,7 +132,7 @@ class DeviceMover(GroupMover):
         where = f"resident on {self._onload_device}" if resident else f"offloaded on {self._offload_device}"
         return {where: group.nbytes}
 
-    def expect(self, needed: Needed) -> None:
+    def expect(self, needed: ComponentGroups) -> None:
         """Takes down what a component needs."""
         self._expected[needed.component] = needed
 
@@ -144,8 +144,8 @@ class DeviceMover(GroupMover):
             nbytes += sum(planned_nbytes(group.slots) for group in needed.resident)
             if self._onload_device == self._offload_device:  # of which it holds copies
                 nbytes += sum(sizes.values())
-            borrowed = {group: planned_nbytes(home.slots) for group, home in needed.borrowed.items()}
-            held, _ = largest_held(sizes | borrowed)
+            aliases = {group: planned_nbytes(home.slots) for group, home in needed.aliases.items()}
+            held, _ = largest_held(sizes | aliases)
             most = max(most, held)
         return {str(self._onload_device): nbytes + most}
 

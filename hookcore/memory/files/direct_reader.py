@@ -13,7 +13,7 @@ import weakref
 from typing import TYPE_CHECKING, Self
 
 from hookcore.errors import CheckpointError
-from hookcore.memory.files.page_arena import Piece, piece_beside
+from hookcore.memory.files.page_arena import PageRange, separate_pages
 from hookcore.memory.files.regular_file import open_regular, unreadable
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class DirectReader:
         self._fd = -1
         self._close()
 
-    def read_range(self, buffer: Piece, start: int, stop: int, *, at: int = 0) -> int:
+    def read_range(self, buffer: PageRange, start: int, stop: int, *, at: int = 0) -> int:
         """Read the file's bytes [start, stop) into a buffer. Blocks, without the GIL.
 
         Whole blocks are read, so the buffer's bytes from `at` to `at + aligned_span(start, stop)` are
@@ -140,7 +140,7 @@ def _reads_direct(path: Path) -> bool:
         if error.errno == errno.EINVAL:
             return False
         raise
-    block = piece_beside(ALIGNMENT)
+    block = separate_pages(ALIGNMENT)
     try:
         os.preadv(fd, [block.memoryview], 0)
     except OSError as error:

@@ -13,11 +13,11 @@ from hookcore.memory.files.file_weight import FileWeight, holds
 if TYPE_CHECKING:
     import torch
 
-    from hookcore.memory.files.page_arena import Piece
+    from hookcore.memory.files.page_arena import PageRange
     from hookcore.memory.files.reader_threads import Task
 
 
-class Streamed:
+class FileGroup:
     """What there is to bring for a group: its weights, their places in files, the memory that takes.
 
     Args:
@@ -46,7 +46,7 @@ class Streamed:
 
 
 @define(eq=False)
-class Load:
+class Transfer:
     """A group on its way into memory, or there."""
 
     ranges: tuple[FileRange, ...]
@@ -56,9 +56,9 @@ class Load:
     """Bytes of memory that it takes."""
     during_call: int
     """In which call of the component it was begun."""
-    read: Piece | None
+    read: PageRange | None
     """Memory to read it into; nothing lies there if it is used where it is mapped."""
-    converted: Piece | None
+    converted: PageRange | None
     """Memory for what is converted."""
     positions: list[int] = field(factory=list)
     """Where each range begins in `read`; none if it is mapped."""
@@ -72,9 +72,9 @@ class Load:
         self.done.result()
 
     @property
-    def pieces(self) -> list[Piece]:
+    def page_ranges(self) -> list[PageRange]:
         """The memory that it has."""
-        return [piece for piece in (self.read, self.converted) if piece is not None]
+        return [pages for pages in (self.read, self.converted) if pages is not None]
 
     @property
     def is_replaced(self) -> bool:
@@ -102,12 +102,16 @@ class Load:
             weight.keep_edits(data, versions, compare=compare)
 
 
-def place_of(weight: FileWeight, load: Load) -> torch.Tensor:
+def place_of(weight: FileWeight, transfer: Transfer) -> torch.Tensor:
     """The tensor that holds a weight's bytes: in a buffer it was read into, or in the mapping."""
     origin = weight.origin
     start, nbytes = origin.entry.offset, origin.entry.nbytes
-    for it, position in zip(load.ranges, load.positions, strict=False):  # no positions if it is mapped
-        if load.read is not None and it.mapping is origin.mapping and it.start <= start < it.stop:
+    for it, position in zip(
+        transfer.ranges, transfer.positions, strict=False
+    ):  # no positions if it is mapped
+        if transfer.read is not None and it.mapping is origin.mapping and it.start <= start < it.stop:
             begin = position + start - it.start
-            return load.read.tensor[begin : begin + nbytes].view(origin.entry.dtype).view(origin.entry.shape)
+            return (
+                transfer.read.tensor[begin : begin + nbytes].view(origin.entry.dtype).view(origin.entry.shape)
+            )
     return origin.raw

@@ -14,8 +14,8 @@ from attrs import frozen
 
 from hookcore.memory.files.direct_reader import ALIGNMENT
 from hookcore.memory.files.file_range import FileRange, are_aligned, is_cached, was_written
-from hookcore.memory.files.page_arena import Piece, piece_beside
-from hookcore.memory.files.reader_threads import WORKERS, Task, Workers
+from hookcore.memory.files.page_arena import PageRange, separate_pages
+from hookcore.memory.files.reader_threads import WORKERS, ReaderThreads, Task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,7 @@ class FileReader:
     """Reads groups of weights. Files are held open until `close`."""
 
     def __init__(self) -> None:
-        self._workers = Workers("hookcore-files")
+        self._workers = ReaderThreads("hookcore-files")
         self._local = threading.local()
 
     def submit(
@@ -124,20 +124,20 @@ class FileReader:
                 start, stop = max(begin, entry.offset), min(end, entry.offset + entry.nbytes)
                 if start >= stop:
                     continue
-                piece = buffer.tensor[position + start - begin : position + stop - begin]
+                pages = buffer.tensor[position + start - begin : position + stop - begin]
                 first = target.start + (start - entry.offset) * target.dtype.itemsize // entry.dtype.itemsize
                 if target.dtype != entry.dtype:
-                    piece = piece.view(entry.dtype)
-                last = first + piece.numel() * (1 if target.dtype == entry.dtype else target.dtype.itemsize)
+                    pages = pages.view(entry.dtype)
+                last = first + pages.numel() * (1 if target.dtype == entry.dtype else target.dtype.itemsize)
                 place = memory[first:last]
-                (place if target.dtype == entry.dtype else place.view(target.dtype)).copy_(piece)
+                (place if target.dtype == entry.dtype else place.view(target.dtype)).copy_(pages)
             begin = end
 
-    def _buffer(self) -> Piece:
+    def _buffer(self) -> PageRange:
         """A piece of memory of this thread's own."""
         if not hasattr(self._local, "buffer"):
-            self._local.buffer = piece_beside(_CHUNK_BYTES)
-        buffer: Piece = self._local.buffer
+            self._local.buffer = separate_pages(_CHUNK_BYTES)
+        buffer: PageRange = self._local.buffer
         return buffer
 
     def close(self) -> None:

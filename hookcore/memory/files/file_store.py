@@ -16,7 +16,7 @@ from hookcore.memory.device.pinned_memory import Staging
 from hookcore.memory.files import file_weight as file_weights
 from hookcore.memory.files.file_reader import FileReader
 from hookcore.memory.files.file_weight import FileWeight
-from hookcore.memory.files.flat_file_group import FilePacked
+from hookcore.memory.files.flat_file_group import FlatFileGroup
 from hookcore.memory.files.origin import wanted_dtype
 from hookcore.memory.files.read_engine import FileEngine
 from hookcore.memory.store import Store
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hookcore.memory.device.copy_engine import CopyEngine
-    from hookcore.memory.device.flat_group import Packed
+    from hookcore.memory.device.flat_group import FlatGroup
     from hookcore.memory.files.checkpoint import Checkpoint
     from hookcore.memory.files.origins_of_model import FileOrigins
     from hookcore.memory.grouping import Group
@@ -46,7 +46,7 @@ class FileStore(Store):
         self._origins = origins
         self._read_ahead = read_ahead
         self._reader = FileReader()
-        self._taken: dict[FilePacked, None] = {}
+        self._taken: dict[FlatFileGroup, None] = {}
         self._checkpoints: set[Checkpoint] = set()
 
     def nbytes(self, group: Group, *, stays: bool = False) -> int:
@@ -58,7 +58,7 @@ class FileStore(Store):
         )
 
     @torch.inference_mode(False)  # what is made here outlives the mode
-    def take(self, group: Group) -> FilePacked:
+    def take(self, group: Group) -> FlatFileGroup:
         """Has parameters show the checkpoint's tensors.
 
         Raises:
@@ -68,30 +68,30 @@ class FileStore(Store):
         for weight in weights:
             weight.take_over()
         self._origins.take(group.slots)
-        packed = FilePacked(weights, group.name)
-        self._taken[packed] = None
+        flat = FlatFileGroup(weights, group.name)
+        self._taken[flat] = None
         self._checkpoints.update(weight.origin.checkpoint for weight in weights)
-        return packed
+        return flat
 
     @torch.inference_mode(False)
-    def take_again(self, packed: Packed) -> FilePacked:
+    def take_again(self, flat: FlatGroup) -> FlatFileGroup:
         """Takes the data that tensors were given for what is to be copied from now on."""
-        own = self._own(packed)
+        own = self._own(flat)
         own.adopt()
-        again = FilePacked(own.weights, own.name)
+        again = FlatFileGroup(own.weights, own.name)
         again.show_host()
         del self._taken[own]
         self._taken[again] = None
         return again
 
     @torch.inference_mode(False)
-    def give_back(self, packed: Packed) -> None:
+    def give_back(self, flat: FlatGroup) -> None:
         """Gives parameters back as they were found: in memory, or showing the checkpoint's tensors.
 
         Raises:
             CheckpointError: Values have to be read, and a file has changed.
         """
-        own = self._own(packed)
+        own = self._own(flat)
         if own.brought is not None:
             self.verify()
         own.adopt()
@@ -103,28 +103,28 @@ class FileStore(Store):
             self._checkpoints.clear()
             self._reader.close()
 
-    def settle(self, group: Group) -> None:
+    def finalize(self, group: Group) -> None:
         """Has parameters lie in memory, or simply show the checkpoint's tensors.
 
         Raises:
             CheckpointError: Values have to be converted, and a file has changed.
         """
-        self._origins.settle(group.slots)
+        self._origins.finalize(group.slots)
 
-    def keep_on(self, packed: Packed, device: torch.device) -> None:
+    def keep_on(self, flat: FlatGroup, device: torch.device) -> None:
         """Reads parameters into memory on the device."""
-        self.bring(packed, device)
+        self.bring(flat, device)
 
     @torch.inference_mode(False)
-    def bring(self, packed: Packed, device: torch.device) -> None:
+    def bring(self, flat: FlatGroup, device: torch.device) -> None:
         """Reads parameters into memory on the device, and waits.
 
         Raises:
             CheckpointError: A file has changed, or cannot be read.
         """
-        own = self._own(packed)
+        own = self._own(flat)
         own.adopt()
-        now = FilePacked(own.weights, own.name)  # they may have been given other data since
+        now = FlatFileGroup(own.weights, own.name)  # they may have been given other data since
         now.verify()
         host = torch.empty(now.nbytes, dtype=torch.uint8)
         self._reader.read(now.targets, now.ranges, host)
@@ -133,9 +133,9 @@ class FileStore(Store):
         now.show(own.brought[1])
 
     @torch.inference_mode(False)
-    def drop(self, packed: Packed) -> None:
+    def drop(self, flat: FlatGroup) -> None:
         """Has parameters show their homes again; what was changed is kept."""
-        own = self._own(packed)
+        own = self._own(flat)
         if own.brought is not None:
             (now, views), own.brought = own.brought, None
             changed, replaced = now.is_changed, now.replaced([view.data_ptr() for view in views])
@@ -146,21 +146,21 @@ class FileStore(Store):
                 tensor.data = data.to("cpu")
 
     def make_engine(
-        self, device: torch.device, nbytes: int, sources: Sequence[Packed], *, in_pieces: bool
+        self, device: torch.device, nbytes: int, sources: Sequence[FlatGroup], *, per_group: bool
     ) -> CopyEngine:
         """Makes what copies from files, through a little page-locked memory."""
-        sizes = [packed.nbytes for packed in sources]
+        sizes = [flat.nbytes for flat in sources]
         room = min(sum(sizes), max(sizes, default=0) + self._read_ahead)
-        return FileEngine(device, nbytes, self._reader, Staging(device, room), in_pieces=in_pieces)
+        return FileEngine(device, nbytes, self._reader, Staging(device, room), per_group=per_group)
 
-    def report(self, packed: Packed, on_device: str | None) -> dict[str, int]:
+    def report(self, flat: FlatGroup, on_device: str | None) -> dict[str, int]:
         """Bytes on disk, those that stay on the device, and edited ones in memory."""
-        return file_weights.report(self._own(packed).weights, on_device)
+        return file_weights.report(self._own(flat).weights, on_device)
 
     @property
     def is_outdated(self) -> bool:
         """Whether calls find another dtype in some parameter than when it was taken over."""
-        return any(packed.is_outdated for packed in self._taken)
+        return any(flat.is_outdated for flat in self._taken)
 
     def verify(self) -> None:
         """Checks all files.
@@ -172,6 +172,6 @@ class FileStore(Store):
             checkpoint.verify()
 
     @staticmethod
-    def _own(packed: Packed) -> FilePacked:
-        assert isinstance(packed, FilePacked)  # noqa: S101 -- each store is given its own only
-        return packed
+    def _own(flat: FlatGroup) -> FlatFileGroup:
+        assert isinstance(flat, FlatFileGroup)  # noqa: S101 -- each store is given its own only
+        return flat

@@ -154,7 +154,7 @@ class FileWeight:
 
 
 @torch.inference_mode(False)  # what is made here outlives the mode
-def settle(slots: Iterable[TensorSlot]) -> None:
+def finalize(slots: Iterable[TensorSlot]) -> None:
     """Has parameters lie in memory, or simply show the checkpoint's tensor, for good.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hookcore.memory.device.flat_group import Packed, rounded
+from hookcore.memory.device.flat_group import FlatGroup, rounded
 from hookcore.memory.files.file_range import merged
 from hookcore.memory.files.file_reader import Target
 from hookcore.memory.files.file_weight import is_as_stored
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hookcore.memory.files.file_weight import FileWeight
 
 
-class FilePacked(Packed):
+class FlatFileGroup(FlatGroup):
     """Parameters that lie in files, and side by side only where they are copied through and to.
 
     Args:
@@ -39,7 +39,7 @@ class FilePacked(Packed):
         self.weights = weights
         self.tensors = [tensor for weight in weights for tensor in weight.tensors]
         self.targets: list[Target] = []
-        self.brought: tuple[FilePacked, list[torch.Tensor]] | None = None
+        self.brought: tuple[FlatFileGroup, list[torch.Tensor]] | None = None
         self._target_of: list[int] = []
         for weight in weights:
             self._give_places(weight)

@@ -19,20 +19,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from hookcore.errors import ConcurrentCallError
-from hookcore.memory.files.page_arena import Arena
-from hookcore.memory.planning.call_cycle import Rounds
+from hookcore.memory.files.page_arena import PageArena
+from hookcore.memory.planning.call_cycle import CallCycle
 from hookcore.memory.planning.residency import check_budget, spread_residents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from hookcore.memory.files.file_mover import DiskMover
-    from hookcore.memory.files.page_arena import Piece
+    from hookcore.memory.files.file_mover import FileMover
+    from hookcore.memory.files.page_arena import PageRange
     from hookcore.memory.files.reader_threads import Task
     from hookcore.memory.grouping import Group
 
 
-class DiskRoom:
+class HostPool:
     """Memory for weights that are read from files, and whose calls use it.
 
     Args:
@@ -50,16 +50,16 @@ class DiskRoom:
         self.budget = budget
         self.read_ahead = read_ahead
         self.is_shared = is_shared
-        self._arena: Arena | None = None  # until a call needs it, and when nobody is left who does
-        self._leaving: list[tuple[Task[None], Piece]] = []  # mapped pages that are being let go
-        self._left_behind: deque[Piece] = deque()  # by movers that went away; any thread may add some
+        self._arena: PageArena | None = None  # until a call needs it, and when nobody is left who does
+        self._leaving: list[tuple[Task[None], PageRange]] = []  # mapped pages that are being let go
+        self._left_behind: deque[PageRange] = deque()  # by movers that went away; any thread may add some
         # A model that nobody else keeps goes away, whatever becomes of those that it ran with.
-        self._expecting: weakref.WeakValueDictionary[str, DiskMover] = weakref.WeakValueDictionary()
-        self._movers: weakref.WeakValueDictionary[int, DiskMover] = weakref.WeakValueDictionary()
+        self._expecting: weakref.WeakValueDictionary[str, FileMover] = weakref.WeakValueDictionary()
+        self._movers: weakref.WeakValueDictionary[int, FileMover] = weakref.WeakValueDictionary()
         self._registering = threading.Lock()
         self._numbers = itertools.count()
-        self._running: list[DiskMover] = []  # innermost last
-        self._rounds: Rounds[int] = Rounds()
+        self._running: list[FileMover] = []  # innermost last
+        self._rounds: CallCycle[int] = CallCycle()
         self._chosen_for: Counter[int] | None = None  # whose groups stay, and how often these are called
         self._lock = threading.RLock()
 
@@ -69,11 +69,11 @@ class DiskRoom:
         """A number for a mover."""
         return next(self._numbers)
 
-    def expect(self, component: str, mover: DiskMover) -> None:
+    def expect(self, component: str, mover: FileMover) -> None:
         """Is told which mover a component will have."""
         self._expecting[component] = mover
 
-    def needs(self, mover: DiskMover) -> int:
+    def needs(self, mover: FileMover) -> int:
         """Bytes that all components together will take at most; the first mover says it.
 
         Raises:
@@ -89,14 +89,14 @@ class DiskRoom:
             return max(self._wanted_for(it) for it in movers)
         return min(self.budget, sum(it.whole for it in movers))
 
-    def register(self, mover: DiskMover) -> None:
+    def register(self, mover: FileMover) -> None:
         """Takes a mover in, which has groups now."""
         with self._registering:
             if mover.number not in self._movers:
                 self._movers[mover.number] = mover
                 self._chosen_for = None
 
-    def unregister(self, mover: DiskMover) -> None:
+    def unregister(self, mover: FileMover) -> None:
         """Lets a mover go, which has no groups any more; the last one gives the memory back."""
         with self._registering:
             self._movers.pop(mover.number, None)
@@ -125,13 +125,13 @@ class DiskRoom:
         """Forgets in which order components were called."""
         self._rounds.forget()
 
-    def leave_behind(self, pieces: Iterable[Piece]) -> None:
+    def leave_behind(self, page_ranges: Iterable[PageRange]) -> None:
         """Takes over what a mover had that goes away, from whichever thread."""
-        self._left_behind.extend(pieces)
+        self._left_behind.extend(page_ranges)
 
     # Calls
 
-    def enter(self, mover: DiskMover) -> None:
+    def enter(self, mover: FileMover) -> None:
         """Begins an outermost call of a component; it may be within a call of another one.
 
         Raises:
@@ -154,7 +154,7 @@ class DiskRoom:
         self._running.pop()
         self._lock.release()
 
-    def following(self, mover: DiskMover) -> DiskMover:
+    def following(self, mover: FileMover) -> FileMover:
         """Whose weights are needed after a mover's call: perhaps its own."""
         if not self.is_shared:
             return mover
@@ -163,37 +163,37 @@ class DiskRoom:
         expected = self._rounds.expected
         return mover if expected is None else self._movers.get(expected, mover)
 
-    def make_way(self) -> bool:
+    def evict_one(self) -> bool:
         """Has one group given up that is kept and not in use, if there is any."""
         current = self._running[-1] if self._running else None
         others = [it for it in self._all() if it is not current]
-        return any(it.give_up_one() for it in (*others, *self._running[-1:]))
+        return any(it.evict_one() for it in (*others, *self._running[-1:]))
 
     # Memory
 
-    def take(self, sizes: Sequence[int]) -> list[Piece | None] | None:
+    def take(self, sizes: Sequence[int]) -> list[PageRange | None] | None:
         """Lends pieces of these sizes, none for a size of 0; None if there is no room for all of them."""
         arena = self.arena
         self._collect()
-        pieces: list[Piece | None] = []
+        page_ranges: list[PageRange | None] = []
         for nbytes in sizes:
-            piece = arena.take(nbytes) if nbytes else None
-            if nbytes and piece is None:
-                for taken in pieces:
+            pages = arena.take(nbytes) if nbytes else None
+            if nbytes and pages is None:
+                for taken in page_ranges:
                     if taken is not None:
                         arena.give_back(taken)
                 return None
-            pieces.append(piece)
-        return pieces
+            page_ranges.append(pages)
+        return page_ranges
 
-    def give_back(self, piece: Piece) -> None:
+    def give_back(self, pages: PageRange) -> None:
         """Takes a piece back, as soon as nobody looks at it."""
         if self._arena is not None:
-            self._arena.give_back(piece)
+            self._arena.give_back(pages)
 
-    def give_back_after(self, done: Task[None], piece: Piece) -> None:
+    def give_back_after(self, done: Task[None], pages: PageRange) -> None:
         """Takes a piece back when the pages that it stands for were let go."""
-        self._leaving.append((done, piece))
+        self._leaving.append((done, pages))
 
     @property
     def is_leaving(self) -> bool:
@@ -207,33 +207,33 @@ class DiskRoom:
         self._collect()
 
     @property
-    def arena(self) -> Arena:
+    def arena(self) -> PageArena:
         """The memory."""
         if self._arena is None:
             movers = self._all()
             least = max((it.least for it in movers), default=0) + self.read_ahead
-            self._arena = Arena(least if self.budget is None else self.budget)
+            self._arena = PageArena(least if self.budget is None else self.budget)
         return self._arena
 
     # How it is done
 
-    def _all(self) -> list[DiskMover]:
+    def _all(self) -> list[FileMover]:
         with self._registering:
             return list(self._movers.values())
 
     def _collect(self) -> None:
         """Takes back what was let go in the meantime."""
         still = []
-        for future, piece in self._leaving:
+        for future, pages in self._leaving:
             if future.done():
-                self.give_back(piece)
+                self.give_back(pages)
             else:
-                still.append((future, piece))
+                still.append((future, pages))
         self._leaving = still
         while self._left_behind:
             self.give_back(self._left_behind.popleft())
 
-    def _begin(self, mover: DiskMover) -> None:
+    def _begin(self, mover: FileMover) -> None:
         for other in self._all():
             if other is not mover:
                 other.discard_ahead()
@@ -247,17 +247,17 @@ class DiskRoom:
                 self._choose(self.budget)
                 self._see_to_room_for(mover)
 
-    def _wanted_for(self, mover: DiskMover) -> int:
+    def _wanted_for(self, mover: FileMover) -> int:
         """Bytes that a mover takes at most while none of its groups stay."""
         return min(mover.least + self.read_ahead, mover.whole)
 
-    def _see_to_room_for(self, mover: DiskMover) -> None:
+    def _see_to_room_for(self, mover: FileMover) -> None:
         """Has groups of others make way for those that will come and go."""
         arena = self.arena
         wanted = min(self._wanted_for(mover), mover.whole - sum(mover.kept.values())) - mover.ahead_bytes
         self._collect()
         while arena.nbytes - arena.lent() < wanted:
-            if not any(it.give_up_one() for it in self._all() if it is not mover):
+            if not any(it.evict_one() for it in self._all() if it is not mover):
                 return
             self._collect()
 

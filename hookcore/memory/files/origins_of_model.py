@@ -13,7 +13,7 @@ from hookcore.memory.files.checkpoint_names import find_entries
 from hookcore.memory.files.file_weight import forget_paused
 from hookcore.memory.files.mapped_file import find_mapping, map_checkpoint
 from hookcore.memory.files.origin import Origin, origin_of, wanted_dtype
-from hookcore.memory.files.spill import write_origins
+from hookcore.memory.files.spill import spill
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
 from hookcore.technique import Binding
 
@@ -57,7 +57,7 @@ class FileOrigins(Mapping["TensorSlot", Origin]):
             CheckpointError: It has to be written, and cannot be.
         """
         if slot in self._unwritten and self._folder is not None:
-            self._known |= write_origins(self._unwritten, self._folder)
+            self._known |= spill(self._unwritten, self._folder)
             self._unwritten.clear()
         taken = self._taken.get(slot)
         origin = None if taken is None else taken()
@@ -72,7 +72,7 @@ class FileOrigins(Mapping["TensorSlot", Origin]):
             if slot in self._known:
                 self._taken[slot] = weakref.ref(self._known.pop(slot))
 
-    def settle(self, slots: Iterable[TensorSlot]) -> None:
+    def finalize(self, slots: Iterable[TensorSlot]) -> None:
         """Have parameters lie in memory, or simply show the checkpoint's tensor, for good.
 
         Raises:
@@ -80,7 +80,7 @@ class FileOrigins(Mapping["TensorSlot", Origin]):
         """
         slots = list(slots)
         mappings = {self[slot].mapping for slot in slots if slot in self}
-        file_weights.settle(slots)
+        file_weights.finalize(slots)
         self._settled.update(slots)
         self._mappings |= mappings
         if self._settled.issuperset(self):

@@ -11,13 +11,13 @@ from contextlib import suppress
 
 import torch
 
-from hookcore.memory.planning.free_list import Ranges
+from hookcore.memory.planning.free_list import FreeList
 
 _use_count = torch._C._storage_Use_Count
 _ALIGNMENT = mmap.PAGESIZE
 
 
-class Piece:
+class PageRange:
     """Page-aligned memory.
 
     Args:
@@ -52,7 +52,7 @@ class Piece:
             self._memory.madvise(mmap.MADV_DONTNEED, self.start, self.nbytes)
 
 
-class Arena:
+class PageArena:
     """Lends pieces of one stretch of memory, the first that fits.
 
     It takes as much memory as was ever written to, and no piece is lent while anybody still looks at it.
@@ -68,19 +68,19 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = size = rounded(max(nbytes, 1))
         self._memory = _memory(size)
-        self._ranges = Ranges(size)
-        self._looked_at: list[Piece] = []
+        self._ranges = FreeList(size)
+        self._looked_at: list[PageRange] = []
 
-    def take(self, nbytes: int) -> Piece | None:
+    def take(self, nbytes: int) -> PageRange | None:
         """Lends a piece of at least this size; None if there is no room for it."""
         self._return_what_nobody_looks_at()
         size = rounded(max(nbytes, 1))
         start = self._ranges.take(size)
-        return None if start is None else Piece(self._memory, start, size)
+        return None if start is None else PageRange(self._memory, start, size)
 
-    def give_back(self, piece: Piece) -> None:
+    def give_back(self, pages: PageRange) -> None:
         """Takes a piece back, as soon as nobody looks at it."""
-        self._looked_at.append(piece)
+        self._looked_at.append(pages)
         self._return_what_nobody_looks_at()
 
     def lent(self) -> int:
@@ -89,17 +89,17 @@ class Arena:
         return self._ranges.lent
 
     def _return_what_nobody_looks_at(self) -> None:
-        still = [piece for piece in self._looked_at if piece.in_use]
-        for piece in self._looked_at:
-            if piece not in still and piece._memory is self._memory:  # others were made beside the arena
-                self._ranges.give_back(piece.start, piece.nbytes)
+        still = [pages for pages in self._looked_at if pages.in_use]
+        for pages in self._looked_at:
+            if pages not in still and pages._memory is self._memory:  # others were made beside the arena
+                self._ranges.give_back(pages.start, pages.nbytes)
         self._looked_at = still
 
 
-def piece_beside(nbytes: int) -> Piece:
+def separate_pages(nbytes: int) -> PageRange:
     """Memory of its own, for when an arena has no room for what has to be there."""
     size = rounded(max(nbytes, 1))
-    return Piece(_memory(size), 0, size)
+    return PageRange(_memory(size), 0, size)
 
 
 def _memory(size: int) -> mmap.mmap:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from attrs import define
 
-from hookcore.memory.device.copy_engine import CopyEngine, Load
+from hookcore.memory.device.copy_engine import CopyEngine, Transfer
 from hookcore.memory.files.file_range import was_written
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from hookcore.memory.device.pinned_memory import Staging
     from hookcore.memory.files.file_reader import FileReader
-    from hookcore.memory.files.flat_file_group import FilePacked
+    from hookcore.memory.files.flat_file_group import FlatFileGroup
     from hookcore.memory.files.reader_threads import Task
 
     Read = Task[tuple[bool, float]]
@@ -32,8 +32,8 @@ class _Request:
     """A copy that was asked for.
 
     Attributes:
-        load: The copy.
-        packed: What is copied.
+        transfer: The copy.
+        flat: What is copied.
         after: An event after all use of the memory that it fills.
         during: In which call it was asked for.
         read: Reading it, from when that begins: whether it comes from files, and how long it took.
@@ -41,8 +41,8 @@ class _Request:
         is_copied: Whether the copy was begun.
     """
 
-    load: Load
-    packed: FilePacked
+    transfer: Transfer
+    flat: FlatFileGroup
     after: Any
     during: int
     read: Read | None = None
@@ -58,17 +58,17 @@ class FileEngine(CopyEngine):
         nbytes: Bytes of memory that copies may take.
         reader: Reads the weights.
         ring: Page-locked memory to read into, enough for the largest group.
-        in_pieces: Whether memory is allocated for each copy, and not now and once.
+        per_group: Whether memory is allocated for each copy, and not now and once.
     """
 
     def __init__(
-        self, device: torch.device, nbytes: int, reader: FileReader, ring: Staging, *, in_pieces: bool
+        self, device: torch.device, nbytes: int, reader: FileReader, ring: Staging, *, per_group: bool
     ) -> None:
-        super().__init__(device, nbytes, in_pieces=in_pieces)
+        super().__init__(device, nbytes, per_group=per_group)
         self._reader = reader
         self.staging = self._ring = ring
         self._calls = 0
-        self._requests: dict[Load, _Request] = {}  # of all loads that are there or on their way
+        self._requests: dict[Transfer, _Request] = {}  # of all loads that are there or on their way
         self._waiting: deque[_Request] = deque()  # until they are copied
         self._given_up: list[tuple[Read, torch.Tensor]] = []  # while they are still being read
 
@@ -79,46 +79,46 @@ class FileEngine(CopyEngine):
         self._calls += 1
         self._go_on()
 
-    def copy(self, loads: Iterable[Load]) -> None:
+    def copy(self, transfers: Iterable[Transfer]) -> None:
         """Has these read and then copied, after all use so far of the memory that they fill."""
-        if self.slab.is_shared:  # with what was computed until this moment
+        if self.allocator.is_shared:  # with what was computed until this moment
             self._left = self._module.Event()
             self._left.record(self._computing)
-        for load in loads:
-            load.packed.note_versions()
-            request = _Request(load, cast("FilePacked", load.packed), self._left, self._calls)
-            self._requests[load] = request
+        for transfer in transfers:
+            transfer.flat.note_versions()
+            request = _Request(transfer, cast("FlatFileGroup", transfer.flat), self._left, self._calls)
+            self._requests[transfer] = request
             self._waiting.append(request)
         self._go_on()
 
-    def wait_for(self, load: Load) -> None:
+    def wait_for(self, transfer: Transfer) -> None:
         """Has what is computed from now on come after a copy.
 
         Raises:
             CheckpointError: A file has changed, or cannot be read.
         """
-        request = self._requests[load]
-        request.packed.verify()
+        request = self._requests[transfer]
+        request.flat.verify()
         if request.during != self._calls and self._is_outdated(request):
             self._forget_read(request)
             request.after, request.is_copied = self._left, False
         if not request.is_copied:
             self._copy_now(request)
-        super().wait_for(load)
+        super().wait_for(transfer)
         self._go_on()
 
-    def leave(self, load: Load) -> None:
+    def leave(self, transfer: Transfer) -> None:
         """Has all later copies come after what was computed so far, with this load among others."""
         self._left = self._module.Event()  # what was asked for earlier goes on waiting for the last one
-        super().leave(load)
-        if load.packed not in self.slab.kept:  # what is kept is used again
-            del self._requests[load]
+        super().leave(transfer)
+        if transfer.flat not in self.allocator.kept:  # what is kept is used again
+            del self._requests[transfer]
         self._go_on()
 
-    def give_back(self, load: Load) -> None:
+    def give_back(self, transfer: Transfer) -> None:
         """Gives back a load's room. What was begun may go on."""
-        super().give_back(load)
-        request = self._requests.pop(load)
+        super().give_back(transfer)
+        request = self._requests.pop(transfer)
         if request in self._waiting:
             self._waiting.remove(request)
         self._forget_read(request)
@@ -150,13 +150,13 @@ class FileEngine(CopyEngine):
 
     def _begin_read(self, request: _Request) -> bool:
         """Has a request read, if there is room for it."""
-        nbytes = request.packed.nbytes
+        nbytes = request.flat.nbytes
         # Larger than all that there was at first it can only be if it was given other data.
         room = torch.empty(nbytes, dtype=torch.uint8) if self._is_beside(nbytes) else self._ring.take(nbytes)
         if room is None:
             return False
         request.room = room
-        request.read = self._reader.submit(request.packed.targets, request.packed.ranges, room)
+        request.read = self._reader.submit(request.flat.targets, request.flat.ranges, room)
         return True
 
     def _copy_or_forget(self, request: _Request, read: Read) -> None:
@@ -168,21 +168,21 @@ class FileEngine(CopyEngine):
 
     def _begin_copy(self, request: _Request) -> None:
         """Copies what has been read."""
-        load, copying, times, timeline = request.load, self._copying, self.times, self.timeline
+        transfer, copying, times, timeline = request.transfer, self._copying, self.times, self.timeline
         marker = times or timeline
         room = cast("torch.Tensor", request.room)
-        _, request.packed.read_seconds = cast("Read", request.read).result()
+        _, request.flat.read_seconds = cast("Read", request.read).result()
         copying.wait_event(request.after)
         with self._module.stream(copying):
             begun = marker and marker.mark(copying)
-            load.place.memory.copy_(room, non_blocking=True)
-            load.ready.record(copying)
+            transfer.place.memory.copy_(room, non_blocking=True)
+            transfer.ready.record(copying)
         if times is not None:
-            times.copy(load.packed, begun, times.mark(copying))
+            times.copy(transfer.flat, begun, times.mark(copying))
         if timeline is not None:
-            timeline.add("copy", load.packed.name, begun, timeline.mark(copying))
+            timeline.add("copy", transfer.flat.name, begun, timeline.mark(copying))
         if not self._is_beside(room.nbytes):
-            self._ring.sent(room, load.ready)
+            self._ring.sent(room, transfer.ready)
         request.room = None
         request.is_copied = True
 
@@ -207,7 +207,7 @@ class FileEngine(CopyEngine):
         if request.read.exception() is not None:
             return True
         from_files, _ = request.read.result()
-        return from_files and was_written(request.packed.ranges)
+        return from_files and was_written(request.flat.ranges)
 
     def _forget_read(self, request: _Request) -> None:
         """Gives back the room that a request was read into, at once or when the reading has ended."""

@@ -64,7 +64,7 @@ class Task(Generic[T]):
         return self._future.result()
 
 
-class Workers:
+class ReaderThreads:
     """Threads with open files. A forked child gets its own when it first asks for work.
 
     Files are held open until `close`, or until nobody refers to the workers any more.

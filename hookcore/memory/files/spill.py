@@ -54,7 +54,7 @@ class _File:
 _FILES: dict[Path, _File] = {}
 
 
-def write_origins(slots: Iterable[TensorSlot], folder: Path) -> dict[TensorSlot, Origin]:
+def spill(slots: Iterable[TensorSlot], folder: Path) -> dict[TensorSlot, Origin]:
     """Writes parameters to a new file, and says where in it each lies.
 
     Args:

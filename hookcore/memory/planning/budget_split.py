@@ -22,7 +22,7 @@ _FOR_PIECES = 3  # sizes of the largest group; in so little room, gaps would cos
 
 
 @frozen
-class Share(Generic[T]):
+class BudgetShare(Generic[T]):
     """What has to be on the device for the calls of one component, or of several that share weights.
 
     Attributes:
@@ -77,21 +77,23 @@ class Share(Generic[T]):
 
 
 @frozen
-class Allotment(Generic[T]):
+class BudgetSplit(Generic[T]):
     """How memory is divided from the first call on.
 
     Attributes:
         staying: The groups that stay, in memory of their own.
         ring: Bytes in which all others come and go.
-        in_pieces: Whether memory for these is allocated for each by itself, as there is room for few.
+        per_group: Whether memory for these is allocated for each by itself, as there is room for few.
     """
 
     staying: tuple[T, ...]
     ring: int
-    in_pieces: bool = False
+    per_group: bool = False
 
 
-def allot(shares: Sequence[Share[T]], *, budget: int | None, device: torch.device) -> Allotment[T]:
+def split_budget(
+    shares: Sequence[BudgetShare[T]], *, budget: int | None, device: torch.device
+) -> BudgetSplit[T]:
     """Divides memory.
 
     All groups stay if there is room for all. Else, of one component, those stay that calls hold while others
@@ -121,11 +123,11 @@ def allot(shares: Sequence[Share[T]], *, budget: int | None, device: torch.devic
     else:
         room = budget - fixed
     if sum(sum(share.sizes.values()) for share in shares) <= room:
-        return Allotment(tuple(group for share in shares for group in share.sizes), 0)
+        return BudgetSplit(tuple(group for share in shares for group in share.sizes), 0)
     staying: tuple[T, ...] = ()
     if len(shares) == 1:
         staying = tuple(largest.held)
         room -= largest.always
     ring = room // ALIGNMENT * ALIGNMENT
-    in_pieces = any(share.comes_in_pieces(ring + (share.always if staying else 0)) for share in shares)
-    return Allotment(staying, ring, in_pieces)
+    per_group = any(share.comes_in_pieces(ring + (share.always if staying else 0)) for share in shares)
+    return BudgetSplit(staying, ring, per_group)

@@ -11,7 +11,7 @@ T = TypeVar("T", bound=Hashable)
 _LONGEST = 8  # calls in a round; a loop that calls more components in each step is rare
 
 
-class Rounds(Generic[T]):
+class CallCycle(Generic[T]):
     """Calls of components, which repeat in rounds: a model called in a loop, or several in turn.
 
     A round is what the last calls have done twice, or three times if it is a single call. It is believed

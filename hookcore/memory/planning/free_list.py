@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 
 
-class Ranges:
+class FreeList:
     """Lends ranges of `[0, size)`: small ones the first that fits, large ones the end of the last that fits.
 
     Apart from each other they leave fewer gaps that are too short for a large one.
@@ -70,8 +70,8 @@ class Ranges:
         self._free.insert(index, (start, stop))
 
 
-class Quota:
-    """Lends so much of something in all, wherever it is: `Ranges` that have no gaps.
+class ByteQuota:
+    """Lends so much of something in all, wherever it is: `FreeList` that have no gaps.
 
     Args:
         size: How much there is.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from attrs import frozen
 
-from hookcore.memory.planning.free_list import Quota, Ranges
+from hookcore.memory.planning.free_list import ByteQuota, FreeList
 from hookcore.memory.planning.residency import spread_evenly
 from hookcore.memory.planning.schedule import pass_seconds
 
@@ -129,7 +129,7 @@ class _Search(Generic[T]):
         if ring < max(self._least_ring, largest):
             return None
         large = None if share is None else int(share * largest)
-        memory = Quota(ring) if self._anywhere else Ranges(ring, large)
+        memory = ByteQuota(ring) if self._anywhere else FreeList(ring, large)
         seconds = pass_seconds(self._uses, resident, memory, self._ahead)
         if seconds is not None and (self.best is None or seconds <= self.best.seconds):
             staying = tuple(group for group in self._sizes if group in resident)

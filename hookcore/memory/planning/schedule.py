@@ -19,7 +19,7 @@ from attrs import frozen
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from hookcore.memory.planning.free_list import Quota, Ranges
+    from hookcore.memory.planning.free_list import ByteQuota, FreeList
 
 T = TypeVar("T", bound=Hashable)
 
@@ -52,7 +52,7 @@ class Use(Generic[T]):
 
 
 def pass_seconds(
-    uses: Sequence[Use[T]], resident: Collection[T], ring: Ranges | Quota, ahead: int | None = None
+    uses: Sequence[Use[T]], resident: Collection[T], ring: FreeList | ByteQuota, ahead: int | None = None
 ) -> float | None:
     """Seconds that a pass takes in the long run; None if the ring is too small for a group.
 
@@ -93,7 +93,7 @@ class _Run(Generic[T]):
     """Passes, followed step by step."""
 
     def __init__(
-        self, uses: Sequence[Use[T]], resident: Collection[T], ring: Ranges | Quota, ahead: int | None
+        self, uses: Sequence[Use[T]], resident: Collection[T], ring: FreeList | ByteQuota, ahead: int | None
     ) -> None:
         self._before, self._steps = _steps(uses, resident)
         self._most = len(self._steps) if ahead is None else min(ahead, len(self._steps))
@@ -127,7 +127,7 @@ class _Run(Generic[T]):
         for position, step in enumerate(steps, start=1):
             self._position = position % len(steps)
             if step.group not in self._ahead:
-                self._make_way(step)
+                self._evict_for(step)
             nbytes, start, there = self._ahead.pop(step.group)
             self._now = max(self._now, there)
             self._issue(step.group)
@@ -136,7 +136,7 @@ class _Run(Generic[T]):
             self._issue()
             self._now += step.after
 
-    def _make_way(self, step: _Step[T]) -> None:
+    def _evict_for(self, step: _Step[T]) -> None:
         """Brings a group that is used now and was not copied ahead."""
         if not self._copy(step):
             for nbytes, start, _ in self._ahead.values():

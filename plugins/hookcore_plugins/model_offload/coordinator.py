@@ -257,7 +257,7 @@ class Coordinator:
         with self._lock:
             if self._calls:
                 weights.turn_on([weights.part_of(group)])
-            weights.expose(group)
+            weights.invalidate(group)
 
 
 def _parts_of(components: Iterable[ComponentWeights]) -> list[Part]:

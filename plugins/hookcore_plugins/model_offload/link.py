@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from attrs import define
 
-from hookcore.memory import HostMemory, has_streams
+from hookcore.memory import PinnedMemory, has_streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hookcore.memory import Packed, Recorder
+    from hookcore.memory import FlatGroup, Recorder
 
 
 @define(eq=False)
-class Load:
+class Transfer:
     """A copy of a component's weights on the device, or on its way there.
 
     When the last reference to it goes, the stream that its memory belongs to waits for all that fills or uses
@@ -53,7 +53,7 @@ class Link:
 
     Memory belongs to the stream that computes: what is freed there can be used again without waiting. So the
     stream that copies waits for it before it fills memory, and it waits for that stream's copies before
-    memory is freed (see `Load`). The host waits for neither.
+    memory is freed (see `Transfer`). The host waits for neither.
 
     Args:
         device: The device.
@@ -68,53 +68,53 @@ class Link:
         self.copies_ahead = has_streams(device)
         self._module: Any = torch.get_device_module(device) if self.copies_ahead else None
         self.recorder: Recorder | None = None
-        self._host: HostMemory | None = None
+        self._host: PinnedMemory | None = None
         self._copying: Any = None
 
     @property
-    def host(self) -> HostMemory:
+    def host(self) -> PinnedMemory:
         """Makes memory to copy from, locked where there is a use for that."""
         if self._host is None:
-            self._host = HostMemory(self._device, None if self.copies_ahead else 0)
+            self._host = PinnedMemory(self._device, None if self.copies_ahead else 0)
         return self._host
 
     @torch.inference_mode(False)  # what is made here outlives the mode
-    def copy(self, packed: Packed) -> Load:
+    def copy(self, flat: FlatGroup) -> Transfer:
         """Begins a copy.
 
         Raises:
             torch.OutOfMemoryError: The device has no room for it.
         """
-        memory = torch.empty(packed.nbytes, dtype=torch.uint8, device=self._device)
-        load = Load(memory, packed.views(memory), packed.name)
+        memory = torch.empty(flat.nbytes, dtype=torch.uint8, device=self._device)
+        transfer = Transfer(memory, flat.views(memory), flat.name)
         if not self.copies_ahead:
-            memory.copy_(packed.host)
-            return load
+            memory.copy_(flat.host)
+            return transfer
         stream = self._module.current_stream(self._device)
         if self._copying is None:
             self._copying = self._module.Stream(self._device)
         self._copying.wait_stream(stream)
         begun = self.mark(self._copying)
         with self._module.stream(self._copying):
-            memory.copy_(packed.host, non_blocking=True)
-        load.ready = self._module.Event()
-        load.ready.record(self._copying)
-        self.add("copy", packed.name, begun, self._copying)
-        load.made_on = stream
-        return load
+            memory.copy_(flat.host, non_blocking=True)
+        transfer.ready = self._module.Event()
+        transfer.ready.record(self._copying)
+        self.add("copy", flat.name, begun, self._copying)
+        transfer.made_on = stream
+        return transfer
 
-    def use(self, load: Load) -> None:
+    def use(self, transfer: Transfer) -> None:
         """Has what is computed from now on come after the copy and after what used it before."""
         if not self.copies_ahead:
             return
         stream = self._module.current_stream(self._device)
-        if load.used_on is None:
+        if transfer.used_on is None:
             asked = self.mark(stream)
-            stream.wait_event(load.ready)
-            self.add("stall", load.name, asked, stream)
-        elif load.used_on != stream:
-            stream.wait_stream(load.used_on)
-        load.used_on = stream
+            stream.wait_event(transfer.ready)
+            self.add("stall", transfer.name, asked, stream)
+        elif transfer.used_on != stream:
+            stream.wait_stream(transfer.used_on)
+        transfer.used_on = stream
 
     @property
     def stream(self) -> Any:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookcore.memory import (
-    DeviceMover,
+    FlatGroup,
     Group,
-    Packed,
+    SynchronousMover,
     copy_to,
     current_tensors,
+    flat_nbytes,
     move_apart,
     move_gradient,
-    packed_nbytes,
     planned_nbytes,
     stop_copying_to,
 )
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hookcore import TensorSlot
-    from hookcore_plugins.model_offload.link import Link, Load
+    from hookcore_plugins.model_offload.link import Link, Transfer
 
 _CPU = torch.device("cpu")
 _LARGE = 2**10
@@ -61,11 +61,11 @@ class Part:
         self._moving_buffers = [slot for slot in self._slots if slot.is_buffer]
         self._buffers = Group("buffers", staying, ())
         self._attached = 0  # by how many components
-        self._mover = DeviceMover(device, _CPU)
+        self._mover = SynchronousMover(device, _CPU)
         self._homes: dict[TensorSlot, torch.device] = {}
         self._uncounted: list[TensorSlot] = []  # made in inference mode; always copied back
-        self._packed = Packed(())
-        self._load: Load | None = None
+        self._packed = FlatGroup(())
+        self._load: Transfer | None = None
         self._copied: Any = None  # the event after the last copy that reads host memory
         self._stale: set[int] = set()  # positions of tensors that may have been changed where they show
         self._versions: list[int] = []
@@ -80,8 +80,8 @@ class Part:
     def size(self) -> int:
         """What `nbytes` will be when it is attached."""
         uncounted = [slot for slot in self._slots if any(it.is_inference() for it in current_tensors(slot))]
-        packed = [slot for slot in self._slots if slot not in uncounted]
-        return packed_nbytes(packed) + planned_nbytes(uncounted)
+        flat = [slot for slot in self._slots if slot not in uncounted]
+        return flat_nbytes(flat) + planned_nbytes(uncounted)
 
     @property
     def staying(self) -> int:
@@ -169,15 +169,15 @@ class Part:
         copies = not self.is_loaded
         if copies:
             self.begin_copy()
-        load, changed = self._loaded, self._changed()
-        self._link.use(load)
+        transfer, changed = self._loaded, self._changed()
+        self._link.use(transfer)
         try:
             move_apart(dict.fromkeys(self._uncounted, self._device))
         except BaseException:
             self._drop()
             raise
-        self._packed.show(load.views)
-        self._copy(changed, self._packed.views(self._packed.host) if changed else (), load.views)
+        self._packed.show(transfer.views)
+        self._copy(changed, self._packed.views(self._packed.host) if changed else (), transfer.views)
         self._note()
         self.is_on = True
         self._move_gradients()
@@ -188,11 +188,11 @@ class Part:
         if not self.is_loaded:
             return
         if self.is_on:
-            load, changed = self._loaded, self._changed()
-            self._link.use(load)
-            given = self._packed.replaced([view.data_ptr() for view in load.views])
+            transfer, changed = self._loaded, self._changed()
+            self._link.use(transfer)
+            given = self._packed.replaced([view.data_ptr() for view in transfer.views])
             self._packed.show_host()
-            self._copy(changed, load.views, self._packed.views(self._packed.host) if changed else ())
+            self._copy(changed, transfer.views, self._packed.views(self._packed.host) if changed else ())
             for tensor, data in given:
                 tensor.data = data.to(_CPU)
             move_apart(dict.fromkeys(self._uncounted, _CPU))
@@ -203,7 +203,7 @@ class Part:
             self._move_gradients()
         self._drop()
 
-    def expose(self, tensors: Sequence[torch.Tensor]) -> None:
+    def invalidate(self, tensors: Sequence[torch.Tensor]) -> None:
         """Is told that somebody gets at tensors between calls, and may change them."""
         self._stale.update(at for it in tensors if (at := self._position.get(id(it))) is not None)
         if not self.is_on:
@@ -212,7 +212,7 @@ class Part:
     # How it is done
 
     @property
-    def _loaded(self) -> Load:
+    def _loaded(self) -> Transfer:
         if self._load is None:
             raise RuntimeError("these weights have no memory on the device")
         return self._load

@@ -223,9 +223,9 @@ class ComponentWeights:
             if not part.wanted_by:
                 part.turn_off()
 
-    def expose(self, group: Group) -> None:
+    def invalidate(self, group: Group) -> None:
         """Is told that somebody gets at a tensor between calls, and may change it."""
-        self.part_of(group).expose(current_tensors(group.slots[0]))
+        self.part_of(group).invalidate(current_tensors(group.slots[0]))
 
     def part_of(self, group: Group) -> Part:
         """Where a tensor is."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from hookcore.applied import Applied, Status
 from hookcore.apply import apply, plan, remove, status
 from hookcore.attention import AttentionCall, AttentionFunction, Objection
+from hookcore.conventions import ForeignMechanism, ModelConventions, OpenedTarget
 from hookcore.errors import (
     BudgetError,
     CheckpointError,
@@ -21,6 +22,7 @@ from hookcore.errors import (
     ConflictError,
     HookcoreError,
     HookcoreWarning,
+    HookSite,
     LossyRemovalError,
     OrderError,
     PlanError,
@@ -28,7 +30,7 @@ from hookcore.errors import (
     UnsupportedModelError,
 )
 from hookcore.hook import Hook
-from hookcore.hookspecs import ForeignMechanism, ModelConventions, OpenedTarget, hookimpl
+from hookcore.hookspecs import hookimpl
 from hookcore.loading import load
 from hookcore.plan import Plan, PlanStep
 from hookcore.plugins import attention_functions
@@ -62,6 +64,7 @@ __all__ = [
     "ForeignMechanism",
     "Hook",
     "HookRegistry",
+    "HookSite",
     "HookcoreError",
     "HookcoreWarning",
     "JointTechnique",

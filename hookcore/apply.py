@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
 from hookcore.applied import Applied, Status, take_off
+from hookcore.conflicts import check_conflicts, check_hooks_are_new
 from hookcore.enclosed import wholes_of
 from hookcore.errors import ConflictError, PlanError
-from hookcore.plan import (
-    Placed,
-    Plan,
-    PlanStep,
-    check_conflicts,
-    check_hooks_are_new,
-    left_alone,
-    make_steps,
-    ordered,
-    with_storage,
-)
+from hookcore.plan import Plan, PlanStep, left_alone, make_steps, ordered, with_storage
 from hookcore.plugins import plugins
 from hookcore.registry import CHANGING, HookRegistry, attached_anywhere
 from hookcore.target import Component, open_components, why
 from hookcore.technique import Technique
+
+if TYPE_CHECKING:
+    from hookcore.placed import Placed
 
 Techniques = Iterable[Technique | str] | Mapping[str, Iterable[Technique | str]]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from hookcore.plan import Placed
+    from hookcore.placed import Placed
     from hookcore.target import Component
 
     Key = tuple[nn.Module, str]  # an entry of a module

@@ -6,10 +6,24 @@ expected, then the remedy. It is raised before the model is touched wherever tha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from attrs import frozen
 
-if TYPE_CHECKING:
-    from hookcore.technique import Binding
+
+@frozen
+class HookSite:
+    """A technique's hook and where it stands, for errors.
+
+    Attributes:
+        technique: The technique's name.
+        component: The component's name.
+        fqn: The module's FQN in the component.
+        entry: The method that is hooked.
+    """
+
+    technique: str
+    component: str
+    fqn: str
+    entry: str
 
 
 class HookcoreError(Exception):
@@ -21,15 +35,17 @@ class PlanError(HookcoreError, ValueError):
 
 
 class ConflictError(PlanError):
-    """Two bindings need the same thing of the same tensor or entry.
+    """Two hooks need the same thing of the same tensor or entry.
 
     Attributes:
-        first: The binding that holds it: of an earlier technique, or already on the model. None where
-            it is held by something that is no binding (a foreign hook).
-        second: The binding that wanted it too. None where a whole technique was refused.
+        first: The hook that holds it: of an earlier technique, or already on the model. None where
+            something else holds it (a foreign hook).
+        second: The hook that wanted it too. None where a whole technique was refused.
     """
 
-    def __init__(self, message: str, *, first: Binding | None = None, second: Binding | None = None) -> None:
+    def __init__(
+        self, message: str, *, first: HookSite | None = None, second: HookSite | None = None
+    ) -> None:
         super().__init__(message)
         self.first = first
         self.second = second

@@ -26,8 +26,9 @@ from torch import nn
 
 from hookcore import hookspecs
 from hookcore.attention import AttentionFunction
+from hookcore.conventions import ForeignMechanism, ModelConventions, OpenedTarget
 from hookcore.errors import HookcoreError, HookcoreWarning, PluginError, has_origin
-from hookcore.hookspecs import PROJECT, ForeignMechanism, ModelConventions, OpenedTarget
+from hookcore.hookspecs import PROJECT
 from hookcore.technique import Technique, check_complete
 from hookcore.units import is_snake_case
 

@@ -13,18 +13,13 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from hookcore.answers import ask_loss
+from hookcore.conflicts import check_conflicts, check_hooks_are_new
 from hookcore.enclosed import EnclosedHook, enclosing_calls, enclosing_entries, moved_outside, wholes_of
 from hookcore.errors import ConcurrentCallError, describe_error, note_origin
 from hookcore.guard import CallLock, Turn, WeightGuard
 from hookcore.hook import overrides
-from hookcore.plan import (
-    check_conflicts,
-    check_hooks_are_new,
-    make_joint_steps,
-    ordered,
-    share_modules,
-    with_storage,
-)
+from hookcore.placed import share_modules
+from hookcore.plan import make_joint_steps, ordered, with_storage
 from hookcore.replaced import ReplacedHook
 from hookcore.stack import HookStack
 from hookcore.structure import ReplanHook, Structure

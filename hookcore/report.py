@@ -6,14 +6,14 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from hookcore.answers import ask_sizes
+from hookcore.hook import overrides
 from hookcore.memory.files.mapped_file import find_mapping
 from hookcore.units import format_bytes, shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from hookcore.plan import Placed, Plan
-    from hookcore.registry import Attachment
+    from hookcore.placed import Placed
     from hookcore.target import Component
     from hookcore.technique import Binding
 
@@ -29,21 +29,30 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def plan_table(plan: Plan) -> str:
-    """What a plan would do, outermost first, and what it leaves alone."""
-    if not plan.steps:
-        return "\n".join(["nothing to apply", *_left_alone(plan.left_alone)])
+def plan_table(
+    steps: Sequence[Placed], needs: Mapping[str, int], left_alone: Sequence[Placed], notes: Sequence[str]
+) -> str:
+    """What a plan would do, outermost first, and what it leaves alone.
+
+    Args:
+        steps: What it would do.
+        needs: Bytes of each device that weights will take.
+        left_alone: What it would not do.
+        notes: What plugins remarked.
+    """
+    if not steps:
+        return "\n".join(["nothing to apply", *_left_alone(left_alone)])
     rows = [("component", "technique", "phase", "hooks on")]
     rows += [
         (step.component.label(""), step.technique.name, step.technique.phase.name, _hooked(step.bindings))
-        for step in plan.steps
+        for step in steps
     ]
-    needs = [f"weights need {format_bytes(size)} of {device}" for device, size in plan.needs.items()]
-    notes = [f"note: {note}" for note in plan.notes]
-    return "\n".join([table(rows), *needs, *_skipped(plan.steps), *_left_alone(plan.left_alone), *notes])
+    weights = [f"weights need {format_bytes(size)} of {device}" for device, size in needs.items()]
+    remarks = [f"note: {note}" for note in notes]
+    return "\n".join([table(rows), *weights, *_skipped(steps), *_left_alone(left_alone), *remarks])
 
 
-def attachment_table(attachments: Sequence[Attachment], left_alone: Sequence[Placed] = ()) -> str:
+def attachment_table(attachments: Sequence[Placed], left_alone: Sequence[Placed] = ()) -> str:
     """What is on a model, outermost first, where the bytes are, and what was left alone."""
     rows = [("component", "technique", "hooks on", "bytes")]
     rows += [
@@ -72,10 +81,11 @@ def _hooked(bindings: Sequence[Binding]) -> str:
     return ", ".join(f"{count} x {entry}()" for entry, count in entries.items()) or "nothing"
 
 
-def _placed(item: Attachment) -> str:
+def _placed(item: Placed) -> str:
     total: Counter[str] = Counter()
-    for _, binding in item.overriding("report"):
-        total.update(ask_sizes(item.technique, binding, item.component, "report"))
+    for binding in item.bindings:
+        if overrides(type(binding.hook), "report"):
+            total.update(ask_sizes(item.technique, binding, item.component, "report"))
     return ", ".join(f"{format_bytes(size)} {label}" for label, size in sorted(total.items()))
 
 

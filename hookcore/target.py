@@ -18,7 +18,7 @@ from hookcore.run_end import call_after
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from hookcore.hookspecs import ModelConventions, OpenedTarget
+    from hookcore.conventions import ModelConventions, OpenedTarget
 
 
 @frozen(eq=False, slots=False)  # with a dict, making thousands of them takes half the time

@@ -81,8 +81,6 @@ class Binding:
             call hides theirs (a traced module does not call its children). `"*"` forbids any hook.
         encloses: Whether the call runs the modules below as one with it (a compiled block), so that nothing
             can stand between. Hooks there that only bring weights do so around this call; others are refused.
-        technique: Name of the technique, where an error carries the binding; a plan's steps name it.
-        component: Name of the component, likewise.
     """
 
     fqn: str
@@ -91,8 +89,6 @@ class Binding:
     claims: tuple[Claim, ...] = field(default=(), converter=_claims)
     forbids_below: tuple[str, ...] = ()
     encloses: bool = False
-    technique: str = field(default="", kw_only=True, eq=False)
-    component: str = field(default="", kw_only=True, eq=False)
 
 
 @frozen

@@ -20,7 +20,7 @@ _numbers = itertools.count()
 PROLOGUE = """
 from attrs import frozen
 from hookcore.errors import *
-from hookcore.hookspecs import ForeignMechanism, ModelConventions, hookimpl
+from hookcore import ForeignMechanism, ModelConventions, hookimpl
 from hookcore.technique import Phase, Technique
 
 def technique(name, phase=Phase.COMPUTE):

@@ -26,7 +26,9 @@ from hookcore import (
     Skipped,
     Technique,
 )
-from hookcore.plan import PlanStep, check_conflicts, make_step, ordered
+from hookcore.conflicts import check_conflicts
+from hookcore.errors import HookSite
+from hookcore.plan import PlanStep, make_step, ordered
 from hookcore.testing.modules import Reassigned, module_trees
 from hookcore.testing.snapshot import ModelSnapshot
 
@@ -237,13 +239,19 @@ def test_techniques_conflict_exactly_when_they_claim_the_same_thing(case, first,
     with pytest.raises(ConflictError) as caught:
         check_conflicts(new, old)
     error = caught.value
-    assert error.first in steps[0].bindings
-    assert error.second in steps[1].bindings
+    assert error.first in sites(steps[0])
+    assert error.second in sites(steps[1])
     text = str(error)
     assert text.startswith(f"second cannot claim the {first.resource} of ")
     assert "first already holds it, through its hook at " in text
     remedy = "Call applied.remove() on the first" if existing else "Give only one of them"
     assert text.endswith(f"{remedy}, or leave the module out of one of them")
+
+
+def sites(planned):
+    """Where the hooks of a step stand, as errors say it."""
+    on = planned.component.name
+    return [HookSite(planned.technique.name, on, it.fqn, it.entry) for it in planned.bindings]
 
 
 def claiming(name, claims=(), fqn="", entry="forward", **attributes):
@@ -267,9 +275,8 @@ def test_a_conflict_names_both_sides_the_thing_and_the_remedy():
         "at 'unet.one'. Give only one of them, or leave the module out of one of them"
     )
     held, wanted = caught.value.first, caught.value.second
-    assert (held, wanted) == (first.bindings[0], second.bindings[0])
-    assert (held.technique, wanted.technique) == ("moves", "streams")
-    assert (held.component, wanted.component) == ("unet", "unet")
+    assert held == HookSite("moves", "unet", "one", "forward")
+    assert wanted == HookSite("streams", "unet", "other", "forward")
 
 
 def test_a_conflict_over_an_entry_names_the_entry():
@@ -464,7 +471,7 @@ def test_incompatible_techniques_are_refused_on_shared_modules_only(swapped):
     new, old = (steps[:1], steps[1:]) if swapped else (steps[1:], steps[:1])
     with pytest.raises(ConflictError, match="^shy does not work together with other on 'Identity'") as caught:
         check_conflicts(new, old)
-    assert {caught.value.first, caught.value.second} == {it.bindings[0] for it in steps}
+    assert {caught.value.first, caught.value.second} == {sites(it)[0] for it in steps}
     check_conflicts([step(shy, component(nn.Identity())), step(other, component(nn.Identity()))], [])
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from plugin_sites import FakePlugin, installed, write_site
 from torch import nn
 
+from hookcore import ModelConventions
 from hookcore.errors import CheckpointError, HookcoreWarning, PlanError, PluginError, UnsupportedModelError
-from hookcore.hookspecs import ModelConventions
 from hookcore.plugins import ALLOW_LIST, BLOCK_LIST, PluginHost, PluginInfo
 from hookcore.target import Component
 

@@ -20,7 +20,7 @@ from attrs import frozen
 from torch import nn
 
 from hookcore.errors import PlanError
-from hookcore.memory.tensor_memory import check_movable, current_tensors, is_on
+from hookcore.memory.tensor_memory import check_movable, is_on
 from hookcore.target import own_tensors
 
 if TYPE_CHECKING:
@@ -59,11 +59,6 @@ class Group:
     def nbytes(self) -> int:
         """Bytes of memory, as the tensors are now."""
         return sum(slot.nbytes for slot in self.slots)
-
-    @property
-    def is_inference(self) -> bool:
-        """Whether a tensor of it was made in inference mode; torch counts no changes of these."""
-        return any(tensor.is_inference() for slot in self.slots for tensor in current_tensors(slot))
 
     def divided(self) -> tuple[Group, Group]:
         """Its parameters, and its buffers, which no call needs to have brought."""

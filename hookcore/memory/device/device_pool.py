@@ -109,7 +109,7 @@ class DevicePool:
         owns = [it.own for it in movers]
         shares = [own.expected_share() for own in owns]
         allotment = split_budget(shares, budget=self.budget, device=self.device)
-        taken = allotment.ring + max(own.uncounted_bytes for own in owns)
+        taken = allotment.ring
         for own, share in zip(owns, shares, strict=True):
             taken += share.fixed + own.expected_staying_bytes(allotment.staying)
         return {str(self.device): taken} if mover is movers[0] else {}

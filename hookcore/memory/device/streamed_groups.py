@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import define
 
+from hookcore.memory.counting import Uncounted, count_changes, stop_counting
 from hookcore.memory.device.synchronous_mover import SynchronousMover
 from hookcore.memory.grouping import Group, spanning_groups
 from hookcore.memory.planning.budget_split import BudgetShare
-from hookcore.memory.planning.residency import largest_held
+from hookcore.memory.tensor_memory import current_tensors
 from hookcore.storage import planned_nbytes
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class StreamedGroup:
         parameters: Its parameters, as a group for the plain mover.
         buffers: Its buffers, which always stay on the device.
         flat: Its parameters.
+        uncounted: Those of them that were made in inference mode.
         in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
         stays: Whether it stays on the device, in memory of its own.
         used: An event at the beginning of its use, if it stays and a timeline is recorded.
@@ -40,6 +42,7 @@ class StreamedGroup:
     parameters: Group
     buffers: Group
     flat: FlatGroup
+    uncounted: list[Uncounted]
     in_use: Transfer | None = None
     stays: bool = False
     used: Any = None
@@ -78,19 +81,22 @@ class StreamedGroups:
 
     def attach(self, group: Group, *, resident: bool) -> None:
         """Gives a group's parameters to the store, and its buffers to the device."""
-        if resident or group.is_inference:
-            self.plain.attach(group, resident=resident)
-            self.fixed[group] = group.nbytes if resident else 0
+        if resident:
+            self.plain.attach(group, resident=True)
+            self.fixed[group] = group.nbytes
             return
         parameters, buffers = group.divided()
         self.plain.attach(buffers, resident=True)
+        uncounted: list[Uncounted] = []
         try:
+            uncounted = count_changes(it for slot in parameters.slots for it in current_tensors(slot))
             flat = self.store.take(parameters)
         except BaseException:
+            stop_counting(uncounted)
             self.plain.detach(buffers)
             raise
         self.fixed[group] = buffers.nbytes
-        self.groups[group] = StreamedGroup(parameters, buffers, flat, stays=not flat.tensors)
+        self.groups[group] = StreamedGroup(parameters, buffers, flat, uncounted, stays=not flat.tensors)
 
     def detach(self, group: Group) -> None:
         """Puts a group back where it came from."""
@@ -99,6 +105,7 @@ class StreamedGroups:
             self.plain.detach(group)
         else:
             self.store.give_back(member.flat)
+            stop_counting(member.uncounted)
             self.plain.detach(member.buffers)
             del self.groups[group]
         del self.fixed[group]
@@ -151,7 +158,7 @@ class StreamedGroups:
 
     def expected_share(self) -> BudgetShare[Group]:
         """What they will need, before anything is attached."""
-        parts = {group: group.divided() for group in self._expected_groups() if not group.is_inference}
+        parts = {group: group.divided() for group in self._expected_groups()}
         fixed = sum(planned_nbytes(buffers.slots) for _, buffers in parts.values())
         resident = [group for needed in self._expected.values() for group in needed.resident]
         fixed += sum(planned_nbytes(group.slots) for group in resident)
@@ -162,12 +169,6 @@ class StreamedGroups:
         """Bytes of those of their groups that will stay."""
         stay = [group for group in self._expected_groups() if group in staying]
         return sum(self.store.nbytes(group.divided()[0], stays=True) for group in stay)
-
-    @property
-    def uncounted_bytes(self) -> int:
-        """Bytes that a call needs besides: of tensors made in inference mode."""
-        uncounted = [group for group in self._expected_groups() if group.is_inference]
-        return largest_held({group: planned_nbytes(group.slots) for group in uncounted})[0]
 
     def _expected_groups(self) -> list[Group]:
         return [group for needed in self._expected.values() for group in needed.groups]

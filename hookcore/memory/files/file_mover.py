@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hookcore.errors import CheckpointError
+from hookcore.memory.counting import Uncounted, count_changes, stop_counting
 from hookcore.memory.files import file_weight as file_weights
 from hookcore.memory.files.direct_reader import aligned_span
 from hookcore.memory.files.file_group import FileGroup, Transfer, place_of
@@ -90,6 +91,7 @@ class FileMover(GroupMover):
         self.where = fqn, what
         self._order: LearnedOrder[Group] = LearnedOrder(groups)
         self._streamed: dict[Group, FileGroup] = {}
+        self._uncounted: dict[Group, list[Uncounted]] = {}
         self._calls = 0
         self._is_running = False
         self._files: dict[Path, Checkpoint] = {}
@@ -113,6 +115,7 @@ class FileMover(GroupMover):
             CheckpointError: A parameter in memory differs from the checkpoint.
         """
         streamed = FileGroup([FileWeight.compare(slot, self._origins[slot]) for slot in group.slots])
+        self._uncounted[group] = count_changes(it for slot in group.slots for it in slot.tensors)
         for weight in streamed.weights:
             weight.take_over()
             self._files[weight.origin.entry.path] = weight.origin.checkpoint
@@ -154,6 +157,7 @@ class FileMover(GroupMover):
             self._let_go(staying.pop(group))
         for weight, values in zip(weights, found, strict=True):
             weight.give_back(values)
+        stop_counting(self._uncounted.pop(group))
         del self._streamed[group]
         if group in self._to_stay:
             self._to_stay.remove(group)

@@ -1,6 +1,16 @@
 """How the documentation is built; `make docs`."""
 
+import sys
+from pathlib import Path
+
 import hookcore
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+
+import house  # noqa: E402 - it lies beside this file
+
+house.draw(DOCS / "images" / "house.svg")
 
 project = "hookcore"
 author = "The hookcore developers"

@@ -127,6 +127,25 @@ def test_modules_of_the_core_import_each_other_in_one_direction():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
+NAME_EACH_OTHER = {  # in type annotations only: a pool and the movers that have it in turn
+    ("hookcore.memory.device.device_pool", "hookcore.memory.device.stream_mover"),
+    ("hookcore.memory.files.host_pool", "hookcore.memory.files.file_mover"),
+    ("hookcore.testing.simulator.capture", "hookcore.testing.simulator.devices"),
+}
+
+
+def test_types_follow_the_same_direction():
+    graph = {}
+    for path in files(CORE):
+        own = module_name(path, ROOT)
+        if path.name != "__init__.py":
+            needed = imports(path, ROOT, type_checking=True, functions=False)
+            graph[own] = {
+                it for it in needed if it.startswith("hookcore.") and (own, it) not in NAME_EACH_OTHER
+            }
+    graphlib.TopologicalSorter({own: needed - {own} for own, needed in graph.items()}).prepare()
+
+
 def test_what_importing_hookcore_brings_along():
     program = (
         "import sys; sys.modules['hookcore_plugins.group_offload'] = None\n"  # importing it fails

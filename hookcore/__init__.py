@@ -36,6 +36,7 @@ from hookcore.plan import Plan, PlanStep
 from hookcore.plugins import attention_functions
 from hookcore.registry import HookRegistry
 from hookcore.run_report import RunEntry, RunReport
+from hookcore.skeleton import skeleton_of
 from hookcore.stack import bare_entry
 from hookcore.target import Component, Target, TensorSlot
 from hookcore.technique import Binding, Claim, JointTechnique, Phase, Resource, Skipped, Technique
@@ -100,5 +101,6 @@ __all__ = [
     "parse_onload_device",
     "plan",
     "remove",
+    "skeleton_of",
     "status",
 ]

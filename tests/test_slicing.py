@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 
 import diffusers
@@ -110,7 +111,8 @@ def test_split_is_what_is_as_long_as_the_first_input():
 
     class Conditioned(nn.Module):
         def forward(self, x, scale, *, extra, table):
-            seen.append((len(scale), len(extra["ids"][0]), len(table)))
+            if not x.is_meta:
+                seen.append((len(scale), len(extra["ids"][0]), len(table)))
             return x * scale + extra["ids"][0][:, None]
 
     model = Conditioned()
@@ -162,14 +164,15 @@ def test_frames_of_a_video_stay_together():
                 torch.testing.assert_close(model.decode(latents, **options).sample, whole)
                 assert sizes == expected
                 torch.testing.assert_close(model.decode(latents, options["num_frames"]).sample, whole)
-                with pytest.raises(RuntimeError):
-                    model.decode(latents, num_frames=4)  # the model's own error: 6 are no videos of 4
+                with pytest.raises((RuntimeError, HookcoreError), match="is invalid for input of size"):
+                    model.decode(latents, num_frames=4)  # 6 are no videos of 4
 
 
 def test_the_number_of_frames_of_whole_videos_makes_slices_no_larger():
     class Denoiser(nn.Module):
         def forward(self, videos, num_frames):
-            sizes.append(len(videos))
+            if not videos.is_meta:
+                sizes.append(len(videos))
             return videos * num_frames
 
     sizes = []
@@ -190,7 +193,8 @@ def test_the_number_of_frames_of_whole_videos_makes_slices_no_larger():
 def test_what_is_said_of_the_rows_is_said_of_those_of_a_slice(videos, frames, size, named, as_list):
     class Frames(nn.Module):
         def forward(self, frames, batch_size, shape=(2, 3), *, width=4):
-            sizes.append(batch_size)
+            if not frames.is_meta:
+                sizes.append(batch_size)
             assert shape[0] == len(frames)
             assert shape[1:] == type(shape)((3, width, width))
             return frames.reshape(batch_size, -1, *shape[1:]).cumsum(1).flatten(0, 1)
@@ -335,13 +339,173 @@ def test_rows_that_depend_on_each_other_are_refused():
     hookcore.apply(model.eval(), [Slicing()]).remove()
 
 
-def test_what_cannot_be_joined_is_told():
-    for wrap in (lambda y: y.sum(), lambda y: y.t(), lambda y: (y, float(y[0, 0])), lambda y: (y,) * len(y)):
-        model = Wrapping(wrap).eval()
-        with torch.no_grad(), hookcore.apply(model, [Slicing(2)]):
-            with pytest.raises(HookcoreError, match="slicing cannot join what Wrapping returns"):
-                model(torch.randn(5, 4))
-            model(torch.randn(2, 4))
+UNJOINED = {
+    "another dimension": (lambda y: y.t(), "first dimension is no batch"),
+    "two in one": (lambda y: y[: len(y) // 2 * 2].reshape(-1, 2, 6), "first dimension is no batch"),
+    "a number of the data": (lambda y: (y, float(y[0, 0])), "followed without data"),
+    "one for each row": (tuple, "more than its tensors' rows"),
+    "a sum": (lambda y: y.sum(), "cannot join what Wrapping returns"),
+}
+
+
+@pytest.mark.parametrize(("wrap", "reason"), UNJOINED.values(), ids=UNJOINED)
+def test_what_cannot_be_joined_is_told(wrap, reason):
+    model = Wrapping(wrap).eval()
+    with torch.no_grad(), hookcore.apply(model, [Slicing(2)]):
+        with pytest.raises(HookcoreError, match=reason):
+            model(torch.randn(5, 4))
+        model(torch.randn(2, 4))
+
+
+class Attending(nn.Module):
+    """Takes what else a denoiser is given, some of which has as many rows as the batch by chance."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, step, *, positions=None, mask=None, table=None, unused=None, beside=None):
+        y = self.linear(x) * step[:, None, None]
+        if positions is not None:
+            y = y + positions[0]
+        if mask is not None and mask.all():  # what a mask holds decides, as in transformers' models
+            y = y.masked_fill(~mask[:, :, None], 0)
+        if table is not None:
+            y = y + table[(y.shape[-1] - torch.arange(y.shape[1])) % len(table), :1]
+        if beside is not None:
+            return y, positions[0] * beside
+        return y
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(2, 5),
+    length=st.integers(1, 5),
+    size=st.integers(1, 3),
+    options=st.sets(st.sampled_from(["positions", "mask", "unused", "beside"])),
+    seed=st.integers(0, 99),
+)
+def test_what_is_as_long_as_the_batch_by_chance_is_told_from_rows(rows, length, size, options, seed):
+    torch.manual_seed(seed)
+    model = Attending().eval()
+    x, step = torch.randn(rows, length, 4), torch.rand(rows)
+    everything = {
+        "positions": [torch.randn(length, 4)],
+        "mask": torch.ones(rows, length, dtype=torch.bool),
+        "unused": torch.randn(rows, 2),
+        "beside": 2.0,
+    }
+    options = options | {"positions"} if "beside" in options else options
+    kwargs = {name: value for name, value in everything.items() if name in options}
+    expected = model(x, step, **kwargs)
+    with hookcore.apply(model, [Slicing(size)]):
+        torch.testing.assert_close(model(x, step, **kwargs), expected)
+
+
+def test_a_table_that_is_as_long_as_the_batch_is_refused_unless_rows_are_named():
+    model, x, step, table = Attending().eval(), torch.randn(3, 2, 4), torch.rand(3), torch.randn(3, 4)
+    expected = model(x, step, table=table)
+    with hookcore.apply(model, [Slicing()]), pytest.raises(HookcoreError, match="whether 'table' is 3 rows"):
+        model(x, step, table=table)
+    with hookcore.apply(model, [Slicing(rows=("x", "step"))]):
+        torch.testing.assert_close(model(x, step, table=table), expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ([torch.randn(2) for _ in range(4)], "fails with 5 in the place of 4 as the first dimension of 'x'"),
+        ({number: torch.randn(2) for number in range(4)}, r"under the numbers of a dict \(0\)"),
+    ],
+    ids=["list", "dict"],
+)
+def test_what_is_keyed_by_row_is_refused(given, reason):
+    class Keyed(nn.Module):
+        def forward(self, x, rows):
+            return torch.stack([row + rows[number] for number, row in enumerate(x)])
+
+    model = Keyed()
+    with hookcore.apply(model, [Slicing()]):
+        with pytest.raises(HookcoreError, match=reason):
+            model(torch.randn(4, 2), given)
+        model(torch.randn(1, 2), given)
+
+
+def test_a_batch_in_a_list_is_no_batch_of_its_tensors():
+    """As of Z-Image: a list of images without a dimension for the batch."""
+
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, images):
+            return [self.conv(image[None])[0] for image in images]
+
+    with hookcore.apply(model := Listed(), [Slicing()]), pytest.raises(HookcoreError, match="of 'images'"):
+        model([torch.randn(4, 2, 2), torch.randn(4, 2, 2)])
+
+
+@pytest.mark.parametrize(
+    "draws", [torch.randn_like, lambda y: nn.functional.dropout(y, 0.5)], ids=["noise", "dropout"]
+)
+def test_random_draws_are_refused_before_any_is_made(draws):
+    model = Wrapping(draws).eval()
+    state = torch.get_rng_state()
+    with (
+        hookcore.apply(model, [Slicing()]),
+        pytest.raises(HookcoreError, match="draws random numbers .*dropout"),
+    ):
+        model(torch.zeros(3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("notes", [[], [None], {}], ids=["list", "filled", "dict"])
+def test_a_call_that_writes_into_its_arguments_is_refused_with_nothing_written(notes):
+    class Writing(nn.Module):
+        def forward(self, x, notes):
+            self.last = x
+            if isinstance(notes, dict):
+                notes["x"] = x
+            elif notes:
+                notes[0] = x
+            else:
+                notes.append(x)
+            return x
+
+    before = copy.copy(notes)
+    with hookcore.apply(model := Writing(), [Slicing(2)]):
+        with pytest.raises(HookcoreError, match="writes into what it is given"):
+            model(torch.randn(3, 2), notes)
+        assert notes == before
+        assert not hasattr(model, "last")
+        model(torch.randn(2, 2), notes)
+    assert notes != before
+
+
+def test_what_is_rows_is_found_once_for_a_kind_of_call():
+    """With other sizes and numbers, too; with another argument it is found anew."""
+    followed = []
+
+    class Counting(nn.Module):
+        def forward(self, x, step, scale=None):
+            followed.extend([1] * x.is_meta)
+            return x * step if scale is None else x * step * scale
+
+    with hookcore.apply(model := Counting(), [Slicing()]):
+        model(torch.randn(3, 2), 1)
+        first = len(followed)
+        model(torch.randn(4, 5), 2)
+        assert len(followed) == first > 0
+        model(torch.randn(4, 5), 2, torch.randn(4, 1))
+        assert len(followed) > first
+
+
+def test_rows_that_no_entry_takes_are_refused():
+    with pytest.raises(
+        PlanError, match=r"forward\(\) of 'Linear' has none of the arguments .*'y'.* it has input"
+    ):
+        hookcore.apply(nn.Linear(2, 2), [Slicing(rows="y")])
 
 
 def test_the_peers_slicing_is_refused():

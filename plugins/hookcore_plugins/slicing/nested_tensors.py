@@ -28,7 +28,7 @@ def with_tensors(value: Any, replaced: Callable[[Tensor], Tensor]) -> Any:
 
 
 def plain_values_in(value: object) -> list[object]:
-    """Numbers, texts and None in a value, in order, and how long sequences are."""
+    """Numbers, texts and None in a value, in order, the range of each sequence, the keys of each mapping."""
     found: list[object] = []
     _visit(value, lambda tensor: tensor, {}, found.append)
     return found
@@ -49,13 +49,15 @@ def _visit(
         return seen[id(value)]
     seen[id(value)] = value  # what refers to itself refers to the original then
     if isinstance(value, list | tuple):
-        plain(len(value))
+        plain(range(len(value)))
         items = [_visit(item, replaced, seen, plain) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
         made = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     else:
         made = value
+        if isinstance(value, Mapping):
+            plain(tuple(value))
         for name, old, write in _members(value):
             new = _visit(old, replaced, seen, plain)
             if new is not old:

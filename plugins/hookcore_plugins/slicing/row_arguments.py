@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from attrs import field, frozen
+from attrs import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,19 +27,35 @@ class RowArguments:
     """Where a method has arguments that say something about rows, and what they say.
 
     Attributes:
-        places: Positions of those that it has, by name.
+        positional: Names of its arguments that may be given by position.
+        keyword_only: Names of the others.
+        takes_any: Whether it takes arguments of other names, too.
     """
 
-    places: dict[str, int] = field(factory=dict)
+    positional: tuple[str, ...] = ()
+    keyword_only: tuple[str, ...] = ()
+    takes_any: bool = False
 
     @classmethod
     def of(cls, method: Callable[..., Any]) -> RowArguments:
         """Those of a method."""
         try:
-            names = list(inspect.signature(method).parameters)
+            parameters = inspect.signature(method).parameters.values()
         except ValueError:  # of what is built in
-            return cls()
-        return cls({name: names.index(name) for name in (_FRAMES, _BATCH, _SHAPE) if name in names})
+            return cls(takes_any=True)
+        return cls(
+            tuple(it.name for it in parameters if it.kind in (it.POSITIONAL_ONLY, it.POSITIONAL_OR_KEYWORD)),
+            tuple(it.name for it in parameters if it.kind is it.KEYWORD_ONLY),
+            any(it.kind is it.VAR_KEYWORD for it in parameters),
+        )
+
+    def takes(self, name: str) -> bool:
+        """Whether the method takes an argument of a name."""
+        return self.takes_any or name in (*self.positional, *self.keyword_only)
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a call is given, by name."""
+        return {**dict(zip(self.positional, args, strict=False)), **kwargs}
 
     def together(self, rows: int, dims: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """How many neighbouring rows a call takes for one item, as a video; 1 if it does not say.
@@ -50,9 +66,10 @@ class RowArguments:
             args: What is called with.
             kwargs: Likewise.
         """
-        frames, items = (self._value(name, args, kwargs) for name in (_FRAMES, _BATCH))
+        given = self._about_rows(args, kwargs)
+        frames, items = given.get(_FRAMES), given.get(_BATCH)
         if dims == _IMAGES and _divides(frames, rows):
-            return int(frames)
+            return frames
         return rows // items if _divides(items, rows) else 1
 
     def for_slice(
@@ -66,29 +83,23 @@ class RowArguments:
             args: What is called with.
             kwargs: Likewise.
         """
-        changed = list(args)
-        for name, place in self.places.items():
-            value = self._value(name, args, kwargs)
+        changed = {}
+        for name, value in self._about_rows(args, kwargs).items():
             if name == _BATCH and _divides(value, rows):
-                value = taken * value // rows
+                changed[name] = taken * value // rows
             elif name == _SHAPE and _is_of_images(value, rows):
-                value = type(value)((taken, *value[1:]))
-            else:
-                continue
-            if place < len(args):
-                changed[place] = value
-            else:
-                kwargs = {**kwargs, name: value}
-        return tuple(changed), kwargs
+                changed[name] = type(value)((taken, *value[1:]))
+        names = self.positional[: len(args)]
+        first = (changed.pop(name, value) for name, value in zip(names, args, strict=False))
+        return (*first, *args[len(names) :]), {**kwargs, **changed}
 
-    def _value(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        place = self.places.get(name)
-        if place is None:
-            return None
-        return args[place] if place < len(args) else kwargs.get(name)
+    def _about_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        own = (*self.positional, *self.keyword_only)
+        given = self.given(args, kwargs)
+        return {name: given[name] for name in (_FRAMES, _BATCH, _SHAPE) if name in own and name in given}
 
 
-def _divides(value: Any, rows: int) -> bool:
+def _divides(value: Any, rows: int) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0 and rows % value == 0
 
 

@@ -2,7 +2,7 @@
 
 `technique` has the options; `discovery` finds the modules to hook; `tiler` runs the passes of a call.
 
-- Before anything is computed: `stage_trace` follows passes through a copy without data (`skeleton`), with
+- Before anything is computed: `stage_trace` follows passes through a copy without data, with
   images found by `example_calls`; `pass_record` notes what stages put out, `dependencies` how far they look.
 - During a call: `split_point` chooses which stages see the whole image, `partial_forward` runs the part of a
   pass between two stages, `layer_by_layer` one stage after the other for all tiles.

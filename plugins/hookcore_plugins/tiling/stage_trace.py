@@ -18,11 +18,11 @@ from torch.nn import functional as F  # noqa: N812 -- the name that all of torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from hookcore import skeleton_of
 from hookcore_plugins.tiling.attention_masks import Deferring, Mask
 from hookcore_plugins.tiling.crop import tensor_of, with_images
 from hookcore_plugins.tiling.dependencies import Tracing, cells_away, seed
 from hookcore_plugins.tiling.pass_record import Kept, PassRecord, image_of, with_image
-from hookcore_plugins.tiling.skeleton import skeleton_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

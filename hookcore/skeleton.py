@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
 
 def skeleton_of(module: nn.Module) -> nn.Module:
     """Copies a module tree without hooks onto the meta device; floating-point tensors become float32.
 
     The copy shares no module, tensor or container with the original, so that whatever a call writes into
-    its modules stays there. Tensors of one dtype need no casting hooks to fit each other.
+    its modules stays there, and no hook of torch's sees it. Tensors of one dtype need no casting hooks to fit
+    each other.
     """
     copied = _Copier().of(module)
     assert isinstance(copied, nn.Module)  # noqa: S101 -- what is copied is of the same class
@@ -41,12 +44,13 @@ class _Copier:
         return value
 
     def _module(self, module: nn.Module) -> nn.Module:
-        # The protocol of copying leaves out the hooks of an instance, and what techniques do to its class.
+        # The protocol of copying leaves out what techniques put on an instance and do to its class.
         reduced: Any = module.__reduce_ex__(4)
         make, arguments, state, *_ = reduced
         made = make(*arguments)
         self._copies[id(module)] = made  # before its attributes, which may refer to it
-        made.__dict__.update((name, self.of(item)) for name, item in state.items())
+        made.__dict__.update((name, self.of(item)) for name, item in state.items() if name not in _HOOKS)
+        made.__dict__.update((name, OrderedDict()) for name in _HOOKS)
         return made  # type: ignore[no-any-return]
 
 

@@ -24,7 +24,7 @@ from hookcore.memory.tensor_memory import check_movable, is_on
 from hookcore.target import own_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     import torch
 
@@ -39,6 +39,8 @@ Holder = tuple[str, str]
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _READ_THEIR_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """torch's modules that use weights of their children without calling these."""
+_LARGE = 2**15
+"""Bytes from which a buffer can be a weight; what is smaller takes longer to begin copying than to copy."""
 
 
 @frozen(eq=False, slots=False)  # with a dict, making thousands of them takes half the time
@@ -60,11 +62,34 @@ class Group:
         """Bytes of memory, as the tensors are now."""
         return sum(slot.nbytes for slot in self.slots)
 
-    def divided(self) -> tuple[Group, Group]:
-        """Its parameters, and its buffers, which no call needs to have brought."""
-        parameters = tuple(slot for slot in self.slots if not slot.is_buffer)
-        buffers = tuple(slot for slot in self.slots if slot.is_buffer)
-        return Group(self.name, parameters, self.holders), Group(self.name, buffers, ())
+    def divided(self, moves: Callable[[TensorSlot], bool]) -> tuple[Group, Group]:
+        """Its weights that move, and its buffers, which no call needs to have brought."""
+        weights = tuple(slot for slot in self.slots if moves(slot))
+        buffers = tuple(slot for slot in self.slots if not moves(slot))
+        return Group(self.name, weights, self.holders), Group(self.name, buffers, ())
+
+
+def is_weight(slot: TensorSlot) -> bool:
+    """Whether a tensor is a weight: a parameter, or a large buffer that is saved, of a quantized layer.
+
+    Layers of GPTQ or AWQ hold their weights as buffers of narrow numbers, with the scales beside them. Other
+    buffers are what calls compute with and change, such as caches, statistics and tables of positions.
+    """
+    return not slot.is_buffer or (
+        slot.nbytes >= _LARGE
+        and all(name not in module._non_persistent_buffers_set for module, name in slot.owners)
+        and any(_is_quantized(module) for module, _ in slot.owners)
+    )
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether it has a large buffer of integers or eight-bit floats."""
+    return any(
+        buffer is not None
+        and buffer.nbytes >= _LARGE
+        and (buffer.dtype.itemsize == 1 or not (buffer.is_floating_point() or buffer.is_complex()))
+        for buffer in dict.values(module._buffers)  # not as a read
+    )
 
 
 def find_blocks(component: Component, holders: Collection[str] | None = None) -> tuple[Unit, ...]:

@@ -1,8 +1,8 @@
-"""Where streamed parameters lie between calls, and how their bytes get from there to the device.
+"""Where streamed weights lie between calls, and how their bytes get from there to the device.
 
 `StreamMover` decides what is copied when, and what stays; it leaves all else to a store. There are two:
-`PinnedStore`, which keeps parameters in page-locked host memory, and `FileStore`, which leaves them in the
-files that they came from.
+`PinnedStore`, which keeps weights in page-locked host memory, and `FileStore`, which leaves them in the files
+that they came from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from hookcore.memory.device.copy_engine import CopyEngine
 from hookcore.memory.device.flat_group import FlatGroup, flat_nbytes
 from hookcore.memory.device.pinned_memory import PinnedMemory, Staging
 from hookcore.memory.device.synchronous_mover import SynchronousMover
-from hookcore.memory.tensor_memory import current_tensors, go_back, memory_seen_elsewhere, move_apart
+from hookcore.memory.grouping import is_weight
+from hookcore.memory.tensor_memory import (
+    current_tensors,
+    go_back,
+    memory_seen_elsewhere,
+    move_apart,
+    move_to_copies,
+    tensors_left,
+)
 from hookcore.storage import planned_nbytes
 
 if TYPE_CHECKING:
@@ -30,7 +38,10 @@ _STAGED = 3  # of the largest group: one is filled while others are copied
 
 
 class Store(Protocol):
-    """Keeps groups of parameters. Each method does all of it or, if it raises, nothing."""
+    """Keeps groups of weights. Each method does all of it or, if it raises, nothing."""
+
+    def moves(self, slot: TensorSlot) -> bool:
+        """Whether a tensor is kept here between calls, and not on the device."""
 
     def nbytes(self, group: Group, *, stays: bool = False) -> int:
         """Bytes of the device that a group takes when it comes, or if it stays, before it is taken over."""
@@ -108,7 +119,7 @@ class _Taken:
 
 
 class PinnedStore(Store):
-    """Keeps parameters in host memory, page-locked as far as that is wise, each group side by side.
+    """Keeps weights in host memory, page-locked as far as that is wise, each group side by side.
 
     Args:
         device: The device that copies from it.
@@ -116,6 +127,7 @@ class PinnedStore(Store):
     """
 
     def __init__(self, device: torch.device, lock_limit: int | None = None) -> None:
+        self._device = device
         self._host = PinnedMemory(device, lock_limit)
         self._plain = SynchronousMover(device, _CPU)
         self._taken: dict[FlatGroup, _Taken] = {}
@@ -124,6 +136,10 @@ class PinnedStore(Store):
     def locked(self) -> int:
         """Bytes that are page-locked."""
         return self._host.locked
+
+    def moves(self, slot: TensorSlot) -> bool:
+        """Weights, also those that are buffers."""
+        return is_weight(slot)
 
     def nbytes(self, group: Group, *, stays: bool = False) -> int:
         """What stays is side by side no more."""
@@ -138,7 +154,8 @@ class PinnedStore(Store):
         return flat
 
     def take_again(self, flat: FlatGroup) -> FlatGroup:
-        """Takes the data that tensors were given into host memory of the group's own."""
+        """Takes the data and the buffers that modules were given into host memory of the group's own."""
+        flat.move_given_buffers(_CPU)
         self._host.release(flat.let_go())
         group = self._taken[flat].group
         again = self._host.pack(group.slots, group.name)
@@ -148,7 +165,7 @@ class PinnedStore(Store):
     def give_back(self, flat: FlatGroup) -> None:
         """Moves parameters back to the device that they came from, into memory of their own."""
         taken = self._taken[flat]
-        move_apart(taken.homes)
+        move_to_copies((tensors_left(slot, self._device), device) for slot, device in taken.homes.items())
         go_back(taken.left)
         self._host.release(flat.let_go())
         del self._taken[flat]
@@ -164,6 +181,8 @@ class PinnedStore(Store):
 
     def drop(self, flat: FlatGroup) -> None:
         """Ends that; what was changed is copied back."""
+        if flat.copied is not None:  # a copy that was begun ahead and given up may still read
+            flat.copied.synchronize()
         self._plain.offload(self._taken[flat].group)
 
     def make_engine(

@@ -66,6 +66,13 @@ def current_tensors(slot: TensorSlot) -> list[torch.Tensor]:
     return found if len(found) < 2 else list({id(tensor): tensor for tensor in found}.values())
 
 
+def tensors_left(slot: TensorSlot, device: torch.device) -> list[torch.Tensor]:
+    """A slot's tensors as they are now, and those that were replaced and still lie on a device."""
+    tensors = current_tensors(slot)
+    now = set(map(id, tensors))
+    return tensors + [it for it in slot.tensors if id(it) not in now and is_on(it, device)]
+
+
 def tensor_at(module: nn.Module, name: str) -> torch.Tensor | None:
     """The parameter or buffer of this name, if there is one."""
     # Through dict, so that it doesn't count as a read.
@@ -110,6 +117,12 @@ def extent(tensor: torch.Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def moved_as_made(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device, made in inference mode exactly if the tensor was: whatever the mode is now."""
+    with torch.inference_mode(tensor.is_inference()):
+        return tensor.to(device)
 
 
 def is_on(tensor: torch.Tensor, device: torch.device) -> bool:

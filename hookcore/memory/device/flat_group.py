@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import frozen
 
-from hookcore.memory.tensor_memory import by_memory, current_tensors, extent
+from hookcore.memory.tensor_memory import by_memory, current_tensors, extent, tensor_at
 from hookcore.storage import planned_itemsize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from torch import nn
 
     from hookcore.target import TensorSlot
 
@@ -90,6 +92,7 @@ class FlatGroup:
     Attributes:
         name: As given.
         tensors: The distinct objects that modules hold.
+        buffers: Of these, the buffers, with the modules that hold them and their names there.
         nbytes: Bytes in all.
         host: The memory, uint8, `(nbytes,)`, from `take` on, until `let_go`.
         is_locked: Whether a device can copy from it by itself.
@@ -104,6 +107,7 @@ class FlatGroup:
         "_parts",
         "_versions",
         "addresses",
+        "buffers",
         "copied",
         "homes",
         "host",
@@ -116,7 +120,15 @@ class FlatGroup:
 
     def __init__(self, slots: Iterable[TensorSlot], name: str = "") -> None:
         self.name = name
+        slots = list(slots)
         self._parts, self.nbytes = _lay_out(slots)
+        self.buffers = [
+            (module, name, tensor)
+            for slot in slots
+            if slot.is_buffer
+            for module, name in slot.owners
+            if (tensor := tensor_at(module, name)) is not None
+        ]
         self._dtypes = {part.dtype for part in self._parts}
         self.tensors = [part.tensor for part in self._parts]
         self.host = torch.empty(0, dtype=torch.uint8)
@@ -170,16 +182,16 @@ class FlatGroup:
             tensor.data = home
 
     def is_untouched(self, addresses: Sequence[int]) -> bool:
-        """Whether all tensors hold the data at these addresses, and none is changed."""
+        """Whether all tensors hold the data at these addresses, and none is changed or replaced."""
         for tensor, address, version in zip(self.tensors, addresses, self._versions):  # noqa: B905
             if tensor.data_ptr() != address or tensor._version != version:
                 return False
-        return True
+        return not self.buffers or not self.given_buffers
 
     @property
     def is_home(self) -> bool:
-        """Whether all tensors hold the host memory, and none was given other data."""
-        return not self.homes or not self.replaced(self.addresses)
+        """Whether all tensors hold the host memory, and none was given other data or replaced."""
+        return not self.homes or not (self.replaced(self.addresses) or self.given_buffers)
 
     @property
     def is_outdated(self) -> bool:
@@ -203,13 +215,34 @@ class FlatGroup:
             if tensor.data_ptr() != address
         ]
 
+    @property
+    def given_buffers(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
+        """The buffers that modules were given in the place of its own: module, name, buffer."""
+        return [
+            (module, name, given)
+            for module, name, tensor in self.buffers
+            if (given := dict.get(module._buffers, name)) is not None and given is not tensor
+        ]
+
+    @torch.inference_mode(False)  # versions of what is made in the mode cannot be told
+    def move_given_buffers(self, device: torch.device) -> bool:
+        """Moves these to a device; says whether there is one.
+
+        A call may have returned what it gave, which stays where it is: the module gets a copy.
+        """
+        given = self.given_buffers
+        for module, name, tensor in given:
+            module._buffers[name] = tensor.to(device, copy=tensor.is_inference())
+        return bool(given)
+
     def keep(self, views: Sequence[torch.Tensor]) -> None:
         """Copies these to host memory, and waits for it."""
         for home, view in zip(self.homes, views, strict=True):
             home.copy_(view)
 
     def bring_given(self, device: torch.device) -> None:
-        """Moves to a device, where all tensors were, those that were given other data."""
+        """Moves to a device, where all tensors were, those that were given since."""
         for tensor in self.tensors:
             if tensor.device != device:
                 tensor.data = tensor.data.to(device)
+        self.move_given_buffers(device)

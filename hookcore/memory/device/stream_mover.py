@@ -29,6 +29,7 @@ from hookcore.memory.mover import GroupMover
 from hookcore.memory.planning.order_of_use import LearnedOrder
 from hookcore.memory.planning.pool_layout import choose_layout
 from hookcore.memory.store import PinnedStore, Store
+from hookcore.memory.tensor_memory import moved_as_made
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -56,9 +57,9 @@ def has_streams(device: torch.device) -> bool:
 class StreamMover(GroupMover):
     """Streams groups from a store to a device that has streams.
 
-    Buffers stay on the device, where calls may change them; so do groups that are held while others come and
-    go. While gradients are recorded, nothing is copied ahead and no memory is used again: autograd keeps what
-    it needs.
+    Buffers stay on the device, where calls may change them, but for weights of quantized layers; so do
+    groups that are held while others come and go. While gradients are recorded, nothing is copied ahead and
+    no memory is used again: autograd keeps what it needs.
 
     Args:
         onload_device: Where groups are used.
@@ -118,7 +119,7 @@ class StreamMover(GroupMover):
     # Between calls
 
     def attach(self, group: Group, *, resident: bool) -> None:
-        """Gives a group's parameters to the store, and its buffers to the device."""
+        """Gives a group's weights to the store, and its buffers to the device."""
         self._dissolve()
         self._own.attach(group, resident=resident)
         self._pool.register(self)
@@ -138,7 +139,7 @@ class StreamMover(GroupMover):
 
     def finalize(self, group: Group) -> None:
         """Is told that the group was detached for good."""
-        self._own.store.finalize(group.divided()[0])
+        self._own.store.finalize(group.divided(self._own.store.moves)[0])
 
     def reset(self) -> None:
         """Forgets the order of use and what was counted; all that others don't use is copied anew."""
@@ -420,9 +421,10 @@ class StreamMover(GroupMover):
         if changed:
             flat.keep(place.views)
         for tensor, data in replaced:  # the call gave it other data, as `weight.data = ...` does
-            tensor.data = data.to(_CPU)
+            tensor.data = moved_as_made(data, _CPU)
+        given = flat.move_given_buffers(_CPU)
         self._engine.leave(transfer)
-        if (changed or replaced) and group in self.prefetcher.kept:
+        if (changed or replaced or given) and group in self.prefetcher.kept:
             self.prefetcher.give_back(group, transfer)
 
     @property

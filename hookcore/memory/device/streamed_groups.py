@@ -30,16 +30,16 @@ class StreamedGroup:
     """A group and where it is.
 
     Attributes:
-        parameters: Its parameters, as a group for the plain mover.
-        buffers: Its buffers, which always stay on the device.
-        flat: Its parameters.
-        uncounted: Those of them that were made in inference mode.
+        weights: What moves, as a group for the plain mover.
+        buffers: What always stays on the device.
+        flat: What moves, side by side.
+        uncounted: Of what moves, what was made in inference mode.
         in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
         stays: Whether it stays on the device, in memory of its own.
         used: An event at the beginning of its use, if it stays and a timeline is recorded.
     """
 
-    parameters: Group
+    weights: Group
     buffers: Group
     flat: FlatGroup
     uncounted: list[Uncounted]
@@ -49,10 +49,10 @@ class StreamedGroup:
 
 
 class StreamedGroups:
-    """Groups whose parameters lie in a store, and whose buffers stay on the device.
+    """Groups whose weights lie in a store, and whose buffers stay on the device.
 
     Args:
-        store: Where parameters lie between calls.
+        store: Where weights lie between calls.
         device: Where groups are used.
         prefetch: For how many groups ahead of use there is room, where there is no budget to fill.
 
@@ -80,23 +80,23 @@ class StreamedGroups:
         return ", ".join(filter(None, self._expected)) or "the model"
 
     def attach(self, group: Group, *, resident: bool) -> None:
-        """Gives a group's parameters to the store, and its buffers to the device."""
+        """Gives a group's weights to the store, and its buffers to the device."""
         if resident:
             self.plain.attach(group, resident=True)
             self.fixed[group] = group.nbytes
             return
-        parameters, buffers = group.divided()
+        weights, buffers = group.divided(self.store.moves)
         self.plain.attach(buffers, resident=True)
         uncounted: list[Uncounted] = []
         try:
-            uncounted = count_changes(it for slot in parameters.slots for it in current_tensors(slot))
-            flat = self.store.take(parameters)
+            uncounted = count_changes(it for slot in weights.slots for it in current_tensors(slot))
+            flat = self.store.take(weights)
         except BaseException:
             stop_counting(uncounted)
             self.plain.detach(buffers)
             raise
         self.fixed[group] = buffers.nbytes
-        self.groups[group] = StreamedGroup(parameters, buffers, flat, uncounted, stays=not flat.tensors)
+        self.groups[group] = StreamedGroup(weights, buffers, flat, uncounted, stays=not flat.tensors)
 
     def detach(self, group: Group) -> None:
         """Puts a group back where it came from."""
@@ -136,7 +136,7 @@ class StreamedGroups:
     def staying_bytes(self) -> int:
         """Bytes on the device that stay: groups, buffers, excluded modules."""
         return sum(self.fixed.values()) + sum(
-            member.parameters.nbytes for member in self.groups.values() if member.stays
+            member.weights.nbytes for member in self.groups.values() if member.stays
         )
 
     # What they take of the device
@@ -158,7 +158,7 @@ class StreamedGroups:
 
     def expected_share(self) -> BudgetShare[Group]:
         """What they will need, before anything is attached."""
-        parts = {group: group.divided() for group in self._expected_groups()}
+        parts = {group: group.divided(self.store.moves) for group in self._expected_groups()}
         fixed = sum(planned_nbytes(buffers.slots) for _, buffers in parts.values())
         resident = [group for needed in self._expected.values() for group in needed.resident]
         fixed += sum(planned_nbytes(group.slots) for group in resident)
@@ -168,7 +168,7 @@ class StreamedGroups:
     def expected_staying_bytes(self, staying: Container[Group]) -> int:
         """Bytes of those of their groups that will stay."""
         stay = [group for group in self._expected_groups() if group in staying]
-        return sum(self.store.nbytes(group.divided()[0], stays=True) for group in stay)
+        return sum(self.store.nbytes(group.divided(self.store.moves)[0], stays=True) for group in stay)
 
     def _expected_groups(self) -> list[Group]:
         return [group for needed in self._expected.values() for group in needed.groups]

@@ -16,7 +16,9 @@ from hookcore.memory.tensor_memory import (
     current_tensors,
     is_on,
     move_to_copies,
+    moved_as_made,
     tensor_at,
+    tensors_left,
     version_of,
 )
 from hookcore.storage import planned_nbytes
@@ -83,15 +85,9 @@ class SynchronousMover(GroupMover):
     def detach(self, group: Group) -> None:
         """Moves a group back to the device that it came from."""
         homes = {slot: self._homes[slot] for slot in group.slots if slot in self._homes}
-        _move((self._tensors_of(slot), device) for slot, device in homes.items())
+        _move((tensors_left(slot, self._onload_device), device) for slot, device in homes.items())
         for slot in homes:
             del self._homes[slot]
-
-    def _tensors_of(self, slot: TensorSlot) -> list[torch.Tensor]:
-        """What there is now, and what there was and still lies where it was brought."""
-        tensors = current_tensors(slot)
-        now = set(map(id, tensors))
-        return tensors + [it for it in slot.tensors if id(it) not in now and is_on(it, self._onload_device)]
 
     def onload(self, group: Group) -> None:
         """Gives the group's tensors a copy of their memory; a real one even on the same device."""
@@ -161,7 +157,7 @@ class SynchronousMover(GroupMover):
                     changed |= version != tensor._version
                 tensor.data = source
             else:  # the call gave it other data, as `weight.data = ...` does
-                tensor.data = tensor.data.to(self._offload_device)
+                tensor.data = moved_as_made(tensor.data, self._offload_device)
         return changed
 
     def _keep_new_tensors(self, slot: TensorSlot) -> None:
@@ -171,10 +167,10 @@ class SynchronousMover(GroupMover):
             if tensor is None or is_on(tensor, self._offload_device):
                 continue
             if isinstance(tensor, nn.Parameter):
-                tensor.data = tensor.data.to(self._offload_device)
+                tensor.data = moved_as_made(tensor.data, self._offload_device)
             else:
                 # The call may have returned this very tensor: it must stay where it is.
-                module._buffers[name] = tensor.to(self._offload_device)
+                module._buffers[name] = moved_as_made(tensor, self._offload_device)
 
 
 def _move(devices: Iterable[tuple[list[torch.Tensor], torch.device]]) -> None:

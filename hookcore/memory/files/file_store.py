@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hookcore.memory.files.checkpoint import Checkpoint
     from hookcore.memory.files.origins_of_model import FileOrigins
     from hookcore.memory.grouping import Group
+    from hookcore.target import TensorSlot
 
 
 class FileStore(Store):
@@ -48,6 +49,10 @@ class FileStore(Store):
         self._reader = FileReader()
         self._taken: dict[FlatFileGroup, None] = {}
         self._checkpoints: set[Checkpoint] = set()
+
+    def moves(self, slot: TensorSlot) -> bool:
+        """Parameters: buffers are taken from no file."""
+        return not slot.is_buffer
 
     def nbytes(self, group: Group, *, stays: bool = False) -> int:
         """In the dtypes that calls find."""

@@ -22,8 +22,6 @@ from hookcore.memory import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
-
     from hookcore import TensorSlot
     from hookcore_plugins.model_offload.link import Link, Transfer
 
@@ -143,7 +141,7 @@ class Part:
         Raises:
             torch.OutOfMemoryError: The device has no room for it.
         """
-        if not self._is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
+        if not self._packed.is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
             self._release()
             self._pack()
         self._load = self._link.copy(self._packed)
@@ -164,7 +162,7 @@ class Part:
                 self._link.use(self._loaded)
                 return False
             self.turn_off()
-        elif self.is_loaded and not self._is_home:
+        elif self.is_loaded and not self._packed.is_home:
             self._drop()
         copies = not self.is_loaded
         if copies:
@@ -196,9 +194,7 @@ class Part:
             for tensor, data in given:
                 tensor.data = data.to(_CPU)
             move_apart(dict.fromkeys(self._uncounted, _CPU))
-            for module, name, tensor in self._replaced_buffers():
-                # The call may have returned this very tensor: it must stay where it is.
-                module._buffers[name] = tensor.to(_CPU)
+            self._packed.move_given_buffers(_CPU)
             self.is_on = False
             self._move_gradients()
         self._drop()
@@ -225,22 +221,8 @@ class Part:
         for tensor in self._packed.tensors:
             move_gradient(tensor)
 
-    @property
-    def _is_home(self) -> bool:
-        """Whether the tensors in the modules are those that were packed, with the data that was."""
-        return self._packed.is_home and not self._replaced_buffers()
-
-    def _replaced_buffers(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
-        """The buffers that stand where those were that move: module, name, buffer."""
-        return [
-            (module, name, tensor)
-            for slot in self._moving_buffers
-            for module, name in slot.owners
-            if (tensor := dict.get(module._buffers, name)) is not None and id(tensor) not in self._position
-        ]
-
     def _pack(self) -> None:
-        # A call in inference mode may have made buffers.
+        self._packed.move_given_buffers(_CPU)
         self._uncounted = [
             slot for slot in self._homes if any(it.is_inference() for it in current_tensors(slot))
         ]

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugin_sites import FakePlugin, installed
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention as attention_by_name
 from torch.overrides import _get_current_function_mode_stack
 
@@ -235,6 +236,104 @@ def test_transformers_that_can_only_compute_it_themselves_are_refused(monkeypatc
     model = tiny_bert(attn_implementation="eager")
     with pytest.raises(PlanError, match=r"'encoder.layer.0.attention.self': BertModel has no way"):
         hookcore.plan(model, [AttentionBackend("math")])
+
+
+@pytest.mark.parametrize("extra", ["attn_logit_softcapping", "sinks", "s_aux"])
+def test_transformers_with_more_than_masks_are_refused_where_they_compute_it_themselves(extra):
+    """Of which torch's function would say that it cannot, or know nothing."""
+    model = tiny_bert(attn_implementation="eager")
+    for layer in model.encoder.layer:
+        setattr(layer.attention.self, extra, None)
+    hookcore.plan(model, [AttentionBackend("math")])
+    for layer in model.encoder.layer:
+        setattr(layer.attention.self, extra, nn.Parameter(torch.ones(1)) if extra == "sinks" else 5.0)
+    with pytest.raises(
+        PlanError, match=f"it has '{extra}' change its scores, which torch's function cannot do"
+    ):
+        hookcore.plan(model, [AttentionBackend("math")])
+
+
+def test_a_model_of_gemmas_with_capped_scores_is_refused():
+    config = transformers.Gemma3TextConfig(
+        **TEXT, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=5.0, attn_implementation="eager"
+    )
+    model = transformers.Gemma3TextModel(config).eval()
+    with pytest.raises(PlanError, match="it has 'attn_logit_softcapping' change its scores"):
+        hookcore.apply(model, [AttentionBackend("math")])
+    model(TOKENS)
+
+
+def ace_step():
+    torch.manual_seed(0)
+    return diffusers.AceStepTransformer1DModel(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        in_channels=12,
+        audio_acoustic_hidden_dim=4,
+        sliding_window=2,
+    ).eval()
+
+
+ACE_STEP = {
+    "hidden_states": torch.randn(1, 16, 4),
+    "timestep": torch.ones(1),
+    "timestep_r": torch.zeros(1),
+    "encoder_hidden_states": torch.randn(1, 3, 16),
+    "context_latents": torch.randn(1, 16, 8),
+}
+
+
+def test_attention_that_asks_which_backend_is_set_is_right_or_refused(spy):
+    """ACE-Step gives no mask of its window where it would give the window to a backend: FlashAttention."""
+    spy.factor = 1.0
+    model = ace_step()
+    with torch.no_grad():
+        expected = model(**ACE_STEP).sample
+        with hookcore.apply(model, [AttentionBackend("spy")]):
+            torch.testing.assert_close(model(**ACE_STEP).sample, expected)
+            assert len(spy.calls) == 2 * 2
+            for block in model.layers:
+                block.self_attn.processor._attention_backend = "flash"
+            with pytest.raises(AttentionError, match=r"backend 'flash', .* model.set_attention_backend"):
+                model(**ACE_STEP)
+            model.reset_attention_backend()
+            torch.testing.assert_close(model(**ACE_STEP).sample, expected)
+    for block in model.layers:
+        block.self_attn.processor._attention_backend = "flash"
+        block.cross_attn.processor._attention_backend = "flash"
+    with pytest.raises(PlanError, match=r"backend 'flash', .* model.set_attention_backend"):
+        hookcore.plan(model, [AttentionBackend("spy")])
+
+
+def test_a_processor_that_insists_on_a_backend_is_refused():
+    """As AnyFlow's and LTX-2's, whose masks are for flex attention."""
+
+    class Insisting(diffusers.models.transformers.transformer_flux.FluxAttnProcessor):
+        _attention_backend = "flex"
+
+    model = CASES["flux"].build()
+    for module in model.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(Insisting())
+    with pytest.raises(PlanError, match="Insisting, computes attention by diffusers' backend 'flex' alone"):
+        hookcore.plan(model, [AttentionBackend("math")])
+
+
+def test_a_mask_that_is_no_tensor_is_refused_with_what_it_is():
+    class Blocks(nn.Module):
+        def forward(self, x, mask):
+            return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    model, x = Blocks(), torch.randn(1, 1, 4, 8)
+    mask = create_block_mask(lambda _batch, _head, query, key: query >= key, 1, 1, 4, 4, device="cpu")
+    with hookcore.apply(model, [AttentionBackend("math")]):
+        with pytest.raises(AttentionError, match="'Blocks' gives attention a mask .* not BlockMask"):
+            model(x, mask)
+        model(x, None)
 
 
 def test_generating_takes_it():

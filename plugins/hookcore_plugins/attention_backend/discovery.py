@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 _TORCH = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
 _DIFFUSERS = "dispatch_attention_fn"
 _TRANSFORMERS = "ALL_ATTENTION_FUNCTIONS"
-_NAMES = _TORCH | {_DIFFUSERS, _TRANSFORMERS}
+_READS = "get_active_backend"
+"""What code names that asks which of diffusers' backends is set, but for the code that computes by it."""
+
+_NAMES = _TORCH | {_DIFFUSERS, _TRANSFORMERS, _READS}
+_EXTRA = re.compile(r"softcap|sinks?(_|$)|s_aux")
+"""Names of what transformers' own attention has beside masks: a cap of the scores, sinks beside the keys."""
+
 _DEPTH = 4  # calls from a forward to what it names, as in forward -> processor -> helper
 
 _FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -44,6 +50,7 @@ class AttentionModule:
         entry: The method that computes attention.
         computes: Whether the module itself computes attention; False if only modules in it do.
         changed_part: The part to change during the module's calls so that it calls torch's function, if any.
+        reads_backend: Whether its library's code computes otherwise for other settings of the backend.
         head_size: Features of each head; None if the module doesn't tell.
     """
 
@@ -51,6 +58,7 @@ class AttentionModule:
     entry: str = "forward"
     computes: bool = True
     changed_part: ChangedPart | None = None
+    reads_backend: bool = False
     head_size: int | None = field(default=None, eq=False)
 
 
@@ -71,7 +79,7 @@ def find_attention(
         if patterns is not None and not any(re.search(pattern, fqn) for pattern in patterns):
             continue
         entries = ("forward", *component.conventions.entries) if not fqn else ("forward",)
-        reached = {entry: names for entry in entries if (names := reader.names(module, entry))}
+        reached = {entry: names for entry in entries if (names := reader.names(module, entry)) - {_READS}}
         for entry, names in reached.items():
             places.add(fqn)
             yield _described(component, fqn, module, entry, names)
@@ -109,7 +117,26 @@ def _described(
         changed_part = _of_diffusers(fqn, module)
     if isinstance(changed_part, Skipped):
         return changed_part
-    return AttentionModule(fqn, entry, changed_part=changed_part, head_size=_head_size(module))
+    reads = _READS in names and hasattr(getattr(module, "processor", None), "_attention_backend")
+    if reads and (reason := set_backend(module)):
+        return Skipped(fqn, reason)
+    return AttentionModule(
+        fqn, entry, changed_part=changed_part, reads_backend=reads, head_size=_head_size(module)
+    )
+
+
+def set_backend(module: nn.Module) -> str | None:
+    """Returns why attention that reads which of diffusers' backends is set cannot be redirected now."""
+    dispatch = sys.modules["diffusers.models.attention_dispatch"]
+    backend: Any = module.processor._attention_backend  # type: ignore[union-attr]
+    if backend is None:
+        backend, _ = dispatch._AttentionBackendRegistry.get_active_backend()
+    if backend == dispatch.AttentionBackendName.NATIVE:
+        return None
+    return (
+        f"it computes otherwise for diffusers' backend {str(getattr(backend, 'value', backend))!r}, which is "
+        "set: call model.set_attention_backend('native')"
+    )
 
 
 # Reading code
@@ -179,6 +206,8 @@ def _reached(function: object, owner: object, seen: set[CodeType], depth: int) -
         other = function.__globals__.get(name)
         if other is functional.scaled_dot_product_attention:  # imported by another name
             yield "scaled_dot_product_attention"
+        if name == _DIFFUSERS:
+            continue  # it asks which backend is set in order to compute by it
         if inspect.isfunction(other) and other.__module__.partition(".")[0] == package:
             yield from _reached(other, None, seen, depth - 1)
 
@@ -210,8 +239,18 @@ def _of_transformers(component: Component, fqn: str, module: nn.Module) -> Chang
     model = next((it for it in above if isinstance(it, base)), None)
     if model is not None and not getattr(model, "_supports_sdpa", False):
         return Skipped(fqn, f"{type(model).__name__} has no way to compute attention but its own ('eager')")
+    extra = next((name for name, value in _held(module) if value is not None and _EXTRA.search(name)), None)
+    if extra is not None:
+        return Skipped(fqn, f"it has {extra!r} change its scores, which torch's function cannot do")
     # Masks made for 'eager' are added to scores, which torch's function can do too.
     return ChangedPart("config", "_attn_implementation_internal", "sdpa")
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from vars(module).items()
+    yield from module._parameters.items()
+    yield from module._buffers.items()
+    yield from module._modules.items()
 
 
 def _of_diffusers(fqn: str, module: nn.Module) -> ChangedPart | Skipped | None:
@@ -221,6 +260,12 @@ def _of_diffusers(fqn: str, module: nn.Module) -> ChangedPart | Skipped | None:
         return None
     if getattr(processor, "_parallel_config", None) is not None:
         return Skipped(fqn, "diffusers splits its attention over several devices (context parallelism)")
+    if (only := getattr(type(processor), "_attention_backend", None)) is not None:
+        return Skipped(
+            fqn,
+            f"its processor, {type(processor).__name__}, computes attention by diffusers' backend {only!r} "
+            "alone, with masks that no other takes",
+        )
     native = sys.modules["diffusers.models.attention_dispatch"].AttentionBackendName.NATIVE
     # Over whatever model.set_attention_backend() has set, for this model or for the process.
     return ChangedPart("processor", "_attention_backend", native)

@@ -6,6 +6,8 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from hookcore import Hook, bare_entry
+from hookcore_plugins.attention_backend.discovery import set_backend
+from hookcore_plugins.attention_backend.dispatch import AttentionError
 from hookcore_plugins.attention_backend.function_mode import redirected, suspended
 from hookcore_plugins.attention_backend.temporary_attribute import TemporaryAttribute
 
@@ -51,16 +53,31 @@ class AttentionHook(Hook):
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Runs the call with the backend in the place of torch's function."""
+        """Runs the call with the backend in the place of torch's function.
+
+        Raises:
+            AttentionError: The module computes otherwise for the library's backend that is set, or has a
+                mask that only that takes.
+        """
+        if self._found.reads_backend and (reason := set_backend(module)):
+            raise AttentionError(
+                f"attention_backend cannot redirect the attention of {self._label!r}: {reason}"
+            )
         attend = _CountingAttend(self._dispatch, self._label)
         changed = self._changed
-        if changed is None:
-            output = redirected(attend, call, *args, **kwargs)
-        else:
-            try:
+        try:
+            if changed is not None:
                 changed.begin(module, attend)
-                output = redirected(attend, call, *args, **kwargs)
-            finally:
+            output = redirected(attend, call, *args, **kwargs)
+        except TypeError as error:
+            if "'attn_mask' must be Tensor" not in str(error):  # torch looks at that before any mode does
+                raise
+            raise AttentionError(
+                f"{self._label!r} gives attention a mask that only its library's backend takes ({error}). "
+                "Leave the module out with modules=[...], or take attention_backend off"
+            ) from error
+        finally:
+            if changed is not None:
                 changed.end(module, attend)
         if self._found.computes and not attend.count:
             reason = f"{self._label} did not call torch's attention function"

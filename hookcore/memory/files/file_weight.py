@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from hookcore.memory.files.mapped_file import MappedFile
     from hookcore.target import TensorSlot
 
+_CPU = torch.device("cpu")
+
 
 @define(eq=False)
 class FileWeight:
@@ -32,7 +34,8 @@ class FileWeight:
     slot: TensorSlot
     origin: Origin
     homes: list[torch.Tensor]
-    """What each object shows between calls: the checkpoint's tensor, or what somebody gave it instead."""
+    """What each object shows between calls: the checkpoint's tensor, or what somebody gave it instead; on
+    the CPU, wherever that came from."""
     as_in_calls: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Turns what an object shows into what calls find, for copies."""
 
@@ -48,7 +51,8 @@ class FileWeight:
             return cls(slot, origin, [raw] * len(slot.tensors))
         tensor = slot.tensors[0]
         found_before = origin_of(tensor, paused=origin.paused) is origin
-        homes = [raw if _same_bits(raw.to(it.dtype), it.data) else it.data for it in slot.tensors]
+        values = [it.data.to(_CPU) for it in slot.tensors]
+        homes = [raw if _same_bits(raw.to(it.dtype), it) else it for it in values]
         origin.mapping.drop(origin.entry.offset, origin.entry.nbytes)
         if not found_before and any(home is not raw for home in homes):
             raise CheckpointError(
@@ -56,7 +60,8 @@ class FileWeight:
                 "it would be replaced with. Save the model and give the path of what was saved as checkpoint="
             )
         if origin.paused or not found_before:
-            origin.dtype, origin.strides, origin.paused = tensor.dtype, tensor.stride(), False
+            origin.dtype, origin.strides, origin.device = tensor.dtype, tensor.stride(), tensor.device
+            origin.paused = False
         mapped = [found for it in slot.tensors if (found := find_mapping(it))]
         if mapped and tensor.dtype == raw.dtype:
             origin.strides = None  # it took no memory, and need not when it is given back
@@ -112,10 +117,14 @@ class FileWeight:
         if origin.strides is None:
             return self.homes
         origin.checkpoint.verify_file(origin.entry.path)
-        memory = torch.empty_strided(origin.entry.shape, origin.strides, dtype=origin.dtype)
+        device = origin.device
+        memory = torch.empty_strided(origin.entry.shape, origin.strides, dtype=origin.dtype, device=device)
         memory.copy_(origin.raw)
         origin.checkpoint.verify_file(origin.entry.path)
-        return [memory if home is origin.raw else in_dtype_of_calls(home, origin) for home in self.homes]
+        return [
+            memory if home is origin.raw else in_dtype_of_calls(home, origin).to(device)
+            for home in self.homes
+        ]
 
     def show(self, data: Sequence[torch.Tensor]) -> None:
         """Has each object hold its data."""
@@ -126,7 +135,7 @@ class FileWeight:
         """Takes data that somebody gave an object since it was last shown its home for its new home."""
         for index, tensor in enumerate(self.tensors):
             if not holds(tensor, self.homes[index]):
-                self.homes[index] = tensor.data
+                self.homes[index] = tensor.data = tensor.data.to(_CPU)
 
     def keep_edits(self, data: Sequence[torch.Tensor], versions: list[int], *, compare: bool) -> None:
         """Gives what was edited in memory to a home.
@@ -138,7 +147,7 @@ class FileWeight:
         """
         for index, (tensor, value) in enumerate(zip(self.tensors, data, strict=True)):
             if not holds(tensor, value):
-                self.homes[index] = tensor.data  # somebody gave it other data: its value from now on
+                self.homes[index] = tensor.data.to(_CPU)  # somebody gave it other data: its value from now on
             elif tensor._version != versions[index] or (
                 compare and not _same_bits(value.cpu(), self.homes[index].to(value.dtype))
             ):
@@ -150,7 +159,7 @@ class FileWeight:
         if self.homes[index].dtype == value.dtype:
             self.homes[index].copy_(value)
         else:
-            self.homes[index] = value.to("cpu", copy=True)
+            self.homes[index] = value.to(_CPU, copy=True)
 
 
 @torch.inference_mode(False)  # what is made here outlives the mode
@@ -205,7 +214,12 @@ def report(weights: Iterable[FileWeight], on_device: str | None = None) -> dict[
 
 def holds(tensor: torch.Tensor, data: torch.Tensor) -> bool:
     """Whether a tensor object holds exactly these data."""
-    return tensor.data_ptr() == data.data_ptr() and tensor.dtype == data.dtype and tensor.shape == data.shape
+    return (
+        tensor.data_ptr() == data.data_ptr()
+        and tensor.dtype == data.dtype
+        and tensor.shape == data.shape
+        and tensor.device == data.device  # all that is empty lies nowhere
+    )
 
 
 def is_as_stored(data: torch.Tensor, origin: Origin) -> bool:

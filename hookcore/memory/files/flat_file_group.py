@@ -110,5 +110,4 @@ class FlatFileGroup(FlatGroup):
         for weight in self.weights:
             stop = at + len(weight.tensors)
             weight.keep_edits(views[at:stop], now._versions[at:stop], compare=True)
-            weight.homes = [home.to("cpu") for home in weight.homes]
             at = stop

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hookcore.memory.files.mapped_file import MappedFile
     from hookcore.memory.files.safetensors_header import TensorEntry
 
+_CPU = torch.device("cpu")
+
 
 @define(eq=False)
 class Origin:
@@ -31,6 +33,7 @@ class Origin:
         dtype: The dtype that a call is to find, before any technique further inside.
         strides: How it lay in memory, for a model that held it there before; None for one made from the
             checkpoint.
+        device: Where that was.
         paused: Whether it is in memory again for a while, only because techniques are being changed.
     """
 
@@ -40,6 +43,7 @@ class Origin:
     raw: torch.Tensor
     dtype: torch.dtype
     strides: tuple[int, ...] | None = None
+    device: torch.device = _CPU
     paused: bool = False
 
     @classmethod

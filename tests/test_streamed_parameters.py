@@ -1,8 +1,10 @@
-"""Weights made in inference mode are streamed like any others, and are what they were afterwards."""
+"""Weights are streamed whatever they were before, and are that afterwards: on any device, in any mode."""
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+from collections import Counter
 
 import pytest
 import torch
@@ -39,16 +41,22 @@ def own(model):
     case=module_trees(),
     way=st.sampled_from(sorted(WAYS)),
     some=st.sets(st.integers(0, 12)) | st.none(),
-    steps=st.lists(st.sampled_from(["call", "edit", "data", "copy"]), max_size=6),
+    devices=st.lists(st.sampled_from(["cpu", "sim:0", "sim:1"]), min_size=1, max_size=4),
+    steps=st.lists(st.sampled_from(["call", "edit", "data", "moved data", "copy"]), max_size=6),
     inside=st.booleans(),
 )
-def test_weights_made_in_inference_mode_are_as_any_others(sim, case, way, some, steps, inside):  # noqa: PLR0917
+def test_weights_come_back_as_they_were(sim, case, way, some, devices, steps, inside):  # noqa: PLR0917
     model, twin = made_in_inference_mode(case, some), made_in_inference_mode(case, some)
     assume(own(model))
+    memory = Counter(weight.untyped_storage().data_ptr() for weight in own(model))
+    for weight, device in zip(own(model), itertools.cycle(devices), strict=False):
+        if memory[weight.untyped_storage().data_ptr()] == 1:  # moved, others would be tied no more
+            with torch.inference_mode(weight.is_inference()):
+                weight.data = weight.data.to(device)
     before = ModelSnapshot.take(model, twin=twin)
     identities = list(map(id, own(model)))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(inside), torch.no_grad():
-        save(stored_tensors(model), folder)
+        save(stored_tensors(twin), folder)
         try:
             applied = hookcore.apply(model, [WAYS[way](folder)])
         except hookcore.UnsupportedModelError:
@@ -95,6 +103,8 @@ def do(step, case, entries, model, twin):
                 own(one)[0].data.mul_(1.5)
             else:
                 own(one)[-1].data = own(one)[-1].data.cpu() / 2
+        if step == "moved data":
+            own(model)[-1].data = own(model)[-1].data.to("sim:1")
 
 
 class Doubling(nn.Linear):
@@ -117,12 +127,15 @@ def test_what_a_forward_changes_in_a_weight_made_in_inference_mode_is_kept(sim, 
         assert same_bits(model[1].weight.cpu(), expected)
         applied.remove()
         assert same_bits(model[1].weight, expected)
+        assert model[1].weight.is_inference()
 
 
-@pytest.mark.parametrize("way", ["memory"])
+@pytest.mark.parametrize("way", ["disk on the cpu", "written", "memory"])
 def test_the_memory_that_they_came_from_is_free_while_they_are_elsewhere(sim, way, tmp_path):
     with torch.inference_mode():
-        model = nn.Sequential(nn.Linear(4, 4)).to("sim")
+        model = nn.Sequential(nn.Linear(4, 4))
+        save(stored_tensors(model), tmp_path)
+        model.to("sim")
     taken = torch.get_device_module("sim").memory_allocated()
     applied = hookcore.apply(model, [WAYS[way](tmp_path)])
     assert torch.get_device_module("sim").memory_allocated() < taken
@@ -156,3 +169,33 @@ def test_one_of_which_gradients_are_recorded_is_given_back_all_the_same(sim, way
     assert all(same_bits(it, expected[name]) for name, it in model.named_parameters())
     output.sum().backward()
     assert same_bits(model[0].bias.grad.cpu(), torch.ones(4))
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_gets_onto_the_device_later_is_planned_anew(sim, way, adapted, tmp_path):
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    save(stored_tensors(model), tmp_path)
+    x = torch.ones(1, 4)
+    device = "cpu" if way.endswith("cpu") else "sim"
+    with torch.no_grad():
+        expected = model(x)
+        applied = hookcore.apply(model, [WAYS[way](tmp_path)])
+        torch.testing.assert_close(model(x).cpu(), expected)
+        if adapted:
+            peft = pytest.importorskip("peft")
+            peft.inject_adapter_in_model(
+                peft.LoraConfig(target_modules=["1"], init_lora_weights=False), model
+            )
+            adapter = model[1].lora_A.default.to(device)
+        else:
+            model.append(nn.Linear(4, 4, device=device))
+            adapter = model[-1]
+        outputs = [model(x).cpu() for _ in range(3)]
+        assert not torch.equal(outputs[0], expected)
+        applied.remove()
+        assert adapter.weight.device.type == device
+        assert model[0].weight.device.type == "cpu"
+        adapter.to("cpu")
+        for output in outputs:
+            torch.testing.assert_close(output, model.to("cpu")(x))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from attrs import frozen
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OURS = {"hookcore": ".", "hookcore-example-plugin": "examples/hookcore-example-plugin"}
 """Distribution to its folder."""
 PACKAGES = {

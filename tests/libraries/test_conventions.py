@@ -32,7 +32,7 @@ PLUGINS = (torch_modules, diffusers_models, transformers_models, accelerate_hook
 DIFFUSERS = ("flux", "sd3", "unet", "autoencoder")
 TRANSFORMERS = ("bert", "t5", "clip_text", "gpt2")
 CASES = {name: make() for name, make in real_models().items()}
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

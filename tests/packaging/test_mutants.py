@@ -25,7 +25,7 @@ def test_a_mutant_can_be_tried(mutant, tmp_path):
 
 def test_each_mutant_breaks_something_else():
     assert len({mutant.breaks for mutant in MUTANTS}) == len(MUTANTS) >= 30
-    assert len({(mutant.file, mutant.old, mutant.new) for mutant in MUTANTS}) == len(MUTANTS)
+    assert len({(mutant.at, mutant.old, mutant.new) for mutant in MUTANTS}) == len(MUTANTS)
 
 
 def test_a_text_that_is_gone_is_told(tmp_path):

@@ -1,8 +1,8 @@
 """Tries hostile files, interrupts, faults, forks, threads and long use, and prints what was tried and found.
 
     make stress                                          # all kinds, in at most 10 minutes on two cores
-    PYTHONPATH=tests python -m stress forks interrupts   # some
-    PYTHONPATH=tests python -m stress --share 0.1        # less of each
+    PYTHONPATH=tests:tests/support python -m stress forks interrupts   # some
+    PYTHONPATH=tests:tests/support python -m stress --share 0.1        # less of each
 
 The inputs are the same at each run. The exit status is 1 when a promise was broken, or when time did not last
 for as many inputs as there have to be.

@@ -68,7 +68,7 @@ class Violation:
     def __str__(self) -> str:
         module = type(self.item).__module__
         return (
-            f"{self.what}\n    reproduce: PYTHONPATH=tests python -c "
+            f"{self.what}\n    reproduce: PYTHONPATH=tests:tests/support python -c "
             f'"from {module} import *; {self.item!r}.check()"'
         )
 

@@ -34,6 +34,7 @@ from hookcore.hookspecs import hookimpl
 from hookcore.loading import load
 from hookcore.plan import Plan, PlanStep
 from hookcore.plugins import attention_functions
+from hookcore.refused_methods import refuse_meanwhile
 from hookcore.registry import HookRegistry
 from hookcore.run_report import RunEntry, RunReport
 from hookcore.skeleton import skeleton_of
@@ -100,6 +101,7 @@ __all__ = [
     "parse_module_names",
     "parse_onload_device",
     "plan",
+    "refuse_meanwhile",
     "remove",
     "skeleton_of",
     "status",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookcore import ForeignMechanism, hookimpl
+from hookcore import ForeignMechanism, hookimpl, refuse_meanwhile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,6 +27,25 @@ def hookcore_find_foreign(modules: Mapping[str, nn.Module]) -> Iterator[ForeignM
             names = ", ".join(type(part).__name__ for part in parts)
             what = f"an accelerate hook ({names})"
             yield ForeignMechanism(fqn, what, next(filter(None, map(_loss, parts)), _REMOVE))
+
+
+@hookimpl
+def hookcore_observe(event: str) -> None:  # noqa: ARG001 -- whatever it is, it may have been the first or last
+    """Has accelerate refuse to offload, map or cast what hookcore has hooked."""
+    hooks = sys.modules.get("accelerate.hooks")
+    for name in ("AlignDevicesHook", "CpuOffload", "LayerwiseCastingHook"):
+        if (kind := getattr(hooks, name, None)) is not None:
+            refuse_meanwhile(kind, "init_hook", _about_to_hook, _forget_forward)
+
+
+def _about_to_hook(hook: Any, module: nn.Module) -> tuple[nn.Module, str]:
+    return module, f"an accelerate hook ({type(hook).__name__})"
+
+
+def _forget_forward(module: nn.Module) -> None:
+    """Drops what accelerate notes on a module before it makes the hook ready."""
+    if "_hf_hook" not in vars(module):
+        vars(module).pop("_old_forward", None)
 
 
 def _parts(hook: Any) -> Iterator[Any]:

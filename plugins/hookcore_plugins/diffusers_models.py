@@ -12,13 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookcore import CheckpointError, ForeignMechanism, ModelConventions, PlanError, hookimpl
+from hookcore import (
+    CheckpointError,
+    ForeignMechanism,
+    ModelConventions,
+    PlanError,
+    hookimpl,
+    refuse_meanwhile,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import nn
+
+
+_MOVE_OR_CAST = ("group_offloading", "layerwise_casting")
+"""Names of the hooks of diffusers that cannot stand around those of hookcore."""
 
 
 @hookimpl
@@ -68,6 +79,20 @@ def hookcore_find_foreign(modules: Mapping[str, nn.Module]) -> Iterator[ForeignM
             yield ForeignMechanism(
                 fqn, f"a diffusers hook {name!r} ({type(hook).__name__})", _remedy(fqn, name, hook, caching)
             )
+
+
+@hookimpl
+def hookcore_observe(event: str) -> None:  # noqa: ARG001 -- whatever it is, it may have been the first or last
+    """Has diffusers refuse to offload or cast what hookcore has hooked."""
+    registry = getattr(sys.modules.get("diffusers.hooks.hooks"), "HookRegistry", None)
+    if registry is not None:
+        refuse_meanwhile(registry, "register_hook", _about_to_hook)
+
+
+def _about_to_hook(registry: Any, hook: Any, name: str) -> tuple[nn.Module, str] | None:
+    if name not in _MOVE_OR_CAST:
+        return None
+    return registry._module_ref, f"a diffusers hook {name!r} ({type(hook).__name__})"
 
 
 @hookimpl

@@ -121,7 +121,7 @@ class Component:
     @cached_property
     def slots(self) -> tuple[TensorSlot, ...]:
         """Every parameter and buffer, ties merged, in order of registration."""
-        return tuple(_slots(self.places))
+        return tuple(tensor_slots(self.places))
 
     @cached_property
     def slot_of(self) -> Mapping[str, TensorSlot]:
@@ -201,7 +201,7 @@ def has_memory(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_meta
 
 
-def _slots(places: Iterable[tuple[str, nn.Module]]) -> Iterator[TensorSlot]:
+def tensor_slots(places: Iterable[tuple[str, nn.Module]]) -> Iterator[TensorSlot]:
     """Groups all tensors in a tree by the memory they use.
 
     Two tensors are tied when they are one object, or when their spans of bytes overlap, whatever storages

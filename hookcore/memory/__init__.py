@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hookcore.memory.converted_reads import Conversion, ConvertedTensors, convert_reads, stop_converting_reads
 from hookcore.memory.copies import copy_as, copy_to, stop_copying_as, stop_copying_to
 from hookcore.memory.device.device_pool import DevicePool
 from hookcore.memory.device.flat_group import FlatGroup, flat_nbytes
@@ -59,6 +60,8 @@ __all__ = [
     "ByteQuota",
     "Checkpoint",
     "ComponentGroups",
+    "Conversion",
+    "ConvertedTensors",
     "DevicePool",
     "FileMover",
     "FileOrigins",
@@ -93,6 +96,7 @@ __all__ = [
     "check_ties",
     "choose_layout",
     "choose_residents",
+    "convert_reads",
     "copy_as",
     "copy_to",
     "cost",
@@ -126,6 +130,7 @@ __all__ = [
     "set_origin",
     "slots_below",
     "spanning_groups",
+    "stop_converting_reads",
     "stop_copying_as",
     "stop_copying_to",
     "stop_watching",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import weakref
+from collections.abc import ItemsView, ValuesView
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from hookcore.target import has_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from hookcore.target import TensorSlot
 
@@ -141,13 +142,24 @@ class PlacedTensors(dict[str, torch.Tensor | None]):
         original: The dict; up to date again after `give_back`.
     """
 
-    __slots__ = ("_home", "_original")
+    __slots__ = ("_inner", "_original")
 
     def __init__(self, original: dict[str, torch.Tensor | None]) -> None:
         super().__init__(original)
         self._original = original
-        rules = (rule for it in dict.values(original) if it is not None and (rule := _CopyRule.of(it)))
-        self._home = next((rule.device for rule in rules if rule.device is not None), None)
+        self._inner = original if isinstance(original, PlacedTensors) else None
+
+    def seen(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """What a reader of this name is given for the tensor that is there; a subclass may convert it."""
+        return tensor if self._inner is None else self._inner.seen(name, tensor)
+
+    def items(self) -> Any:
+        """As `dict.items`."""
+        return super().items() if self._inner is None else SeenItems(self)
+
+    def values(self) -> Any:
+        """As `dict.values`."""
+        return super().values() if self._inner is None else SeenValues(self)
 
     def give_back(self) -> dict[str, torch.Tensor | None]:
         """Returns the original dict, with the tensors that there are now."""
@@ -156,13 +168,37 @@ class PlacedTensors(dict[str, torch.Tensor | None]):
         return self._original
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
-        return dict, ({name: self._at_home(tensor) for name, tensor in dict.items(self)},)
+        rules = (rule for it in dict.values(self._original) if it is not None and (rule := _CopyRule.of(it)))
+        home = next((rule.device for rule in rules if rule.device is not None), None)
+        return dict, ({name: _moved_home(tensor, home) for name, tensor in dict.items(self)},)
 
-    def _at_home(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None or self._home is None or tensor.device == self._home or _CopyRule.of(tensor):
-            return tensor
-        moved = tensor.detach().to(self._home)
-        return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+
+class SeenItems(ItemsView[str, "torch.Tensor | None"]):
+    """The items of a `PlacedTensors` as readers see them, each converted when it is come to."""
+
+    _mapping: PlacedTensors
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        for name, tensor in dict.items(self._mapping):
+            yield name, self._mapping.seen(name, tensor)
+
+
+class SeenValues(ValuesView["torch.Tensor | None"]):
+    """The values, likewise."""
+
+    _mapping: PlacedTensors
+
+    def __iter__(self) -> Iterator[torch.Tensor | None]:
+        for name, tensor in dict.items(self._mapping):
+            yield self._mapping.seen(name, tensor)
+
+
+def _moved_home(tensor: torch.Tensor | None, home: torch.device | None) -> torch.Tensor | None:
+    """Moves a tensor that a call put in the place of another one; all others have rules of their own."""
+    if tensor is None or home is None or tensor.device == home or _CopyRule.of(tensor):
+        return tensor
+    moved = tensor.detach().to(home)
+    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
 def stand_in(slots: Iterable[TensorSlot]) -> list[tuple[nn.Module, str]]:

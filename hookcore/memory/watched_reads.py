@@ -77,7 +77,8 @@ class WatchedTensors(PlacedTensors):
     def __getitem__(self, name: str) -> torch.Tensor | None:
         if not is_compiling() and (group := self._groups.get(name)) is not None and not self._uses.get(group):
             self._before_read(group)
-        return dict.__getitem__(self, name)
+        tensor = dict.__getitem__(self, name)
+        return tensor if self._inner is None else self._inner.seen(name, tensor)
 
     def values(self) -> Any:
         """As `dict.values`."""

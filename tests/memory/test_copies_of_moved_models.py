@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import hookcore
 from hookcore.errors import BudgetError, PlanError
-from hookcore.testing.modules import WeightReader, module_trees
+from hookcore.testing.modules import module_trees
 from hookcore.testing.snapshot import same_bits
 from hookcore_plugins import DiskOffload, GroupOffload, LayerwiseCasting, ModelOffload, SequentialOffload
 
@@ -138,11 +138,7 @@ def test_copies_are_plain_models_where_the_original_came_from(sim, offload, case
     way, home, calls, casts = options
     assume(way != "process" or home == "cpu")  # torch itself sends no other tensors of the simulator's kind
     model, bare = case.build().to(home), case.build().to(home)
-    techniques = (
-        [LayerwiseCasting(skip_modules_pattern=(), skip_modules_classes=WeightReader)] if casts else []
-    )
-    if casts and not any(isinstance(it, WeightReader) for it in model.modules()):
-        techniques = [LayerwiseCasting(skip_modules_pattern=())]
+    techniques = [LayerwiseCasting(skip_modules_pattern=())] if casts else []
     try:
         hookcore.apply(model, [*techniques, offload("sim:0")])
     except (PlanError, BudgetError):

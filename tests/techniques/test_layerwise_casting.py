@@ -26,7 +26,7 @@ from hookcore import ConflictError, Hook, HookcoreWarning, LossyRemovalError, Ph
 from hookcore.memory import Checkpoint, find_mapping, map_checkpoint
 from hookcore.testing.cases import ModelCase, tensors_in
 from hookcore.testing.models import real_models
-from hookcore.testing.modules import WeightReader, module_trees
+from hookcore.testing.modules import module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits
 from hookcore_plugins.layerwise_casting import LayerwiseCasting
 from hookcore_plugins.layerwise_casting.cast_weight import CastWeight
@@ -46,8 +46,7 @@ def _one_thread():
 
 def casting(**options):
     """A casting of everything that a random model can have cast."""
-    # What is read without a call is in the storage dtype there; that is documented, and left out here.
-    return LayerwiseCasting(skip_modules_pattern=(), skip_modules_classes=WeightReader, **options)
+    return LayerwiseCasting(skip_modules_pattern=(), **options)
 
 
 def apply_or_discard(model, technique):

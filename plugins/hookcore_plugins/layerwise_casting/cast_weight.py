@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hookcore.memory import copy_as, find_mapping, origin_of, stop_copying_as, wanted_dtype
+from hookcore.memory import (
+    convert_reads,
+    copy_as,
+    find_mapping,
+    origin_of,
+    stop_converting_reads,
+    stop_copying_as,
+    wanted_dtype,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from torch import nn
 
 _CAST_WEIGHTS: weakref.WeakValueDictionary[int, CastWeight] = weakref.WeakValueDictionary()
 """What holds a tensor, by the tensor's identity."""
@@ -29,25 +40,35 @@ class CastWeight:
     the first use of each call, put back after the last, and never written: whoever moves or edits the
     parameter between calls is heard.
 
-    Attributes:
+    Args:
         tensors: The parameters; of one dtype.
+        owners: The modules that hold them, each with the attribute's name.
         storage_dtype: What they lie in between calls.
         compute_dtype: What they are in during calls.
+        non_blocking: Whether casts for calls may be asynchronous.
+        keep_originals: Whether to keep what they were before.
+        entries: Names of methods through which the model is called, besides calling it.
+
+    Attributes:
+        thread: The thread in whose call they are in the compute dtype; None between calls.
     """
 
     __slots__ = (
         "__weakref__",
+        "_entries",
         "_holders",
         "_in_calls",
         "_keeps",
         "_kept",
         "_non_blocking",
         "_original_dtype",
+        "_owners",
         "_stored",
         "_uses",
         "compute_dtype",
         "storage_dtype",
         "tensors",
+        "thread",
     )
 
     def __init__(
@@ -58,8 +79,12 @@ class CastWeight:
         compute_dtype: torch.dtype,
         non_blocking: bool,
         keep_originals: bool,
+        owners: tuple[tuple[nn.Module, str], ...] = (),
+        entries: Iterable[str] = (),
     ) -> None:
         self.tensors = tensors
+        self._owners = owners
+        self._entries = entries
         self.storage_dtype = storage_dtype
         self.compute_dtype = compute_dtype
         self._non_blocking = non_blocking
@@ -67,9 +92,10 @@ class CastWeight:
         self._in_calls = partial(_in_calls, storage_dtype=storage_dtype, compute_dtype=compute_dtype)
         self._original_dtype = wanted_dtype(tensors[0])
         self._kept: list[Tensor] | None = None
-        self._stored: Sequence[Tensor] = ()
+        self._stored: list[Tensor] = []  # another list whenever a call begins or ends
         self._holders = 0
         self._uses = 0
+        self.thread: int | None = None
 
     # A call
 
@@ -77,18 +103,26 @@ class CastWeight:
         """Makes the parameters compute-dtype copies, unless an outer call already did."""
         if not self._uses:
             stored = [tensor.data for tensor in self.tensors]
-            for tensor, data in zip(self.tensors, self._computed(stored), strict=True):
-                tensor.data = data
+            computed = self._computed(stored)
             self._stored = stored
+            self._put(computed)
+            self.thread = get_ident()
         self._uses += 1
 
     def release(self) -> None:
         """Drops the copies when the outermost call returns."""
         self._uses -= 1
         if not self._uses:
-            for tensor, data in zip(self.tensors, self._stored, strict=True):
-                tensor.data = data
-            self._stored = ()
+            self.thread = None
+            self._put(self._stored)
+            self._stored = []
+
+    def _put(self, data: Sequence[Tensor]) -> None:
+        if len(data) == 1:  # nearly all are alone, and a loop takes as long as what it is for
+            self.tensors[0].data = data[0]
+        else:
+            for tensor, new in zip(self.tensors, data, strict=True):
+                tensor.data = new
 
     def _computed(self, stored: list[Tensor]) -> Sequence[Tensor]:
         non_blocking = self._non_blocking
@@ -99,6 +133,49 @@ class CastWeight:
             return (data.to(self.compute_dtype, non_blocking),)
         rounded = converted(stored, self.storage_dtype, non_blocking=non_blocking)
         return converted(rounded, self.compute_dtype, non_blocking=non_blocking)
+
+    # Reads by others than the layer whose call it is
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """The tensor, or while a call has it cast another one that holds what is stored."""
+        if not self._stored or not self._holds(tensor):
+            return tensor
+        return self._like(tensor, self._at_rest(tensor))
+
+    def computed(self, tensor: Tensor) -> Tensor:
+        """A new tensor that holds what the layer's own call finds; autograd takes it for the parameter."""
+        if not self._holds(tensor):
+            return tensor
+        data = self._in_calls(self._at_rest(tensor))
+        if not tensor.requires_grad or not torch.is_grad_enabled():
+            return self._like(tensor, data)
+        # As in the layer's own call: gradients have the dtype that it is in when the graph is made.
+        before = tensor.data
+        try:
+            tensor.data = data
+            read = tensor.view_as(tensor)
+        finally:
+            tensor.data = before
+        read._is_param = True  # what torch goes by in isinstance
+        return read
+
+    def _holds(self, tensor: Tensor) -> bool:
+        return any(tensor is own for own in self.tensors)  # or someone has put it in the place of ours
+
+    def _at_rest(self, tensor: Tensor) -> Tensor:
+        """What a parameter of ours holds between calls, whatever another thread's call does meanwhile."""
+        while True:
+            stored = self._stored
+            data = tensor.data
+            for own, at_rest in zip(self.tensors, stored, strict=False):
+                if own is tensor:
+                    data = at_rest
+            if stored is self._stored:
+                return data
+
+    @staticmethod
+    def _like(tensor: Tensor, data: Tensor) -> Tensor:
+        return torch.nn.Parameter(data, tensor.requires_grad)
 
     # Attaching and detaching: first everything that can fail, then the change.
 
@@ -118,13 +195,13 @@ class CastWeight:
     def hold(self, stored: list[Tensor] | None) -> None:
         """Stores what `to_store` gave, for one more hook."""
         if stored is not None:
-            for tensor, data in zip(self.tensors, stored, strict=True):
-                tensor.data = data
+            self._put(stored)
         if not self._holders:
             self._stream_in(self.storage_dtype)
             for tensor in self.tensors:
                 copy_as(tensor, self._in_calls)
                 _CAST_WEIGHTS[id(tensor)] = self
+            convert_reads(self._owners, self, self._entries)
         self._holders += 1
 
     @torch.inference_mode(False)
@@ -141,12 +218,12 @@ class CastWeight:
     def let_go(self, restored: list[Tensor] | None) -> None:
         """Restores what `to_restore` gave, for one hook less."""
         if restored is not None:
-            for tensor, data in zip(self.tensors, restored, strict=True):
-                tensor.data = data
+            self._put(restored)
         self._holders -= 1
         if not self._holders:
             self._kept = None
             self._stream_in(self._original_dtype)
+            stop_converting_reads(self._owners, self)
             for tensor in self.tensors:
                 stop_copying_as(tensor, self._in_calls)
                 del _CAST_WEIGHTS[id(tensor)]

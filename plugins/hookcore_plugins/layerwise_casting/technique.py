@@ -68,8 +68,8 @@ class LayerwiseCasting(Technique):
     The technique loses bits: `remove()` gives back the rounded weights, and only with `allow_lossy=True`,
     unless `keep_originals` is set or the weights still lie in a checkpoint.
 
-    A weight that is read outside of its layer's call, as in `F.linear(x, self.child.weight)`, is in
-    `storage_dtype` there. Leave such layers out with `skip_modules_pattern`.
+    A weight that another module's call reads, as in `F.linear(x, self.child.weight)` or
+    `x.to(self.child.weight.dtype)`, is cast for that read. Outside of calls it is in `storage_dtype`.
 
     The idea and the defaults are those of `diffusers.hooks.apply_layerwise_casting`.
 
@@ -169,15 +169,17 @@ class LayerwiseCasting(Technique):
         cast: dict[TensorSlot, CastWeight] = {}
         for unit in found.units:
             new = [slot for slot in unit.slots if slot not in cast]
-            cast.update((slot, self._cast_weight(slot, usual)) for slot in new)
+            cast.update((slot, self._cast_weight(slot, component, usual)) for slot in new)
             hook = CastHook([cast[slot] for slot in unit.slots], [cast[slot] for slot in new])
             # A weight with several users is claimed by the first of them.
             claims = tuple(Claim(Resource.STORAGE_DTYPE, slot.name, dtype=self.storage_dtype) for slot in new)
             yield Binding(unit.fqn, hook, claims=claims)
 
-    def _cast_weight(self, slot: TensorSlot, usual: torch.dtype | None) -> CastWeight:
+    def _cast_weight(self, slot: TensorSlot, component: Component, usual: torch.dtype | None) -> CastWeight:
         return CastWeight(
             slot.tensors,
+            owners=slot.owners,
+            entries=component.conventions.entries,
             storage_dtype=self.storage_dtype,
             compute_dtype=self._computed_in(wanted_dtype(slot.tensors[0]), usual),
             non_blocking=self.non_blocking,

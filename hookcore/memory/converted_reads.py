@@ -1,0 +1,153 @@
+"""Reads of tensors that hold something else between calls than what calls compute with.
+
+A layer whose weights are cast has them converted for its own call. Other modules read them too: a model asks
+a layer for the dtype of its weight, or computes with a weight of a child that it never calls. Within a call
+they get what that layer's own call would, in a tensor made for this one read; outside of calls, and where a
+model is saved, loaded, converted or looked through, everybody sees what is stored.
+"""
+
+from __future__ import annotations
+
+import sys
+from threading import get_ident
+from typing import TYPE_CHECKING, Protocol
+
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from hookcore.hook import Hook
+from hookcore.memory.copies import PlacedTensors, SeenItems, SeenValues
+from hookcore.target import own_tensors, tensor_slots
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import CodeType, FrameType
+    from typing import Any
+
+    import torch
+
+_CALL = nn.Module._call_impl.__code__
+_LOOKING: frozenset[CodeType] = frozenset(
+    function.__code__
+    for function in (
+        nn.Module._save_to_state_dict,
+        nn.Module._load_from_state_dict,
+        nn.Module._apply,
+        nn.Module.requires_grad_,
+        nn.Module.zero_grad,
+        own_tensors,
+        tensor_slots,
+    )
+)
+"""What goes through a module's tensors themselves, also within a call: to store, change or count them."""
+
+_AROUND = frozenset({"pre_forward", "post_forward", "on_error"})
+"""Methods of hooks, which see what is stored: they stand around the call and are not in it."""
+
+
+class Conversion(Protocol):
+    """What a tensor holds between calls, and what calls find.
+
+    Attributes:
+        thread: The thread in whose call the tensor itself holds what calls find; None between calls.
+    """
+
+    thread: int | None
+
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, or while it is converted for a call another one that holds what is stored."""
+
+    def computed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A new tensor that holds what calls find."""
+
+
+class ConvertedTensors(PlacedTensors):
+    """Stands in for a module's `_parameters` or `_buffers`, and converts a tensor for who reads it in a call.
+
+    Args:
+        original: What it stands in for; up to date again after `give_back`.
+        entries: Names of methods that count as calls when a module runs them, besides calling it.
+    """
+
+    __slots__ = ("_entries", "conversions")
+
+    def __init__(self, original: dict[str, torch.Tensor | None], entries: frozenset[str]) -> None:
+        super().__init__(original)
+        self._entries = entries
+        self.conversions: dict[str, Conversion] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor | None:
+        tensor = dict.__getitem__(self, name)
+        # What a compiled call needs is converted for the whole of it, and must not be traced here.
+        if is_dynamo_compiling():
+            return tensor
+        conversion = self.conversions.get(name)
+        if conversion is not None and conversion.thread == get_ident():
+            return tensor
+        return self.seen(name, tensor)
+
+    def seen(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """What a reader of this name is given."""
+        conversion = self.conversions.get(name)
+        if conversion is not None and tensor is not None and conversion.thread != get_ident():
+            within = _is_in_call(sys._getframe(1), self._entries)
+            tensor = conversion.computed(tensor) if within else conversion.stored(tensor)
+        return super().seen(name, tensor)
+
+    def items(self) -> Any:
+        """As `dict.items`."""
+        return SeenItems(self)
+
+    def values(self) -> Any:
+        """As `dict.values`."""
+        return SeenValues(self)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As `dict.get`."""
+        return self[name] if name in self else default  # noqa: SIM401 - that would be this method again
+
+
+def convert_reads(
+    owners: Iterable[tuple[nn.Module, str]], conversion: Conversion, entries: Iterable[str]
+) -> None:
+    """Has reads of a tensor through its modules be converted.
+
+    Args:
+        owners: The modules that hold it, each with the attribute's name.
+        conversion: What it holds, and what calls find.
+        entries: Names of methods through which the model is called, besides calling it.
+    """
+    for module, name in owners:
+        kind = "_parameters" if name in module._parameters else "_buffers"
+        tensors = module.__dict__[kind]
+        if not isinstance(tensors, ConvertedTensors):
+            tensors = module.__dict__[kind] = ConvertedTensors(tensors, frozenset(entries))
+        tensors.conversions[name] = conversion
+
+
+def stop_converting_reads(owners: Iterable[tuple[nn.Module, str]], conversion: Conversion) -> None:
+    """Ends what `convert_reads` began."""
+    for module, name in owners:
+        for kind in ("_parameters", "_buffers"):
+            tensors = module.__dict__[kind]
+            if isinstance(tensors, ConvertedTensors) and tensors.conversions.get(name) is conversion:
+                del tensors.conversions[name]
+                if not tensors.conversions:
+                    module.__dict__[kind] = tensors.give_back()
+
+
+def _is_in_call(frame: FrameType | None, entries: frozenset[str]) -> bool:
+    """Whether a module is being called on this thread, by whoever does not only look through its tensors."""
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL:
+            return True
+        if code in _LOOKING:
+            return False
+        name = code.co_name
+        if name in entries and isinstance(frame.f_locals.get("self"), nn.Module):
+            return True
+        if name in _AROUND and isinstance(frame.f_locals.get("self"), Hook):
+            return False
+        frame = frame.f_back
+    return False

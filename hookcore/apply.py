@@ -9,6 +9,7 @@ from attrs import evolve
 
 from hookcore.applied import Applied, Status, take_off
 from hookcore.conflicts import check_conflicts, check_hooks_are_new
+from hookcore.device_memory import check_free_memory
 from hookcore.enclosed import wholes_of
 from hookcore.errors import ConflictError, PlanError
 from hookcore.plan import Plan, PlanStep, left_alone, make_steps, ordered, with_storage
@@ -39,13 +40,15 @@ def apply(target: Any, techniques: Techniques, *, components: Iterable[str] | No
         The handle that resets and removes them.
 
     Raises:
-        PlanError: The techniques do not fit the target or each other (`ConflictError`, `OrderError`).
+        PlanError: The techniques do not fit the target or each other (`ConflictError`, `OrderError`), or a
+            device has less memory than their weights need at once (`BudgetError`).
         PluginError: A name that no plugin has registered.
         UnsupportedModelError: The target is nothing that can be hooked.
         ConcurrentCallError: The target is being called at this moment.
     """
     with CHANGING:
-        made, registry = _plan(target, techniques, components)
+        made, registry, needs = _plan(target, techniques, components)
+        check_free_memory(needs, {step.component for step in made.steps})
         applied = Applied(made, registry.attach(made.steps))
     plugins().observe("applied", plan=made)
     return applied
@@ -109,7 +112,9 @@ def _open(target: Any, names: Iterable[str] | None) -> dict[str, Component]:
     return open_components(target, names, open_target=host.open_target, describe=host.describe)
 
 
-def _plan(target: Any, techniques: Techniques, components: Iterable[str] | None) -> tuple[Plan, HookRegistry]:
+def _plan(
+    target: Any, techniques: Techniques, components: Iterable[str] | None
+) -> tuple[Plan, HookRegistry, Mapping[str, int]]:
     opened = _open(target, components)
     wanted = _by_component(techniques, opened)
     alone: list[PlanStep] = []
@@ -126,8 +131,8 @@ def _plan(target: Any, techniques: Techniques, components: Iterable[str] | None)
     made = Plan(
         tuple(item for item in ordered(present) if isinstance(item, PlanStep)), left_alone=tuple(alone)
     )
-    _ = made.needs  # raises if a budget is too small for it
-    return evolve(made, notes=tuple(plugins().review(made))), registry
+    needs = made.needs  # raises if a budget is too small for it
+    return evolve(made, notes=tuple(plugins().review(made))), registry, needs
 
 
 def _steps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hookcore.device_memory import free_device_bytes
 from hookcore.memory.converted_reads import Conversion, ConvertedTensors, convert_reads, stop_converting_reads
 from hookcore.memory.copies import copy_as, copy_to, stop_copying_as, stop_copying_to
 from hookcore.memory.device.device_pool import DevicePool
@@ -107,6 +108,7 @@ __all__ = [
     "find_entries",
     "find_mapping",
     "flat_nbytes",
+    "free_device_bytes",
     "has_streams",
     "is_on",
     "known_origins",

@@ -12,6 +12,7 @@ import torch
 from attrs import evolve, field, frozen
 
 from hookcore import (
+    BudgetError,
     JointTechnique,
     Phase,
     Skipped,
@@ -38,6 +39,7 @@ from hookcore.memory import (
     check_ties,
     dtype_hooks,
     find_blocks,
+    free_device_bytes,
     has_streams,
     known_origins,
     leaf_units,
@@ -337,7 +339,12 @@ class GroupOffload(JointTechnique):
     @property
     def _budget(self) -> int | None:
         if isinstance(self.memory_budget, float):
-            free, _ = torch.get_device_module(self.onload_device).mem_get_info(self.onload_device)
+            free = free_device_bytes(self.onload_device)
+            if free is None:
+                raise BudgetError(
+                    f"memory_budget is {self.memory_budget!r}, a share of the free memory, but torch cannot "
+                    f"tell how much {str(self.onload_device)!r} has. Give bytes, or text such as '6GiB'"
+                )
             return int(self.memory_budget * free)
         return self.memory_budget
 

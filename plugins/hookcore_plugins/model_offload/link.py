@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from attrs import define
 
-from hookcore.memory import PinnedMemory, has_streams
+from hookcore.memory import PinnedMemory, free_device_bytes, has_streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,5 +143,4 @@ class Link:
     @property
     def room(self) -> int:
         """Bytes of the device that tensors of this process could take besides."""
-        free, _ = self._module.mem_get_info(self._device)
-        return int(free + self._module.memory_reserved(self._device) - self.allocated)
+        return free_device_bytes(self._device) or 0

@@ -30,12 +30,14 @@ from tqdm import tqdm
 import hookcore.memory.device.stream_mover
 import hookcore.testing.simulator as sim
 from hookcore import BudgetError
-from hookcore.memory import Layout, Use, choose_layout
+from hookcore.memory.planning.pool_layout import Layout, choose_layout
 from hookcore_plugins.demo.draw import columns
 from hookcore_plugins.demo.run import about_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from hookcore.memory.planning.schedule import Use
 
 RATIOS = (0.5, 1.0, 2.0, 4.0)
 BUDGETS = (0.03, 0.06, 0.13, 0.25, 0.5, 0.75)

@@ -35,7 +35,6 @@ from hookcore.loading import load
 from hookcore.plan import Plan, PlanStep
 from hookcore.plugins import attention_functions
 from hookcore.refused_methods import refuse_meanwhile
-from hookcore.registry import HookRegistry
 from hookcore.run_report import RunEntry, RunReport
 from hookcore.skeleton import skeleton_of
 from hookcore.stack import bare_entry
@@ -65,7 +64,6 @@ __all__ = [
     "ConflictError",
     "ForeignMechanism",
     "Hook",
-    "HookRegistry",
     "HookSite",
     "HookcoreError",
     "HookcoreWarning",

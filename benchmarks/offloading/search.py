@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, TypeVar
 
-from hookcore.memory import ByteQuota, FreeList, Use, pass_seconds
+from hookcore.memory.planning.free_list import ByteQuota, FreeList
+from hookcore.memory.planning.schedule import Use, pass_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Sequence
 
-    from hookcore.memory import Layout
+    from hookcore.memory.planning.pool_layout import Layout
 
     T = TypeVar("T", bound=Hashable)
 

@@ -13,14 +13,13 @@ from hookcore.memory.device.stream_report import StreamReport
 from hookcore.memory.device.synchronous_mover import SynchronousMover
 from hookcore.memory.device.timeline import Recorder, Span, Timeline, record_timeline
 from hookcore.memory.files.checkpoint import Checkpoint
-from hookcore.memory.files.checkpoint_names import find_entries
 from hookcore.memory.files.file_mover import FileMover
 from hookcore.memory.files.file_range import cost
 from hookcore.memory.files.file_store import FileStore
 from hookcore.memory.files.host_pool import HostPool
 from hookcore.memory.files.leftovers import make_claimed
-from hookcore.memory.files.mapped_file import MappedFile, find_mapping, map_checkpoint
-from hookcore.memory.files.origin import Origin, origin_of, set_origin, wanted_dtype
+from hookcore.memory.files.mapped_file import find_mapping
+from hookcore.memory.files.origin import origin_of, wanted_dtype
 from hookcore.memory.files.origins_of_model import (
     FileOrigins,
     check_ties,
@@ -29,7 +28,6 @@ from hookcore.memory.files.origins_of_model import (
     origins_in,
     origins_of_mapped,
 )
-from hookcore.memory.files.safetensors_header import TensorEntry
 from hookcore.memory.gradients import Gradients, move_gradient
 from hookcore.memory.grouping import (
     Group,
@@ -41,24 +39,19 @@ from hookcore.memory.grouping import (
     merge_neighbours,
     moving_and_staying,
     slots_below,
-    spanning_groups,
 )
 from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
 from hookcore.memory.mover import ComponentGroups, GroupMover
 from hookcore.memory.placement import Placement, moved
-from hookcore.memory.planning.free_list import ByteQuota, FreeList
-from hookcore.memory.planning.pool_layout import Layout, choose_layout
-from hookcore.memory.planning.residency import choose_residents, largest_held
-from hookcore.memory.planning.schedule import Use, pass_seconds
+from hookcore.memory.planning.residency import choose_residents
 from hookcore.memory.shared_weights import SharedWeights
 from hookcore.memory.store import PinnedStore, Store
-from hookcore.memory.tensor_memory import check_movable, current_tensors, is_on, move_apart
-from hookcore.memory.watched_reads import WatchedTensors, stop_watching, watch
+from hookcore.memory.tensor_memory import check_movable, current_tensors, move_apart
+from hookcore.memory.watched_reads import stop_watching, watch
 from hookcore.storage import planned_nbytes
 
 __all__ = [
-    "ByteQuota",
     "Checkpoint",
     "ComponentGroups",
     "Conversion",
@@ -68,16 +61,12 @@ __all__ = [
     "FileOrigins",
     "FileStore",
     "FlatGroup",
-    "FreeList",
     "Gradients",
     "Group",
     "GroupMover",
     "HostPool",
-    "Layout",
-    "MappedFile",
     "ModelDevice",
     "ModelDtypeHook",
-    "Origin",
     "PinnedMemory",
     "PinnedStore",
     "Placement",
@@ -88,14 +77,10 @@ __all__ = [
     "StreamMover",
     "StreamReport",
     "SynchronousMover",
-    "TensorEntry",
     "Timeline",
-    "Use",
-    "WatchedTensors",
     "callable_parts",
     "check_movable",
     "check_ties",
-    "choose_layout",
     "choose_residents",
     "convert_reads",
     "copy_as",
@@ -105,18 +90,14 @@ __all__ = [
     "dtype_hooks",
     "entries_of",
     "find_blocks",
-    "find_entries",
     "find_mapping",
     "flat_nbytes",
     "free_device_bytes",
     "has_streams",
-    "is_on",
     "known_origins",
-    "largest_held",
     "leaf_units",
     "make_claimed",
     "make_groups",
-    "map_checkpoint",
     "merge_neighbours",
     "models_with_dtype",
     "move_apart",
@@ -126,10 +107,8 @@ __all__ = [
     "origin_of",
     "origins_in",
     "origins_of_mapped",
-    "pass_seconds",
     "planned_nbytes",
     "record_timeline",
-    "set_origin",
     "slots_below",
     "spanning_groups",
     "stop_converting_reads",

@@ -10,6 +10,7 @@ from torch import nn
 import hookcore
 from hookcore import Binding, ConflictError, Hook, Phase, Technique, bare_entry
 from hookcore.memory import leaf_units
+from hookcore.registry import HookRegistry
 from hookcore.testing.snapshot import ModelSnapshot
 
 
@@ -103,7 +104,7 @@ def test_hooks_that_bring_weights_do_so_around_the_whole_call(whole_first):
         model(torch.ones(1, 3))
     assert log == ["bring block.0:Linear", "whole", "in place", "error block.0:Linear"]
     (whole,) = (it for it in hookcore.status(model).attachments if it.technique.name == "whole")
-    hookcore.HookRegistry([whole.component]).detach([whole])
+    HookRegistry([whole.component]).detach([whole])
     log.clear()
     model(X)
     assert log == ["bring block.0:Linear", "drop block.0:Linear", "bring head:Linear", "drop head:Linear"]

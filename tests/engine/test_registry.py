@@ -11,7 +11,8 @@ from torch import nn
 
 import hookcore
 import hookcore_plugins
-from hookcore import Binding, Hook, HookRegistry, Phase
+from hookcore import Binding, Hook, Phase
+from hookcore.registry import HookRegistry
 
 
 @given(

@@ -14,6 +14,7 @@ from torch import nn
 
 import hookcore
 from hookcore import Binding, Hook, Phase, PlanError, Technique, structure
+from hookcore.registry import HookRegistry
 
 
 @frozen
@@ -315,12 +316,12 @@ def test_entries_beyond_forward_see_changes_too():
     )
     from hookcore.plan import make_step
 
-    registry = hookcore.HookRegistry([opened])
+    registry = HookRegistry([opened])
     attached = registry.attach([make_step(technique, opened)])
     model.inner.append(nn.Linear(2, 2))
     model.decode(X)
     assert technique.bound[1:] == [["inner.0", "inner.1"]]
-    hookcore.HookRegistry([opened]).detach(attached)
+    HookRegistry([opened]).detach(attached)
     assert not {"forward", "decode"} & vars(model).keys()
 
 

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hookcore.memory import Checkpoint, Origin, map_checkpoint, origin_of, set_origin
+from hookcore.memory import Checkpoint, origin_of
+from hookcore.memory.files.mapped_file import map_checkpoint
+from hookcore.memory.files.origin import Origin, set_origin
 from hookcore.testing.snapshot import same_bits
 
 

@@ -28,12 +28,12 @@ from hookcore.memory import (
     GroupMover,
     Placement,
     SynchronousMover,
-    WatchedTensors,
     current_tensors,
     device,
     find_blocks,
-    is_on,
 )
+from hookcore.memory.tensor_memory import is_on
+from hookcore.memory.watched_reads import WatchedTensors
 from hookcore.testing import models
 from hookcore.testing.modules import Counter, Recipe, Scaled, TreeModel, WeightReader, module_trees
 from hookcore.testing.snapshot import ModelSnapshot, same_bits

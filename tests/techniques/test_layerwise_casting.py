@@ -23,7 +23,8 @@ from trained import minilm
 
 import hookcore
 from hookcore import ConflictError, Hook, HookcoreWarning, LossyRemovalError, Phase, PlanError, Technique
-from hookcore.memory import Checkpoint, find_mapping, map_checkpoint
+from hookcore.memory import Checkpoint, find_mapping
+from hookcore.memory.files.mapped_file import map_checkpoint
 from hookcore.testing.cases import ModelCase, tensors_in
 from hookcore.testing.models import real_models
 from hookcore.testing.modules import module_trees

@@ -18,10 +18,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import hookcore
 from hookcore import BudgetError
-from hookcore.memory import choose_layout
 from hookcore.memory.device import copy_engine as engine
 from hookcore.memory.device import pinned_memory as host
 from hookcore.memory.device import stream_mover as stream
+from hookcore.memory.planning.pool_layout import choose_layout
 from hookcore.testing import simulator
 from hookcore.testing.modules import Counter
 from hookcore.testing.snapshot import same_bits

@@ -21,7 +21,8 @@ from safetensors import safe_open
 
 from hookcore import HookcoreError
 from hookcore.errors import CheckpointError
-from hookcore.memory import Checkpoint, map_checkpoint
+from hookcore.memory import Checkpoint
+from hookcore.memory.files.mapped_file import map_checkpoint
 from hookcore.memory.files.safetensors_header import FileStamp
 
 DTYPES = {

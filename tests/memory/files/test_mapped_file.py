@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hookcore.errors import CheckpointError
-from hookcore.memory import Checkpoint, TensorEntry
+from hookcore.memory import Checkpoint
 from hookcore.memory.files import mapped_file as module
 from hookcore.memory.files.mapped_file import MappedFile, find_mapping, map_checkpoint
+from hookcore.memory.files.safetensors_header import TensorEntry
 
 PAGE = mmap.PAGESIZE
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux about pages")

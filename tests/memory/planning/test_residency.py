@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hookcore import BudgetError
-from hookcore.memory import Group, choose_residents, largest_held
+from hookcore.memory import Group, choose_residents
+from hookcore.memory.planning.residency import largest_held
 
 costs_of_leaves = st.lists(st.integers(0, 100), min_size=1, max_size=30).map(
     lambda costs: {

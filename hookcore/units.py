@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -99,7 +99,7 @@ def parse_onload_device(device: torch.device | str | int) -> torch.device:
     """Reads a device that weights are moved to.
 
     Raises:
-        ValueError: As `parse_device` would, or it holds no data.
+        ValueError: As `parse_device` would, or it holds no data, or this machine or build of torch lacks it.
         TypeError: As `parse_device` would.
     """
     parsed = parse_device(device)
@@ -107,7 +107,26 @@ def parse_onload_device(device: torch.device | str | int) -> torch.device:
         raise ValueError(
             "weights cannot be moved to 'meta', which holds no data; name a device such as 'cuda'"
         )
+    if parsed.type != "cpu":
+        count = _count_devices(parsed.type)
+        if (parsed.index or 0) >= count:
+            raise ValueError(
+                f"weights cannot be moved to {str(parsed)!r}: torch {torch.__version__} finds "
+                f"{count or 'no'} {parsed.type!r} {'device' if count == 1 else 'devices'} here. Name another "
+                "one, such as 'cpu', or install a build of torch for it"
+            )
     return parsed
+
+
+def _count_devices(kind: str) -> int:
+    """How many devices of a kind there are, without beginning to use one."""
+    try:
+        module: Any = torch.get_device_module(kind)
+    except RuntimeError:
+        return 0
+    if hasattr(module, "is_available") and not module.is_available():
+        return 0
+    return int(module.device_count()) if hasattr(module, "device_count") else 1
 
 
 def parse_module_names(names: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from hookcore import (
     Technique,
     hookimpl,
     parse_bytes,
-    parse_device,
+    parse_onload_device,
     status,
 )
 from hookcore.memory import (
@@ -87,7 +87,9 @@ class DiskOffload(JointTechnique):
     materializes: ClassVar[bool] = True
 
     checkpoint: Path | None = field(default=None, converter=_path)
-    execution_device: torch.device = field(default=torch.device("cpu"), converter=parse_device, kw_only=True)
+    execution_device: torch.device = field(
+        default=torch.device("cpu"), converter=parse_onload_device, kw_only=True
+    )
     memory_budget: int | None = field(default=None, converter=_budget, kw_only=True)
     read_ahead: int = field(default=128 * 2**20, converter=parse_bytes, kw_only=True)
 

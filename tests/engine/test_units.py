@@ -5,10 +5,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hookcore import format_bytes, parse_bytes, parse_device, parse_dtype
+from hookcore import format_bytes, parse_bytes, parse_device, parse_dtype, parse_onload_device
+from hookcore_plugins import DiskOffload, GroupOffload, ModelOffload, SequentialOffload
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -106,3 +107,32 @@ def test_devices_of_other_kinds_are_refused():
     for other in (True, None, 1.0):
         with pytest.raises(TypeError, match="^a device is a torch.device, its name or an index, not "):
             parse_device(other)
+
+
+@pytest.mark.parametrize("technique", [GroupOffload, SequentialOffload, ModelOffload])
+@pytest.mark.parametrize(("device", "found"), [("hip", "no 'hip' devices"), ("mtia:3", "no 'mtia' devices")])
+def test_a_device_that_this_machine_lacks_is_refused_when_a_technique_is_made(technique, device, found):
+    with pytest.raises(
+        ValueError, match=f"^weights cannot be moved to '{device}': torch .* finds {found} here"
+    ):
+        technique(device)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 5))
+def test_an_index_that_no_device_has_is_refused(sim, index):
+    count = torch.get_device_module("sim").device_count()
+    if index < count:
+        assert parse_onload_device(f"sim:{index}") == torch.device("sim", index)
+    else:
+        with pytest.raises(ValueError, match=f"to 'sim:{index}': torch .* finds {count} 'sim' devices here"):
+            parse_onload_device(f"sim:{index}")
+
+
+def test_a_build_without_a_device_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for made in (lambda: GroupOffload("cuda"), lambda: DiskOffload(execution_device="cuda")):
+        with pytest.raises(
+            ValueError, match="weights cannot be moved to 'cuda'.* finds no 'cuda' devices here"
+        ):
+            made()

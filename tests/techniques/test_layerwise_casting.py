@@ -700,6 +700,39 @@ def test_weights_that_cannot_be_cast_are_skipped_with_the_reason():
     assert changed == {"plain.weight"}
 
 
+class Quantized(nn.Linear):
+    """A layer as quantization libraries make it: its own weight, beside plain scales and a bias."""
+
+    def __init__(self, kind):
+        super().__init__(4, 4)
+        data = torch.ones(4, 4)
+        if kind == "integers":
+            self.weight = nn.Parameter(data.to(torch.int8), requires_grad=False)
+        elif kind == "parameter of a class of its own":
+            self.weight = type("Int8Params", (nn.Parameter,), {})(data)
+        elif kind == "data of a class of its own":
+            self.weight = nn.Parameter(data.as_subclass(type("AffineQuantized", (torch.Tensor,), {})))
+        else:
+            del self.weight
+            self.register_buffer("qweight", data.to(torch.int32))
+            self.scales = nn.Parameter(torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "kind", ["integers", "parameter of a class of its own", "data of a class of its own", "packed buffer"]
+)
+def test_quantized_layers_are_left_alone_with_their_biases_and_scales(kind):
+    model = nn.ModuleDict({"quantized": Quantized(kind), "plain": nn.Linear(4, 4)})
+    model.plain.register_buffer("count", torch.zeros((), dtype=torch.long))
+    before = at_rest(model)
+    plan = hookcore.plan(model, [LayerwiseCasting()])
+    reasons = [item.reason for step in plan.steps for item in step.skipped if item.fqn == "quantized"]
+    assert any("its bias is beside" in reason and "quantized" in reason for reason in reasons)
+    hookcore.apply(model, [LayerwiseCasting()])
+    changed = {name for name, dtype in at_rest(model).items() if dtype != before[name]}
+    assert changed == {"plain.weight", "plain.bias"}
+
+
 def test_weights_that_come_in_the_storage_dtype_are_cast_for_calls_and_nothing_is_lost():
     twin = small()
     model = small()

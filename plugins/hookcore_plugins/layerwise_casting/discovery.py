@@ -14,7 +14,7 @@ from hookcore.memory import wanted_dtype
 from hookcore_plugins.layerwise_casting.cast_weight import is_cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from hookcore import Component, TensorSlot
 
@@ -31,6 +31,8 @@ LAYERS = (
 )
 """Layers whose weights are cast: those of `diffusers.hooks`, and torch's attention, which has weights too.
 Norms are not among them: they are small and precision matters there."""
+
+_PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 _READ_WEIGHTS_BELOW = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """Modules that read the weights of layers below them without calling these."""
@@ -82,11 +84,14 @@ def find_units(
     for module in walk.kept:
         walk.units_of.pop(module, None)
     slots_of: dict[nn.Module, list[TensorSlot]] = {}
+    quantized = _quantized(component.slots)
     for slot in component.slots:
         inside = [(owner, name) for owner, name in slot.owners if owner in walk.units_of]
         if not inside:
             continue
         reason = _tie_outside(slot, walk, component) or _refusal(slot, refuses)
+        if reason is None and quantized:
+            reason = next((quantized[owner] for owner, _ in inside if owner in quantized), None)
         if reason is None:
             for unit in dict.fromkeys(unit for owner, _ in inside for unit in walk.units_of[owner]):
                 slots_of.setdefault(unit, []).append(slot)
@@ -183,6 +188,28 @@ def _tie_outside(slot: TensorSlot, walk: _Walk, component: Component) -> str | N
                 f"is tied to {'.'.join(filter(None, (component.fqns[owner][0], name)))!r}, which is not cast"
             )
     return None
+
+
+def _quantized(slots: Iterable[TensorSlot]) -> dict[nn.Module, str]:
+    """Modules that hold a weight which is no plain floating-point one, and why their others stay as they are.
+
+    Biases and scales of a quantized layer belong to its own arithmetic. A buffer counts if it can be a
+    weight: if it is a tensor of another kind, or a matrix of integers.
+    """
+    found = {}
+    for slot in slots:
+        for tensor in slot.tensors:
+            plain = type(tensor) in _PLAIN and type(tensor.data) is torch.Tensor
+            if plain and (tensor.dtype.is_floating_point or (slot.is_buffer and tensor.dim() < 2)):
+                continue
+            for owner, name in slot.owners:
+                what = (
+                    tensor.dtype
+                    if plain
+                    else type(tensor.data if type(tensor) in _PLAIN else tensor).__name__
+                )
+                found[owner] = f"is beside {name}, which is quantized ({what})"
+    return found
 
 
 def _refusal(slot: TensorSlot, refuses: Callable[[torch.dtype], str | None]) -> str | None:

@@ -117,6 +117,12 @@ class CastWeight:
             self._put(self._stored)
             self._stored = []
 
+    @torch.no_grad()
+    def store_edits(self) -> None:
+        """Stores what a call has made of the copies, rounded."""
+        for tensor, stored in zip(self.tensors, self._stored, strict=True):
+            stored.copy_(tensor.data)
+
     def _put(self, data: Sequence[Tensor]) -> None:
         if len(data) == 1:  # nearly all are alone, and a loop takes as long as what it is for
             self.tensors[0].data = data[0]

@@ -32,6 +32,9 @@ LAYERS = (
 """Layers whose weights are cast: those of `diffusers.hooks`, and torch's attention, which has weights too.
 Norms are not among them: they are small and precision matters there."""
 
+_MERGING = ("merge", "unmerge")
+"""Methods of PEFT's adapted layers, through which adapters are fused."""
+
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 _READ_WEIGHTS_BELOW = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -45,10 +48,12 @@ class Unit:
     Attributes:
         fqn: The module's FQN.
         slots: The weights that it uses, its own and those of the modules below it.
+        editing: Its methods that change them, besides calls.
     """
 
     fqn: str
     slots: tuple[TensorSlot, ...]
+    editing: tuple[str, ...] = ()
 
 
 @frozen
@@ -100,7 +105,7 @@ def find_units(
             walk.skipped.append(Skipped(component.fqns[owner][0], f"its {name} {reason}"))
     return Units(
         tuple(
-            Unit(fqn, tuple(slots_of[module]))
+            Unit(fqn, tuple(slots_of[module]), _MERGING if _is_adapted(module) else ())
             for fqn, module in component.modules.items()
             if module in slots_of
         ),
@@ -150,9 +155,8 @@ class _Walk:
             if any(isinstance(below, LAYERS) for below in module.modules()):
                 self.skipped.append(Skipped(fqn, reason))
             return
-        tuner = _tuner_layer()
         adapters: tuple[str, ...] = ()
-        if tuner is not None and isinstance(module, tuner):
+        if _is_adapted(module):
             # It reads the dtypes of the weights below it, and some kinds (DoRA) the weights, without a call.
             unit = unit or module
             adapters = tuple(module.adapter_layer_names)  # type: ignore[arg-type]
@@ -173,11 +177,10 @@ class _Walk:
             )
 
 
-def _tuner_layer() -> type[nn.Module] | None:
-    """PEFT's base class of adapted layers, if PEFT is in use at all."""
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT has put adapters on a layer."""
     tuners_utils = sys.modules.get("peft.tuners.tuners_utils")
-    found: type[nn.Module] | None = getattr(tuners_utils, "BaseTunerLayer", None)
-    return found
+    return tuners_utils is not None and isinstance(module, tuners_utils.BaseTunerLayer)
 
 
 def _tie_outside(slot: TensorSlot, walk: _Walk, component: Component) -> str | None:

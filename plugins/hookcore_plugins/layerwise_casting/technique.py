@@ -174,6 +174,8 @@ class LayerwiseCasting(Technique):
             # A weight with several users is claimed by the first of them.
             claims = tuple(Claim(Resource.STORAGE_DTYPE, slot.name, dtype=self.storage_dtype) for slot in new)
             yield Binding(unit.fqn, hook, claims=claims)
+            for entry in unit.editing:
+                yield Binding(unit.fqn, EditHook(cast[slot] for slot in unit.slots), entry)
 
     def _cast_weight(self, slot: TensorSlot, component: Component, usual: torch.dtype | None) -> CastWeight:
         return CastWeight(
@@ -259,32 +261,13 @@ class _Keeps:
         return None
 
 
-class CastHook(Hook):
-    """Casts the weights of one unit for its call.
-
-    Args:
-        weights: All weights that the unit uses.
-        reported: Those of them whose bytes no other hook reports.
-    """
+class _ComputingHook(Hook):
+    """Has weights be in the compute dtype for a call."""
 
     swaps_weights: ClassVar[bool] = True
-    only_brings_weights: ClassVar[bool] = True
 
-    def __init__(self, weights: Iterable[CastWeight], reported: Iterable[CastWeight]) -> None:
+    def __init__(self, weights: Iterable[CastWeight]) -> None:
         self._weights = tuple(weights)
-        self._reported = tuple(reported)
-
-    def attach(self, module: nn.Module) -> None:
-        """Rounds the weights to the storage dtype, all or none."""
-        stored = [weight.to_store() for weight in self._weights]
-        for weight, data in zip(self._weights, stored, strict=True):
-            weight.hold(data)
-
-    def detach(self, module: nn.Module) -> None:
-        """Gives the weights their own dtype back, all or none."""
-        restored = [weight.to_restore() for weight in self._weights]
-        for weight, data in zip(self._weights, restored, strict=True):
-            weight.let_go(data)
 
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Casts up."""
@@ -307,6 +290,49 @@ class CastHook(Hook):
         """Drops the copies."""
         for weight in self._weights:
             weight.release()
+
+
+class EditHook(_ComputingHook):
+    """Stands at a method that changes weights: it sees what calls compute with, and its edits are stored."""
+
+    def post_forward(self, module: nn.Module, output: Any) -> None:
+        """Stores the edits, rounded."""
+        try:
+            for weight in self._weights:
+                weight.store_edits()
+        finally:
+            super().post_forward(module, output)
+
+    def outside(self, module: nn.Module) -> Hook:
+        """Returns a hook that does nothing: a call that runs the module as one with it edits nothing."""
+        return Hook()
+
+
+class CastHook(_ComputingHook):
+    """Casts the weights of one unit for its call.
+
+    Args:
+        weights: All weights that the unit uses.
+        reported: Those of them whose bytes no other hook reports.
+    """
+
+    only_brings_weights: ClassVar[bool] = True
+
+    def __init__(self, weights: Iterable[CastWeight], reported: Iterable[CastWeight]) -> None:
+        super().__init__(weights)
+        self._reported = tuple(reported)
+
+    def attach(self, module: nn.Module) -> None:
+        """Rounds the weights to the storage dtype, all or none."""
+        stored = [weight.to_store() for weight in self._weights]
+        for weight, data in zip(self._weights, stored, strict=True):
+            weight.hold(data)
+
+    def detach(self, module: nn.Module) -> None:
+        """Gives the weights their own dtype back, all or none."""
+        restored = [weight.to_restore() for weight in self._weights]
+        for weight, data in zip(self._weights, restored, strict=True):
+            weight.let_go(data)
 
     def loss_on_detach(self, module: nn.Module) -> str | None:
         """Says so if the weights were rounded and the originals are gone."""

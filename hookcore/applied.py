@@ -17,8 +17,8 @@ from hookcore.units import shortened
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from hookcore.attachment import Attachment
     from hookcore.plan import Plan
-    from hookcore.registry import Attachment
     from hookcore.target import Component
 
 

@@ -10,171 +10,28 @@ from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from hookcore.answers import ask_loss
+from hookcore.attachment import Attachment, Undo
 from hookcore.conflicts import check_conflicts, check_hooks_are_new
-from hookcore.enclosed import EnclosedHook, enclosing_calls, enclosing_entries, moved_outside, wholes_of
-from hookcore.errors import ConcurrentCallError, describe_error, note_origin
-from hookcore.guard import CallLock, Turn, WeightGuard
-from hookcore.hook import overrides
+from hookcore.enclosed import wholes_of
+from hookcore.errors import ConcurrentCallError
+from hookcore.guard import CallLock, Turn
 from hookcore.placed import share_modules
 from hookcore.plan import make_joint_steps, ordered, with_storage
-from hookcore.replaced import ReplacedHook
-from hookcore.stack import HookStack
-from hookcore.structure import ReplanHook, Structure
+from hookcore.stacking import hooked_entries, set_stacks
+from hookcore.structure import Structure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-    from collections.abc import Set as AbstractSet
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from torch import nn
 
-    from hookcore.hook import Hook
     from hookcore.plan import PlanStep
     from hookcore.target import Component
-    from hookcore.technique import Binding, Skipped, Technique
 
     Key = tuple[nn.Module, str]  # an entry of a module
 
 CHANGING = threading.RLock()
 """Held from looking at what is attached until it is changed, so that no other thread changes it between."""
-
-_NUMBERS = itertools.count()
-_SECONDS_BEFORE_PROGRESS = 2.0
-
-
-class Attachment:
-    """One technique on one component, attached or about to be.
-
-    Attributes:
-        technique: The technique.
-        component: The component; taken anew when its structure changes.
-        bindings: Its hooks.
-        skipped: What it leaves alone, and why.
-        attached: Whether its hooks are on the modules.
-        lock: What a call that swaps weights has to hold; shared by all attachments that share modules.
-        structure: What the component consisted of when it was last bound, if it is to be bound anew.
-        joint: An object that those have in common that were bound jointly; None where it was bound alone.
-        given_up: The errors of hooks that are given up while it is taken off by force; None otherwise.
-    """
-
-    def __init__(self, step: PlanStep) -> None:
-        self.technique: Technique = step.technique
-        self.joint = step.joint
-        self.given_up: list[str] | None = None
-        self.attached = False
-        self.lock = CallLock()
-        self.structure: Structure | None = None
-        self.number = next(_NUMBERS)
-        self.take(step.component, step.bindings, step.skipped)
-
-    def take(self, component: Component, bindings: tuple[Binding, ...], skipped: tuple[Skipped, ...]) -> None:
-        """Replaces the bindings, while none of them is attached."""
-        self.component = component
-        self.bindings = bindings
-        self.skipped = skipped
-        modules = component.modules
-        self._bound = [(modules[binding.fqn], binding) for binding in bindings]
-        self._kinds = {type(binding.hook) for binding in bindings}
-        self._to_prepare = self.overriding("attach", "detach")
-        self._prepared: dict[int, bool] = {}  # by the hook's identity
-        self.hooks_at: dict[Key, tuple[Hook, ...]] = {}
-        for module, binding in self._bound:
-            key = module, binding.entry
-            self.hooks_at[key] = (*self.hooks_at.get(key, ()), binding.hook)
-
-    def overriding(self, *methods: str) -> list[tuple[nn.Module, Binding]]:
-        """Each module with its binding, where the hook brings its own version of one of these methods."""
-        kinds = {kind for kind in self._kinds if any(overrides(kind, method) for method in methods)}
-        return [bound for bound in self._bound if type(bound[1].hook) in kinds] if kinds else []
-
-    @property
-    def prepares(self) -> bool:
-        """Whether any of its hooks does something to a module besides standing in its calls."""
-        return bool(self._to_prepare)
-
-    @property
-    def intact(self) -> bool:
-        """Whether every module is prepared that has to be."""
-        return all(self._is_prepared(binding.hook) for _, binding in self._to_prepare)
-
-    def put_on(self, undo: _Undo) -> None:
-        """Attaches all hooks that are not."""
-        waiting = [(at, item.hook) for at, item in self._to_prepare if not self._is_prepared(item.hook)]
-        for module, hook in self._progress(waiting, "applying"):
-            undo.then(partial(self._detach_one, module, hook))
-            self._attach_one(module, hook)
-
-    def take_off(self, undo: _Undo) -> None:
-        """Detaches all hooks that are attached, in reverse."""
-        there = [(at, item.hook) for at, item in reversed(self._to_prepare) if self._is_prepared(item.hook)]
-        for module, hook in self._progress(there, "removing"):
-            undo.then(partial(self._attach_one, module, hook))
-            if not self._undoes(partial(self._detach_one, module, hook)):
-                undo.then(partial(self._prepared.__setitem__, id(hook), True))
-                self._prepared[id(hook)] = False
-
-    def finish(self) -> None:
-        """Does what hooks have left to do when they are gone for good."""
-        for module, binding in self.overriding("after_removal"):
-            self._undoes(partial(self.ask, module, binding.hook, "after_removal"))
-
-    def _undoes(self, step: Callable[[], object]) -> bool:
-        """Has a hook undo what it did; returns False if it failed and is given up."""
-        try:
-            step()
-        except Exception as error:
-            if self.given_up is None:
-                raise
-            self.given_up.append(describe_error(error))
-            return False
-        return True
-
-    def origin_of(self, hook: Hook, method: str) -> str | None:
-        """Which technique's method that is, and at which module, for people; None if the hook is not its."""
-        own = hook.hook if isinstance(hook, EnclosedHook) else hook
-        for binding in self.bindings:
-            if binding.hook is own:
-                label = self.component.label(binding.fqn)
-                return f"{type(own).__qualname__}.{method}() of {self.technique.name} at {label!r}"
-        return None
-
-    def ask(self, module: nn.Module, hook: Hook, method: str) -> object:
-        """Has one of the hooks do something to its module; an error says whose it is."""
-        try:
-            return getattr(hook, method)(module)
-        except Exception as error:
-            note_origin(error, self.origin_of(hook, method))
-            raise
-
-    def _is_prepared(self, hook: Hook) -> bool:
-        return self._prepared.get(id(hook), False)
-
-    # Done and noted in one statement, within which no interrupt can come but in the method itself.
-
-    def _attach_one(self, module: nn.Module, hook: Hook) -> None:
-        key = id(hook)
-        if not self._prepared.get(key):
-            _, self._prepared[key] = self.ask(module, hook, "attach"), True
-
-    def _detach_one(self, module: nn.Module, hook: Hook) -> None:
-        key = id(hook)
-        if self._prepared.get(key):
-            _, self._prepared[key] = self.ask(module, hook, "detach"), False
-
-    def _progress(self, items: list[tuple[nn.Module, Hook]], verb: str) -> Iterable[tuple[nn.Module, Hook]]:
-        if not self.prepares:
-            return ()
-        return tqdm(items, f"{verb} {self.technique.name}", delay=_SECONDS_BEFORE_PROGRESS, leave=False)
-
-    def losses(self) -> list[tuple[str, str]]:
-        """What detaching could not give back exactly: module FQN and phrase."""
-        return [
-            (self.component.label(binding.fqn), loss)
-            for _, binding in self.overriding("loss_on_detach")
-            if (loss := ask_loss(self.technique, binding, self.component)) is not None
-        ]
 
 
 _LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()
@@ -302,8 +159,8 @@ class HookRegistry:
         """Takes hooks off from outside in and puts them on from inside out, or undoes all of it."""
         before = self._found
         everyone = {*before, *after}
-        hooked = _hooked_entries(before)
-        undo = _Undo()
+        hooked = hooked_entries(before)
+        undo = Undo()
         try:
             _move(before, after, rebind, undo)
             self._stand(after, everyone, hooked)
@@ -311,7 +168,7 @@ class HookRegistry:
                 if item not in after:
                     item.finish()  # at last, as this is not undone
         except BaseException as error:
-            hooked |= _hooked_entries(everyone)
+            hooked |= hooked_entries(everyone)
             undo.run(error)
             for item in before:
                 if not item.intact:
@@ -319,7 +176,7 @@ class HookRegistry:
                         f"hookcore: {item.technique.name} could not be put back and has been removed"
                     )
                     with suppress(Exception):
-                        item.take_off(_Undo())
+                        item.take_off(Undo())
             self._stand([item for item in before if item.intact], everyone, hooked)
             raise
 
@@ -334,7 +191,7 @@ class HookRegistry:
             hooked: The entries that had hooks.
         """
         _share_locks(items)
-        _set_stacks(hooked, ordered(items))
+        set_stacks(hooked, ordered(items), replan=_replan, techniques_on=_techniques_on)
         _LIVE.update(items)
         for item in everyone:
             item.attached = item in items
@@ -342,7 +199,7 @@ class HookRegistry:
 
 
 def _move(
-    before: Sequence[Attachment], after: Sequence[Attachment], rebind: Sequence[Attachment], undo: _Undo
+    before: Sequence[Attachment], after: Sequence[Attachment], rebind: Sequence[Attachment], undo: Undo
 ) -> None:
     """Detaches, binds anew and attaches what has to be; what stands inside of all that stays on."""
     old = [item for item in reversed(ordered(before)) if item.prepares]
@@ -387,26 +244,7 @@ def _reset(attachments: Collection[Attachment]) -> None:
             item.ask(module, binding.hook, "reset")
 
 
-class _Undo:
-    """How to undo what is being done. Each step is told before it is done, and undone only if it was."""
-
-    def __init__(self) -> None:
-        self._steps: list[Callable[[], None]] = []
-
-    def then(self, step: Callable[[], None]) -> None:
-        """Remembers how to undo what is done next."""
-        self._steps.append(step)
-
-    def run(self, error: BaseException) -> None:
-        """Undoes all steps in reverse; a failure in that becomes a note on the error that is the reason."""
-        for step in reversed(self._steps):
-            try:
-                step()
-            except Exception as another:  # noqa: BLE001 - the first error is the one to report
-                error.add_note(f"hookcore: undoing failed in part: {describe_error(another)}")
-
-
-def _rebind(items: Sequence[Attachment], after: Sequence[Attachment], undo: _Undo) -> None:
+def _rebind(items: Sequence[Attachment], after: Sequence[Attachment], undo: Undo) -> None:
     """Has the techniques of these attachments bind to their components as they are now."""
     joined: dict[object, list[Attachment]] = {}
     for item in items:
@@ -427,18 +265,6 @@ def _rebind(items: Sequence[Attachment], after: Sequence[Attachment], undo: _Und
         item.take(step.component, step.bindings, step.skipped)
 
 
-def _entries(item: Attachment) -> list[Key]:
-    """The entries through which users call an attachment's component."""
-    root = item.component.module
-    return [
-        (root, entry) for entry in item.component.conventions.entries if callable(getattr(root, entry, None))
-    ]
-
-
-def _hooked_entries(items: Iterable[Attachment]) -> set[Key]:
-    return {key for item in items for key in (*item.hooks_at, *_entries(item))}
-
-
 def _techniques_on(module: nn.Module) -> list[str]:
     return [item.technique.name for item in attached_anywhere() if item.component.module is module]
 
@@ -454,92 +280,6 @@ def _share_locks(attachments: Iterable[Attachment]) -> None:
         lock = CallLock()
         for item in group:
             item.lock = lock
-
-
-def _set_stacks(hooked: Iterable[Key], attachments: Sequence[Attachment]) -> None:
-    """Gives all entries the hooks that the attachments, outermost first, have for them.
-
-    Those at modules that an outer call encloses stand at that call.
-
-    Args:
-        hooked: The entries that had hooks; what no attachment hooks any more is given back.
-        attachments: What is attached now.
-    """
-    hooks_at: dict[Key, tuple[Hook, ...]] = {}
-    needed_at: dict[Key, tuple[Attachment, ...]] = {}
-    enclosing = enclosing_calls(attachments)
-    entries = enclosing_entries(attachments)
-    for item in attachments:
-        added = moved_outside(item.hooks_at, enclosing, entries) if entries else item.hooks_at
-        needed = dict.fromkeys(added, (item,))
-        shared = hooks_at.keys() & added.keys()
-        # What is outside of it comes first at a shared entry.
-        hooks_at |= added | {key: hooks_at[key] + added[key] for key in shared}
-        needed_at |= needed | {key: needed_at[key] + needed[key] for key in shared}
-    guards = {item.lock: WeightGuard(item.lock) for item in attachments}
-    inner_hooks: dict[Key, tuple[Hook, ...]] = {}
-    for key, hooks in hooks_at.items():
-        guard = guards[needed_at[key][0].lock]
-        if any(hook.outermost_only for hook in hooks):
-            inner_hooks[key] = _guarded([hook for hook in hooks if not hook.outermost_only], guard)
-        hooks_at[key] = _guarded(hooks, guard)
-    locks = {key: needed_at[key][0].lock for key in inner_hooks}
-    for key, outermost, items in _for_whole_components(attachments, enclosing, inner_hooks.keys()):
-        hooks_at[key] = (outermost, *hooks_at.get(key, ()))
-        needed_at[key] = (*needed_at.get(key, ()), *items)
-    for key, hooks in hooks_at.items():
-        HookStack.set(
-            *key,
-            hooks,
-            owners=needed_at[key],
-            lock=locks.get(key),
-            inner_hooks=inner_hooks.get(key, ()),
-        )
-    for key in hooked:
-        if key not in hooks_at:
-            HookStack.set(*key, ())
-
-
-def _guarded(hooks: Sequence[Hook], guard: WeightGuard) -> tuple[Hook, ...]:
-    """The hooks, with a guard outside of them if they swap weights."""
-    return (guard, *hooks) if any(hook.swaps_weights for hook in hooks) else tuple(hooks)
-
-
-def _for_whole_components(
-    attachments: Sequence[Attachment],
-    enclosing: Mapping[nn.Module, list[Key]],
-    parts: AbstractSet[Key],
-) -> Iterator[tuple[Key, Hook, list[Attachment]]]:
-    """Hooks that look what has become of components, at the calls by users, and for what attachments.
-
-    Args:
-        attachments: What is attached.
-        enclosing: What `enclosing_calls` found.
-        parts: Entries at which users may call a part of a component by itself.
-    """
-    replanning = [item for item in attachments if item.technique.replans]
-    called = _called_by_users(replanning, enclosing)
-    for item in replanning:
-        for key in parts & item.hooks_at.keys() - called.keys():
-            called[key] = [item]
-    for key, items in called.items():
-        structures = tuple(item.structure for item in items if item.structure is not None)
-        yield key, ReplanHook(key[1], structures, partial(_replan, items[0].component)), items
-    for key, items in _called_by_users(attachments, enclosing).items():
-        if names := dict.fromkeys(it for item in items if (it := item.component.target.attributes)):
-            yield key, ReplacedHook(names, _techniques_on), items
-
-
-def _called_by_users(
-    attachments: Iterable[Attachment], enclosing: Mapping[nn.Module, list[Key]]
-) -> dict[Key, list[Attachment]]:
-    """The attachments by the entries of their components, or the calls that enclose these."""
-    found: dict[Key, list[Attachment]] = {}
-    for item in attachments:
-        for key in _entries(item):
-            for place in enclosing.get(key[0], [key]):
-                found.setdefault(place, []).append(item)
-    return found
 
 
 def _replan(component: Component) -> bool:

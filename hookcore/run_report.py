@@ -15,7 +15,7 @@ from hookcore.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from hookcore.registry import Attachment
+    from hookcore.attachment import Attachment
 
 
 @frozen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 
 import pytest
 import torch
@@ -286,3 +287,57 @@ def test_the_first_launch_of_each_kernel_takes_the_host_longer(sim):
             assert sim.now() == pytest.approx(4)
         there.add_(1)
         assert sim.now() == pytest.approx(4)
+
+
+# Addresses
+
+
+def _fresh(nbytes):
+    """Memory of kernels, copies, constructors and storages; of a kernel whose result is not its own, too."""
+    host = torch.zeros(nbytes, dtype=torch.uint8)
+    made = torch.empty(nbytes, dtype=torch.uint8, device="sim")
+    out = torch.add(made, 1, out=torch.empty(0, dtype=torch.uint8, device="sim"))
+    resized = torch.empty(0, dtype=torch.uint8, device="sim").resize_(nbytes)
+    storage = torch.UntypedStorage(nbytes, device="sim")
+    return (made, made + 1, host.to("sim"), host.pin_memory().to("sim"), made.clone(), out, resized, storage)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@FOR_EACH_EXAMPLE
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=5))
+def test_all_memory_of_devices_is_aligned_and_overlaps_nothing(sim, caching, sizes):
+    with sim.limited(profile=evolve(sim.GENERIC, caching=caching)):
+        made = [(tensor, nbytes) for nbytes in sizes for tensor in _fresh(nbytes)]
+        spans = sorted((it.data_ptr(), it.data_ptr() + nbytes) for it, nbytes in made)
+        assert all(start % 512 == 0 for start, _ in spans)
+        assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
+        del made
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@FOR_EACH_EXAMPLE
+@given(
+    st.sampled_from([torch.uint8, torch.bfloat16, torch.float32, torch.float64]),
+    st.lists(st.integers(0, 1030), min_size=1, max_size=3),
+)
+def test_a_trace_says_how_what_a_kernel_reads_is_aligned(sim, caching, dtype, starts):
+    with sim.limited(profile=evolve(sim.GENERIC, caching=caching)):
+        slab = torch.zeros(2000, dtype=dtype, device="sim")
+        parts = [slab[start : start + 1] for start in starts]
+        with sim.traced() as trace:
+            torch.cat(parts)
+            for part in parts:
+                part.fill_(1)
+                part.to("cpu")
+        offsets = [start * dtype.itemsize for start in starts]
+        expected = [math.gcd(512, *offsets)]
+        for offset in offsets:
+            expected += 2 * [math.gcd(512, offset)]
+        assert [span.alignment for span in trace.spans] == expected
+        assert all(part.data_ptr() % span == 0 for part, span in zip(parts, expected[1::2], strict=True))
+        del slab, parts, part
+
+
+def test_an_address_of_a_device_is_none_of_the_hosts(sim):
+    tensor = torch.ones(4, device="sim")
+    assert tensor.data_ptr() >= 1 << 57  # the most that Linux lets a process map

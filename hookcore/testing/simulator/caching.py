@@ -10,9 +10,11 @@ from collections import Counter, defaultdict
 
 from attrs import define
 
+from hookcore.testing.simulator.addresses import ADDRESSES, ALIGNMENT
+
 _MIB = 1 << 20
-ROUNDING = 512
-"""Bytes to a multiple of which each allocation is rounded up; addresses are multiples, too."""
+ROUNDING = ALIGNMENT
+"""Bytes to a multiple of which each allocation is rounded up."""
 SMALL = _MIB
 """The largest allocation that lies in a small segment."""
 SMALL_SEGMENT = 2 * _MIB
@@ -45,7 +47,7 @@ class Chunk:
 
     Attributes:
         pool: What it belongs to: a stream, and allocations of a kind.
-        address: In an address space in which segments never lie side by side.
+        address: That of its first byte.
         size: Bytes.
         allocator: Whose segment it is.
         is_free: Whether nobody uses it.
@@ -78,7 +80,6 @@ class CachingAllocator:
         self.reserved: Counter[int] = Counter()
         self.allocated = 0
         self._free: defaultdict[_Pool, list[tuple[int, int, Chunk]]] = defaultdict(list)
-        self._end = 0
 
     def missing(self, stream: int, nbytes: int) -> int:
         """Bytes of the segment that an allocation needs; 0 if the stream's free memory serves it."""
@@ -138,8 +139,7 @@ class CachingAllocator:
 
     def _new_segment(self, pool: _Pool, size: int) -> Chunk:
         self.reserved[pool[0]] += size
-        self._end += size + ROUNDING
-        return Chunk(pool, self._end - size, size, self)
+        return Chunk(pool, ADDRESSES.take(size), size, self)
 
     def _add_free(self, chunk: Chunk) -> None:
         bisect.insort(self._free[chunk.pool], (chunk.size, chunk.address, chunk))

@@ -9,45 +9,14 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from attrs import define, field
-
 from hookcore.testing.simulator.cuda_errors import CudaError, cuda_error
+from hookcore.testing.simulator.devices import Capture
 
 if TYPE_CHECKING:
     from hookcore.testing.simulator.devices import StreamState
 
 MODES = ("global", "thread_local", "relaxed")
 """Whose unsafe calls break a capture: any thread's, those of the thread that captures, or nobody's."""
-
-
-@define(eq=False)
-class Capture:
-    """A capture of what some streams are given.
-
-    Attributes:
-        origin: The stream that it began on.
-        mode: One of `MODES`.
-        thread: The thread that began it.
-        streams: The origin, and the streams that have waited for one of these since it began.
-        is_broken: Whether an error has made it useless.
-        is_over: Whether it has ended.
-    """
-
-    origin: StreamState
-    mode: str
-    thread: int
-    streams: list[StreamState] = field(factory=list)
-    is_broken: bool = False
-    is_over: bool = False
-
-    def add(self, stream: StreamState) -> None:
-        """Captures one more stream."""
-        stream.capture = self
-        self.streams.append(stream)
-
-    def is_joined(self) -> bool:
-        """Whether the origin waits for all that the other streams were given."""
-        return all(self.origin.clock.get(it.key, 0) >= it.tick for it in self.streams)
 
 
 class Captures:

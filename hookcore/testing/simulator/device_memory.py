@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 
+from hookcore.testing.simulator.addresses import ADDRESSES
 from hookcore.testing.simulator.memory import ByteCount
 from hookcore.testing.simulator.ordering import Clock, join
 
@@ -65,10 +66,13 @@ class DeviceMemory:
         return self.reserved + missing <= self.capacity
 
     def take(self, block: Block) -> None:
-        """Counts a new block."""
+        """Counts a new block, and gives it addresses."""
         stream = block.stream[1]
-        if self.cache is not None and block.nbytes:
+        if self.cache is None or not block.nbytes:
+            block.address = ADDRESSES.take(block.nbytes)
+        else:
             block.chunk = self.cache.allocate(stream, block.nbytes)
+            block.address = block.chunk.address
         taken = block.taken
         self.count.take(taken)
         count = self.by_stream.get(stream)

@@ -11,7 +11,6 @@ from hookcore.testing.simulator.caching import CachingAllocator
 from hookcore.testing.simulator.device_memory import DeviceMemory
 
 if TYPE_CHECKING:
-    from hookcore.testing.simulator.capture import Capture
     from hookcore.testing.simulator.ordering import Clock, Operation, StreamKey
     from hookcore.testing.simulator.profiles import DeviceProfile
 
@@ -52,6 +51,36 @@ class StreamState:
         while len(self.queued) > limit:
             begun = self.queued.popleft()
         return begun
+
+
+@define(eq=False)
+class Capture:
+    """A capture of what some streams are given.
+
+    Attributes:
+        origin: The stream that it began on.
+        mode: Whose unsafe calls break it; one of `capture.MODES`.
+        thread: The thread that began it.
+        streams: The origin, and the streams that have waited for one of these since it began.
+        is_broken: Whether an error has made it useless.
+        is_over: Whether it has ended.
+    """
+
+    origin: StreamState
+    mode: str
+    thread: int
+    streams: list[StreamState] = field(factory=list)
+    is_broken: bool = False
+    is_over: bool = False
+
+    def add(self, stream: StreamState) -> None:
+        """Captures one more stream."""
+        stream.capture = self
+        self.streams.append(stream)
+
+    def is_joined(self) -> bool:
+        """Whether the origin waits for all that the other streams were given."""
+        return all(self.origin.clock.get(it.key, 0) >= it.tick for it in self.streams)
 
 
 @define(eq=False)

@@ -11,6 +11,7 @@ from hookcore.testing.simulator.errors import UnsupportedOperationError
 from hookcore.testing.simulator.operators import OperatorFacts, facts_of
 from hookcore.testing.simulator.ordering import Access
 from hookcore.testing.simulator.tensors import (
+    block_of,
     extent,
     new_on_device,
     on_cpu,
@@ -66,7 +67,7 @@ class _Call:
         self.device: int | None = None  # where it runs
         self.on_host: list[torch.Tensor] = []  # CPU tensors that are used, with what scalars may not be
         self.uses: list[tuple[torch.Tensor, torch.Tensor, bool, Block | None]] = []
-        self.created: list[torch.Tensor] = []  # new memory, as CPU tensors
+        self.created: list[torch.Tensor] = []  # new memory
         self.has_number = False  # for a tensor
 
     def to_cpu(self, value: Any, written: bool) -> Any:
@@ -83,7 +84,7 @@ class _Call:
                 raise mixed_devices(f"sim:{self.device}", value.device)
             if value.numel():
                 block = state.get_machine().blocks[value.untyped_storage().data_ptr()]
-                self._by_address[block.address] = value
+                self._by_address[block.host_address] = value
             else:
                 block = None
             host = on_cpu(value, block, may_resize=not (written and self._facts.is_out))
@@ -114,7 +115,7 @@ class _Call:
             if device is None:
                 return value
             made = new_on_device(value, device, self._facts.name)
-            self.created.append(value)
+            self.created.append(made)
             return made
         if isinstance(value, (list, tuple)):
             return type(value)([self.to_device(item, position, device) for item in value])
@@ -221,14 +222,14 @@ def _follow_resizing(call: _Call, device: int) -> None:
             if block is None:
                 rebind(tensor, new_on_device(host, device, call._facts.name))
                 call.uses[i] = (tensor, host, False, None)
-                call.created.append(host)
+                call.created.append(tensor)
             else:
                 rebind(tensor, strided(tensor, host.size(), host.stride(), host.storage_offset()))
 
 
 def _note_creation(machine: Machine, call: _Call, operation: Operation) -> None:
-    for host in call.created:
-        block = machine.blocks.get(host.untyped_storage().data_ptr())
+    for made in call.created:
+        block = block_of(made)
         if block is not None:
             access = Access(0, block.nbytes, True, operation)  # it is new: there is nobody to race with
             block.history.record(access, machine.host_clock)

@@ -133,6 +133,8 @@ class Machine:
             rule = _rule(earlier.writes, writes)
             self.findings.add(rule, block, earlier, (operation.name, stream.key, WAIT_FIRST), now=True)
         block.history.record(Access(*span, writes, operation), self.host_clock)
+        if self.trace is not None and block.device is not None:
+            self.trace.touch(operation, block.address + span[0])
 
     def finish(self, operation: Operation, stream: StreamState, engine: str, seconds: float) -> None:
         """Says which engine runs an operation, and how long it takes; what is captured does not run."""

@@ -26,7 +26,7 @@ class Block:
     Attributes:
         device: Index of the device; None on the host.
         nbytes: Its size.
-        address: Where its bytes really are.
+        host_address: Where its bytes really are.
         keeper: Keeps these bytes from being freed by Python.
         stream: The stream that it was allocated on, to which its memory returns.
         made_by: The operation that allocated it.
@@ -35,12 +35,13 @@ class Block:
         sources: For ranges of bytes, the address of the host memory that was last copied there.
         copies: Of page-locked memory, the copies from and to it that are on their way.
         number: Counts allocations.
+        address: Where a program sees them: on a device, a number of the device's own.
         chunk: Its place in the device's caching allocator, if there is one.
     """
 
     device: int | None
     nbytes: int
-    address: int
+    host_address: int
     keeper: Any
     stream: StreamKey
     made_by: str
@@ -49,7 +50,11 @@ class Block:
     sources: Mapping[tuple[int, int], int] = MappingProxyType({})
     copies: tuple[Any, ...] = ()
     number: int = field(factory=_numbers.__next__)
+    address: int = field(init=False)
     chunk: Chunk | None = field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.address = self.host_address
 
     @property
     def taken(self) -> int:

@@ -206,7 +206,7 @@ def on_cpu(tensor: torch.Tensor, block: Block | None, *, may_resize: bool = True
     if block is None:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
     if not may_resize:
-        memory = (ctypes.c_ubyte * block.nbytes).from_address(block.address)
+        memory = (ctypes.c_ubyte * block.nbytes).from_address(block.host_address)
         flat = _retyped(torch.frombuffer(memory, dtype=torch.uint8), tensor.dtype)
         return strided(flat, tensor.size(), tensor.stride(), tensor.storage_offset())
     alias = _empty(0, dtype=tensor.dtype)

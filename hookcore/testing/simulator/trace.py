@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
+from hookcore.testing.simulator.addresses import ALIGNMENT
 from hookcore.testing.simulator.errors import SimulatorError
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ class Span:
         ready: When the host had issued it and the stream's last operation was over.
         start: When it began.
         end: When it was over.
+        alignment: Bytes, up to 512, of which all addresses on devices are multiples that it reads or writes
+            from. Kernels are chosen by it.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Span:
     ready: float
     start: float
     end: float
+    alignment: int = ALIGNMENT
 
     @property
     def stall(self) -> float:
@@ -60,10 +65,16 @@ class Trace:
 
     spans: list[Span] = field(factory=list)
     memory: list[tuple[int, float, int]] = field(factory=list)
+    _alignments: dict[Operation, int] = field(factory=dict, init=False, repr=False)
 
     def add(self, operation: Operation, engine: str, ready: float, start: float, end: float) -> None:
-        """Notes an operation."""
-        self.spans.append(Span(operation.name, operation.stream, engine, ready, start, end))
+        """Notes an operation, after what it touches."""
+        alignment = self._alignments.pop(operation, ALIGNMENT)
+        self.spans.append(Span(operation.name, operation.stream, engine, ready, start, end, alignment))
+
+    def touch(self, operation: Operation, address: int) -> None:
+        """Notes an address on a device that an operation reads or writes from."""
+        self._alignments[operation] = math.gcd(self._alignments.get(operation, ALIGNMENT), address)
 
     def note_memory(self, device: int, time: float, nbytes: int) -> None:
         """Notes how much memory is in use."""

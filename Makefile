@@ -10,7 +10,7 @@ PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo test coverage test-slow test-gpu test-oldest mutants lint types docs bench clean
+.PHONY: setup demo test coverage test-slow test-gpu test-oldest stress mutants lint types docs bench clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,10 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m 'not slow and not gpu'
+
+# Hostile files, interrupts, faults, forks, threads, long use: at most 10 minutes on two cores.
+stress: $(STAMP)
+	PYTHONPATH=tests:tests/support $(BIN)/python -m stress
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py

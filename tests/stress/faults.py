@@ -13,11 +13,11 @@ from unittest.mock import patch
 
 import torch
 from attrs import frozen
-from stress.scenes import SETUPS, VERBS, Scene, expected_outputs
 
 import hookcore
 import hookcore.testing.simulator as sim
 from hookcore.testing.twins import promise
+from stress.scenes import SETUPS, VERBS, Scene, expected_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

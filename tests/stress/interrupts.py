@@ -7,6 +7,7 @@ import itertools
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import frozen
+
 from stress.scenes import SETUPS, VERBS, Scene, expected_outputs
 from stress.tracing import Tracer
 

@@ -44,7 +44,7 @@ class Kind:
         name: What they are, for people.
         inputs: Yields them, the same at each call, as many as anybody asks for.
         least: How many a full run tries.
-        short: How many a test of the normal suite tries.
+        short: How many a test of the normal suite tries; 0 for none.
     """
 
     name: str

@@ -192,7 +192,7 @@ class Scene(contextlib.AbstractContextManager["Scene"]):
 
     def __enter__(self) -> Self:
         """Builds it anew: nothing of an earlier scene is left."""
-        self._temporary = tempfile.TemporaryDirectory(prefix="stress-")
+        self._temporary = tempfile.TemporaryDirectory(prefix="stress-", ignore_cleanup_errors=True)
         technique, model = self._names
         self.folder = Path(self._temporary.name)
         self.model = make_model(model)
@@ -205,6 +205,10 @@ class Scene(contextlib.AbstractContextManager["Scene"]):
     def __exit__(self, *_: object) -> None:
         self._temporary.cleanup()
         sim.reset()
+
+    def leave_files(self) -> None:
+        """Has the end of a child, of whose files this is a copy, leave them to its parent."""
+        self._temporary._finalizer.detach()
 
     def do(self, verb: str) -> None:
         """Does one of `VERBS`."""
@@ -246,6 +250,16 @@ class Scene(contextlib.AbstractContextManager["Scene"]):
         with_techniques, bare = expected_outputs(*self._names)
         right = with_techniques if on else bare
         assert same_bits(output, right), f"wrong output, by up to {(output - right).abs().max():.3g}"
+
+    def check_bare_output(self, model: nn.Module) -> None:
+        """Sees that a copy computes what the model does, with techniques or without."""
+        output = output_of(model, self.x)
+        right = expected_outputs(*self._names)
+        assert any(same_bits(output, it) for it in right), "wrong output of a copy"
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The state dict that the model had at first."""
+        return _stored(make_model(self._names[1]))
 
     def check_threads_state(self) -> None:
         """Sees that nothing is left of a call in what torch keeps for this thread."""

@@ -45,6 +45,7 @@ from hookcore.units import (
     parse_bytes,
     parse_device,
     parse_dtype,
+    parse_kwarg_names,
     parse_module_names,
     parse_onload_device,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "parse_bytes",
     "parse_device",
     "parse_dtype",
+    "parse_kwarg_names",
     "parse_module_names",
     "parse_onload_device",
     "plan",

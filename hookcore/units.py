@@ -144,6 +144,21 @@ def parse_module_names(names: str | Iterable[str] | None) -> tuple[str, ...]:
     return parsed
 
 
+def parse_kwarg_names(names: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """Reads an option `exclude_kwargs`: names of keyword inputs, or one name; None stays None.
+
+    Raises:
+        TypeError: One of them is no name that a call could use.
+    """
+    if names is None:
+        return None
+    parsed = (names,) if isinstance(names, str) else tuple(names)
+    for name in parsed:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise TypeError(f"exclude_kwargs has {name!r}, expected names of keyword inputs, such as 'cache'")
+    return parsed
+
+
 def is_snake_case(name: object) -> bool:
     """Whether something is a name such as `"group_offload"`."""
     return isinstance(name, str) and _SNAKE_CASE.fullmatch(name) is not None

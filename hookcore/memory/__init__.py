@@ -40,10 +40,11 @@ from hookcore.memory.grouping import (
     moving_and_staying,
     slots_below,
 )
+from hookcore.memory.inputs import InputMover
 from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.model_dtype import ModelDtypeHook, models_with_dtype
 from hookcore.memory.mover import ComponentGroups, GroupMover
-from hookcore.memory.placement import Placement, moved
+from hookcore.memory.placement import Placement
 from hookcore.memory.planning.residency import choose_residents
 from hookcore.memory.shared_weights import SharedWeights
 from hookcore.memory.store import PinnedStore, Store
@@ -65,6 +66,7 @@ __all__ = [
     "Group",
     "GroupMover",
     "HostPool",
+    "InputMover",
     "ModelDevice",
     "ModelDtypeHook",
     "PinnedMemory",
@@ -102,7 +104,6 @@ __all__ = [
     "models_with_dtype",
     "move_apart",
     "move_gradient",
-    "moved",
     "moving_and_staying",
     "origin_of",
     "origins_in",

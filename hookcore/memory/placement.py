@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
 from hookcore.hook import Hook
 from hookcore.memory.copies import copy_to, stand_in, step_back, stop_copying_to
 from hookcore.memory.gradients import Gradients
 from hookcore.memory.grouping import Group, callable_parts, entries_of
+from hookcore.memory.inputs import InputMover
 from hookcore.memory.model_device import ModelDevice
 from hookcore.memory.mover import ComponentGroups
 from hookcore.memory.watched_reads import stop_watching, watch
@@ -77,9 +77,7 @@ class Placement:
         self.resident = tuple(resident)
         self.mover = mover
         self._aliases = dict(aliases or {})
-        self._onload_device = onload_device
-        unmoved = component.conventions.unmoved_kwargs if exclude_kwargs is None else exclude_kwargs
-        self._unmoved_kwargs = frozenset(unmoved)
+        self._move_inputs = InputMover(component, onload_device, exclude_kwargs)
         self._stand_ins: list[tuple[nn.Module, str]] = []
         self._told = ModelDevice(component, onload_device, offload_device)
         # What placements that are joined have in common:
@@ -254,21 +252,11 @@ class Placement:
                 if group not in held:
                     self._hold(group)
             if len(self._calls) == 1:
-                return moved(args, self._onload_device), self._moved_kwargs(kwargs)
+                return self._move_inputs(args, kwargs)
         except BaseException:
             self.leave()
             raise
         return None
-
-    def _moved_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        unmoved = {name: kwargs[name] for name in self._unmoved_kwargs.intersection(kwargs)}
-        result: dict[str, Any]
-        if not unmoved:
-            result = moved(kwargs, self._onload_device)
-            return result
-        others = {name: value for name, value in kwargs.items() if name not in unmoved}
-        result = moved(others, self._onload_device)
-        return unmoved | result
 
     def leave(self) -> None:
         """Ends the innermost call, whichever way it ended."""
@@ -422,18 +410,3 @@ class _PartHook(Hook):
     def on_error(self, module: nn.Module, error: BaseException) -> None:
         """Lets go of it."""
         self.post_forward(module, None)
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """The value with all tensors in it on the device; a container in which none moves is the same object."""
-    if isinstance(value, torch.Tensor | PackedSequence):
-        return value.to(device)  # type: ignore[arg-type]  # PackedSequence is typed too narrowly
-    if isinstance(value, list | tuple):
-        items = [moved(item, device) for item in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        new = {key: moved(item, device) for key, item in value.items()}
-        return value if all(new[key] is value[key] for key in value) else type(value)(new)
-    return value

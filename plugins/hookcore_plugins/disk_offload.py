@@ -17,6 +17,7 @@ from hookcore import (
     Technique,
     hookimpl,
     parse_bytes,
+    parse_kwarg_names,
     parse_onload_device,
     status,
 )
@@ -27,6 +28,7 @@ from hookcore.memory import (
     FileOrigins,
     FileStore,
     Group,
+    GroupMover,
     HostPool,
     Placement,
     StreamMover,
@@ -79,6 +81,8 @@ class DiskOffload(JointTechnique):
             in memory, or on an execution device with streams, there. As many as it has room for stay. None:
             as little as one call needs, and `read_ahead`, or a few layers on the device.
         read_ahead: Bytes of host memory for weights that are read ahead of their use.
+        exclude_kwargs: Names of keyword inputs that are not moved to the execution device, such as caches
+            that calls fill; None for what the model's library says.
     """
 
     name: ClassVar[str] = "disk_offload"
@@ -92,6 +96,7 @@ class DiskOffload(JointTechnique):
     )
     memory_budget: int | None = field(default=None, converter=_budget, kw_only=True)
     read_ahead: int = field(default=128 * 2**20, converter=parse_bytes, kw_only=True)
+    exclude_kwargs: tuple[str, ...] | None = field(default=None, converter=parse_kwarg_names, kw_only=True)
 
     @property
     def joint_key(self) -> Hashable:
@@ -131,7 +136,7 @@ class DiskOffload(JointTechnique):
             check_movable(component, staying)
             beside = SynchronousMover(self.execution_device, torch.device("cpu"))
             group = Group("in memory", tuple(staying), ())
-            yield from Placement(component, [], [group], beside, self.execution_device).bindings()
+            yield from self._placement(component, [], [group], beside).bindings()
         for slot in staying:
             yield Skipped(slot.name, "stays in memory: a buffer, or not in the checkpoint")
 
@@ -146,7 +151,7 @@ class DiskOffload(JointTechnique):
         here = self.execution_device
         store = FileStore(origins, self.read_ahead)
         mover = StreamMover(here, prefetch=_GROUPS_AHEAD, store=store, pool=pool)
-        return Placement(component, groups, [], mover, here).bindings()
+        return self._placement(component, groups, [], mover).bindings()
 
     def _brought(
         self,
@@ -163,7 +168,13 @@ class DiskOffload(JointTechnique):
         streamed = [group for group in groups if group not in set(resident)]
         here = self.execution_device
         mover = FileMover(streamed, origins, here, pool, costs=costs, what=component.label(""))
-        return Placement(component, streamed, resident, mover, here).bindings()
+        return self._placement(component, streamed, resident, mover).bindings()
+
+    def _placement(
+        self, component: Component, groups: Sequence[Group], resident: Sequence[Group], mover: GroupMover
+    ) -> Placement:
+        here = self.execution_device
+        return Placement(component, groups, resident, mover, here, exclude_kwargs=self.exclude_kwargs)
 
     def _origins(self, component: Component) -> FileOrigins:
         """Finds where each parameter's values lie: known from loading, or by name in the checkpoint."""

@@ -19,6 +19,7 @@ from hookcore import (
     Technique,
     hookimpl,
     parse_bytes,
+    parse_kwarg_names,
     parse_module_names,
     parse_onload_device,
     status,
@@ -155,7 +156,7 @@ class GroupOffload(JointTechnique):
     memory_budget: int | float | None = field(default=None, converter=_budget, kw_only=True)
     pin_groups: PinGroups | None = field(default=None, kw_only=True)
     block_modules: tuple[str, ...] | None = field(default=None, converter=_names, kw_only=True)
-    exclude_kwargs: tuple[str, ...] | None = field(default=None, converter=_names, kw_only=True)
+    exclude_kwargs: tuple[str, ...] | None = field(default=None, converter=parse_kwarg_names, kw_only=True)
     offload_to_disk_path: Path | None = field(default=None, converter=_path, kw_only=True)
     checkpoint: Path | None = field(default=None, converter=_path, kw_only=True)
     low_cpu_mem_usage: bool = field(default=False, kw_only=True)
@@ -308,7 +309,8 @@ class GroupOffload(JointTechnique):
             groups = make_groups(component, units, [slot for slot in moving if not slot.is_buffer])
             resident.append(Group("buffers", tuple(slot for slot in moving if slot.is_buffer), ()))
             beside = SynchronousMover(here, here)
-            yield from Placement(component, [], resident, beside, here).bindings()
+            unmoved = self.exclude_kwargs
+            yield from Placement(component, [], resident, beside, here, exclude_kwargs=unmoved).bindings()
             resident = []
             costs = {group: group.nbytes for group in groups}
             mover = FileMover(groups, origins, here, pool, costs=costs, what=component.label(""))

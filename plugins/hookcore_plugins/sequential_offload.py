@@ -14,6 +14,7 @@ from hookcore import (
     Skipped,
     Technique,
     hookimpl,
+    parse_kwarg_names,
     parse_module_names,
     parse_onload_device,
 )
@@ -47,6 +48,8 @@ class SequentialOffload(JointTechnique):
     Attributes:
         device: Where the model computes; inputs are moved there, and outputs stay there.
         exclude_modules: FQNs of modules that stay on the device with all that is in them.
+        exclude_kwargs: Names of keyword inputs that are not moved to the device, such as caches that calls
+            fill; None for what the model's library says.
     """
 
     name: ClassVar[str] = "sequential_offload"
@@ -55,6 +58,7 @@ class SequentialOffload(JointTechnique):
 
     device: torch.device = field(converter=parse_onload_device)
     exclude_modules: tuple[str, ...] = field(default=(), converter=parse_module_names, kw_only=True)
+    exclude_kwargs: tuple[str, ...] | None = field(default=None, converter=parse_kwarg_names, kw_only=True)
 
     @classmethod
     def bind_jointly(cls, places: Sequence[tuple[Self, Component]]) -> Iterable[Iterable[Binding | Skipped]]:
@@ -83,6 +87,7 @@ class SequentialOffload(JointTechnique):
             resident=resident,
             make_mover=partial(self._mover, pool),
             onload_device=self.device,
+            exclude_kwargs=self.exclude_kwargs,
         )
         yield from placement.bindings()
 

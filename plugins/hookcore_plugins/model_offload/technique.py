@@ -18,16 +18,17 @@ from hookcore import (
     Resource,
     Skipped,
     parse_bytes,
+    parse_kwarg_names,
     parse_onload_device,
     status,
 )
 from hookcore.memory import (
+    InputMover,
     ModelDevice,
     callable_parts,
     check_movable,
     entries_of,
     has_streams,
-    moved,
     slots_below,
 )
 from hookcore_plugins.model_offload.coordinator import Coordinator
@@ -76,6 +77,8 @@ class ModelOffload(JointTechnique):
             leaves room for it.
         offload_last: Whether the last component of the sequence goes off after its own call. Others, and
             without this it too, stay until another one runs.
+        exclude_kwargs: Names of keyword inputs that are not moved to the device, such as caches that calls
+            fill; None for what the model's library says.
     """
 
     name: ClassVar[str] = "model_offload"
@@ -86,6 +89,7 @@ class ModelOffload(JointTechnique):
     sequence: tuple[str, ...] | None = field(default=None, converter=_sequence)
     memory_budget: int | None = field(default=None, converter=_budget, kw_only=True)
     offload_last: bool = field(default=False, kw_only=True)
+    exclude_kwargs: tuple[str, ...] | None = field(default=None, converter=parse_kwarg_names, kw_only=True)
 
     @memory_budget.validator
     def _check_budget(self, _attribute: Attribute[int | None], value: int | None) -> None:
@@ -132,13 +136,14 @@ class ModelOffload(JointTechnique):
         claims = [Claim(Resource.PLACEMENT, slot.name, shared=True) for slot in component.slots]
         first, *others = entries_of(component)
         told = ModelDevice(component, self.device, torch.device("cpu"))
-        whole = _ComponentHook(coordinator, weights, component.slots, self.device, told)
+        move_inputs = InputMover(component, self.device, self.exclude_kwargs)
+        whole = _ComponentHook(coordinator, weights, component.slots, move_inputs, told)
         yield Binding("", whole, first, claims)
         for entry in others:
-            yield Binding("", _EntryHook(coordinator, weights, component.slots, self.device), entry)
+            yield Binding("", _EntryHook(coordinator, weights, component.slots, move_inputs), entry)
         for fqn in callable_parts(component):
             if fqn or "forward" not in (first, *others):
-                yield Binding(fqn, _PartHook(coordinator, weights, component, fqn, self.device))
+                yield Binding(fqn, _PartHook(coordinator, weights, component, fqn, move_inputs))
 
 
 class _EntryHook(Hook):
@@ -152,13 +157,13 @@ class _EntryHook(Hook):
         coordinator: Coordinator,
         weights: ComponentWeights,
         slots: Sequence[TensorSlot],
-        device: torch.device,
+        move_inputs: InputMover,
     ) -> None:
         self._coordinator = coordinator
         self._weights = weights
         self._slots = slots  # what the called module needs
         self._parts: list[Part] | None = None
-        self._device = device
+        self._move_inputs = move_inputs
 
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -168,7 +173,7 @@ class _EntryHook(Hook):
             self._parts = self._weights.parts_of(self._slots)
         self._coordinator.enter(self._weights, self._parts)
         try:
-            return moved(args, self._device), moved(kwargs, self._device)
+            return self._move_inputs(args, kwargs)
         except BaseException:
             self._coordinator.leave(self._weights)
             raise
@@ -193,9 +198,9 @@ class _PartHook(_EntryHook):
         weights: ComponentWeights,
         component: Component,
         fqn: str,
-        device: torch.device,
+        move_inputs: InputMover,
     ) -> None:
-        super().__init__(coordinator, weights, (), device)
+        super().__init__(coordinator, weights, (), move_inputs)
         self._component = component
         self._fqn = fqn
         self._entered: list[bool] = []  # for each call under way
@@ -231,10 +236,10 @@ class _ComponentHook(_EntryHook):
         coordinator: Coordinator,
         weights: ComponentWeights,
         slots: Sequence[TensorSlot],
-        device: torch.device,
+        move_inputs: InputMover,
         told: ModelDevice,
     ) -> None:
-        super().__init__(coordinator, weights, slots, device)
+        super().__init__(coordinator, weights, slots, move_inputs)
         self._told = told
 
     def attach(self, module: nn.Module) -> None:

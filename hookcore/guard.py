@@ -34,6 +34,22 @@ class Turn:
         self.thread = thread
 
 
+class _Turns(threading.local):
+    current: Turn | None = None
+
+
+_turns = _Turns()
+
+
+def current_turn() -> Turn | None:
+    """The turn of this thread's innermost call that took a lock; None outside of all.
+
+    What a hook notes for the length of an outermost call is out of date once that turn is over, also if an
+    interrupt kept the hook from being told of the end.
+    """
+    return _turns.current
+
+
 class CallLock:
     """Lets one thread at a time call into modules whose weights move or change dtype during a call.
 
@@ -51,6 +67,11 @@ class CallLock:
     def is_taken(self) -> bool:
         """Whether a call or a change is under way, in whichever thread."""
         return self.turn.thread is not None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this thread has taken it."""
+        return self.turn.thread == get_ident()
 
     def take(self, turn: Turn) -> bool:
         """Takes the lock until the turn is over.
@@ -81,7 +102,7 @@ class WeightGuard(Hook):
         thread = get_ident()
         if self._lock.turn.thread == thread:  # a call within a call
             return call(*args, **kwargs) if _saves_apart() else _call_saving_apart(call, args, kwargs)
-        turn = Turn(thread)
+        turn, outer = Turn(thread), _turns.current
         try:
             if not self._lock.take(turn):
                 raise ConcurrentCallError(
@@ -89,9 +110,11 @@ class WeightGuard(Hook):
                     "weights are moved or cast during a call, so one call at a time is possible: put a lock "
                     "round the calls, or give each thread a model of its own (copy.deepcopy)"
                 )
+            _turns.current = turn
             return call(*args, **kwargs) if _saves_apart() else _call_saving_apart(call, args, kwargs)
         finally:
             turn.thread = None
+            _turns.current = outer
 
 
 class _PackApart:

@@ -201,26 +201,28 @@ def _moved_home(tensor: torch.Tensor | None, home: torch.device | None) -> torch
     return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
-def stand_in(slots: Iterable[TensorSlot]) -> list[tuple[nn.Module, str]]:
+def stand_in(slots: Iterable[TensorSlot], places: list[tuple[nn.Module, str]]) -> None:
     """Puts `PlacedTensors` in the place of the dicts that hold these tensors, where none stands yet.
 
-    Returns:
-        Each module and the name of its dict, for `step_back`.
+    Args:
+        slots: The tensors.
+        places: Where to note each module and the name of its dict, for `step_back`.
     """
-    places = []
     for module, name in (owner for slot in slots for owner in slot.owners):
         for kind in ("_parameters", "_buffers"):
             original = module.__dict__[kind]
             if name in original and not isinstance(original, PlacedTensors):
-                module.__dict__[kind] = PlacedTensors(original)
                 places.append((module, kind))
-    return places
+                module.__dict__[kind] = PlacedTensors(original)
 
 
-def step_back(places: Iterable[tuple[nn.Module, str]]) -> None:
+def step_back(places: list[tuple[nn.Module, str]]) -> None:
     """Ends what `stand_in` began."""
     for module, kind in places:
-        module.__dict__[kind] = module.__dict__[kind].give_back()
+        tensors = module.__dict__[kind]
+        if type(tensors) is PlacedTensors:
+            module.__dict__[kind] = tensors.give_back()
+    places.clear()
 
 
 def _reduce_for_process(tensor: torch.Tensor) -> Any:

@@ -56,20 +56,26 @@ class ModelDevice:
         self._guarded = list(dict.fromkeys([component.module, *owners]))
         self._device = device
         self._offload_device = offload_device
+        self._answering: list[nn.Module] = []
+        self._refusing: list[nn.Module] = []
+
+    # Both go on where an exception, or an interrupt, has left the other.
 
     def attach(self) -> None:
-        """Has the models answer, and the modules refuse to be moved."""
+        """Has the models answer, and the modules refuse to be moved, as far as they don't."""
         device = _with_index(self._device)
         answers: dict[str, Callable[..., Any]] = {
             "device": lambda *_: device,
             "to": _refusing_other_devices(device),
             "dtype": _look,
         }
-        for model in self._models:
+        for model in self._models[len(self._answering) :]:
+            self._answering.append(model)
             override_members(model, {name: it for name, it in answers.items() if hasattr(type(model), name)})
         stays_on = (device, _with_index(self._offload_device))
-        for module in self._guarded:
+        for module in self._guarded[len(self._refusing) :]:
             guard = module.__dict__.get(_APPLY)
+            self._refusing.append(module)
             if isinstance(guard, _MoveGuard):
                 guard.count += 1
             else:
@@ -77,14 +83,17 @@ class ModelDevice:
                 PlainReduction.begin(module, _APPLY)
 
     def detach(self) -> None:
-        """Has them answer, and be moved, as their classes do."""
-        for module in self._guarded:
-            guard = module.__dict__[_APPLY]
-            guard.count -= 1
-            if not guard.count:
-                guard.give_back()
-        for model in reversed(self._models):
-            restore_class(model)
+        """Has them answer, and be moved, as their classes do, as far as they don't."""
+        while self._refusing:
+            guard = self._refusing[-1].__dict__.get(_APPLY)
+            if isinstance(guard, _MoveGuard):
+                guard.count -= 1
+                if not guard.count:
+                    guard.give_back()
+            self._refusing.pop()
+        while self._answering:
+            restore_class(self._answering[-1])
+            self._answering.pop()
 
 
 class _MoveGuard(LeftOutOfCopies):

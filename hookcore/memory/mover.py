@@ -56,7 +56,10 @@ class GroupMover(Protocol):
         """Brings a group, so that its modules can be called."""
 
     def offload(self, group: Group) -> None:
-        """Drops what was brought; what a call changed in it is kept."""
+        """Drops what was brought, as far as it was; what a call changed in it is kept.
+
+        It may not have been brought, or an exception may have interrupted that, or an earlier `offload`.
+        """
 
     def report(self, group: Group, *, resident: bool) -> Mapping[str, int]:
         """Where the group's bytes lie between calls: a label for people to a number of bytes."""

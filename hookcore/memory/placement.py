@@ -11,13 +11,14 @@ brought at that moment, until the innermost running call ends.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from attrs import define, field
 from torch import nn
 
+from hookcore.guard import current_turn
 from hookcore.hook import Hook
 from hookcore.memory.copies import copy_to, stand_in, step_back, stop_copying_to
 from hookcore.memory.gradients import Gradients
@@ -32,12 +33,46 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from hookcore.guard import Turn
     from hookcore.memory.device.timeline import Timeline
     from hookcore.memory.mover import GroupMover
     from hookcore.target import Component
 
 
 _CPU = torch.device("cpu")
+
+
+@define(eq=False)
+class _Calls:
+    """The calls under way on placements that are joined; its length is their number.
+
+    Attributes:
+        held: What each of them holds, the innermost last.
+        uses: How often each group that is in memory, or on its way there, is held.
+        lingering: In memory though nobody holds it; one at most.
+        turn: The outermost one's; none of them is under way when that is over. None where nobody tells.
+    """
+
+    held: list[list[Group]] = field(factory=list)
+    uses: dict[Group, int] = field(factory=dict)
+    lingering: list[Group] = field(factory=list)
+    turn: Turn | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.turn is not None and self.turn.thread is None else len(self.held)
+
+
+@define(eq=False)
+class _Attached:
+    """A group that is where it lies between calls, or on its way there or back.
+
+    Attributes:
+        came_from: Its tensors, with the devices that they were on.
+        by: The placements that need it there, by identity: they must not keep each other alive.
+    """
+
+    came_from: list[tuple[torch.Tensor, torch.device]]
+    by: set[int] = field(factory=set)
 
 
 class Placement:
@@ -79,13 +114,12 @@ class Placement:
         self._aliases = dict(aliases or {})
         self._move_inputs = InputMover(component, onload_device, exclude_kwargs)
         self._stand_ins: list[tuple[nn.Module, str]] = []
+        self._is_watching = False
         self._told = ModelDevice(component, onload_device, offload_device)
         # What placements that are joined have in common:
         self._refs = [weakref.ref(self)]  # or it would keep itself, and the groups' tensors, alive
-        self._attached: Counter[Group] = Counter()  # by how many of them
-        self._calls: list[list[Group]] = []  # what each running call holds, the innermost last
-        self._uses: dict[Group, int] = {}  # how often each group that is in memory is held
-        self._lingering: list[Group] = []  # in memory though nobody holds it; one at most
+        self._attached: dict[Group, _Attached] = {}
+        self._calls = _Calls()
         self._gradients = Gradients(component.slots, self._train)
         mover.expect(self._needed())
 
@@ -96,7 +130,6 @@ class Placement:
         for placement in self._joined:
             placement.mover = other.mover
             placement._attached, placement._calls = other._attached, other._calls
-            placement._uses, placement._lingering = other._uses, other._lingering
             placement._refs = other._refs
             other._refs.append(weakref.ref(placement))
             other.mover.expect(placement._needed())
@@ -144,33 +177,39 @@ class Placement:
 
     def attach(self) -> None:
         """Puts all groups where they lie between calls, and begins to watch reads."""
-        done: list[Group] = []
         try:
-            for group in self._homes():
-                self._put(group)
-                done.append(group)
+            self._put_all()
         except BaseException:
-            for group in reversed(done):
-                self._take(group)
+            self._take_all()
             raise
-        self._stand_ins = stand_in(slot for group in self.resident for slot in group.slots)
-        watch(self._watched, self._calls, self._before_read, self._uses)
-        self._told.attach()
 
     def detach(self) -> None:
         """Puts all groups back where they were, and stops watching."""
-        done: list[Group] = []
+        self._drop_left()
         try:
-            for group in self._homes():
-                self._take(group)
-                done.append(group)
+            self._take_all()
         except BaseException:
-            for group in reversed(done):
-                self._put(group)
+            self._put_all()
             raise
-        stop_watching(self._watched)
-        step_back(self._stand_ins)
+
+    # Both go on where an exception, or an interrupt, has left the other, or an earlier one.
+
+    def _put_all(self) -> None:
+        for group in self._homes():
+            self._put(group)
+        stand_in((slot for group in self.resident for slot in group.slots), self._stand_ins)
+        self._is_watching = True
+        watch(self._watched, self._calls, self._before_read, self._calls.uses)
+        self._told.attach()
+
+    def _take_all(self) -> None:
         self._told.detach()
+        if self._is_watching:
+            stop_watching(self._watched)
+            self._is_watching = False
+        step_back(self._stand_ins)
+        for group in self._homes():
+            self._take(group)
         self._gradients.stop()
 
     def _train(self) -> None:
@@ -178,21 +217,28 @@ class Placement:
 
     def _put(self, group: Group) -> None:
         """Attaches a group, unless another placement has done so."""
-        if not self._attached[group]:
+        if group not in self._attached:
             came_from = [(tensor, tensor.device) for slot in group.slots for tensor in slot.tensors]
+            self._attached[group] = _Attached(came_from)
+        attached = self._attached[group]
+        if attached.by <= {id(self)}:
+            attached.by.add(id(self))
             self.mover.attach(group, resident=self._stays(group))
-            for tensor, device in came_from:
+            for tensor, device in attached.came_from:
                 copy_to(tensor, device)
-        self._attached[group] += 1
+        attached.by.add(id(self))
 
     def _take(self, group: Group) -> None:
         """Detaches a group, unless another placement needs it."""
-        if self._attached[group] == 1:
+        attached = self._attached.get(group)
+        if attached is None:
+            return
+        if attached.by <= {id(self)}:
             self.mover.detach(group)
-            for slot in group.slots:
-                for tensor in slot.tensors:
-                    stop_copying_to(tensor)
-        self._attached[group] -= 1
+            for tensor, _ in attached.came_from:
+                stop_copying_to(tensor)
+            del self._attached[group]
+        attached.by.discard(id(self))
 
     def _stays(self, group: Group) -> bool:
         return any(group in placement.resident for placement in self._joined)
@@ -200,17 +246,18 @@ class Placement:
     def finalize(self) -> None:
         """Tells the mover that all groups were detached for good."""
         for group in self._homes():
-            if not self._attached[group]:
+            if group not in self._attached:
                 self.mover.finalize(group)
 
     def reset(self) -> None:
         """Has the mover forget what it learned from earlier calls."""
+        self._drop_left()
         self.mover.reset()
 
     @property
     def _leads(self) -> bool:
         """Whether it tells what the placements that are joined have in common."""
-        there = [it for it in self._joined if any(it._attached[group] for group in it._homes())]
+        there = [it for it in self._joined if any(group in it._attached for group in it._homes())]
         return self is (there or self._joined)[0]
 
     def needs(self) -> Mapping[str, int]:
@@ -237,21 +284,25 @@ class Placement:
         self, groups: tuple[Group, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begins a call that holds these groups; returns the inputs of the outermost one, moved."""
+        calls = self._calls
         held: list[Group] = []
-        self._calls.append(held)
+        if is_outermost := not calls:
+            self._drop_left()
+            calls.turn = current_turn()
+        calls.held.append(held)
         try:
-            if len(self._calls) == 1:
+            if is_outermost:
                 self.mover.begin()
                 if torch.is_grad_enabled():
                     self._gradients.watch()
             # What is there comes first, or it could be dropped to make room for the others.
             for group in groups:
-                if group in self._uses:
+                if group in calls.uses:
                     self._hold(group)
             for group in groups:
                 if group not in held:
                     self._hold(group)
-            if len(self._calls) == 1:
+            if is_outermost:
                 return self._move_inputs(args, kwargs)
         except BaseException:
             self.leave()
@@ -260,33 +311,53 @@ class Placement:
 
     def leave(self) -> None:
         """Ends the innermost call, whichever way it ended."""
-        for group in reversed(self._calls.pop()):
-            self._uses[group] -= 1
-            if not self._uses[group]:
+        calls = self._calls
+        for group in reversed(calls.held.pop()):
+            calls.uses[group] -= 1
+            if not calls.uses[group]:
                 self._drop_lingering()
-                self._lingering.append(group)
+                calls.lingering.append(group)
                 if not self.mover.lingers:
                     self._drop_lingering()
-        if not self._calls:
+        if not calls.held:
             self._drop_lingering()
             self.mover.end()
 
     def _hold(self, group: Group) -> None:
         """Has the innermost call hold a group."""
-        if group not in self._uses:
+        calls = self._calls
+        if group not in calls.uses:
             self._drop_lingering()
-            self.mover.onload(group)
-            self._uses[group] = 0
-        elif group in self._lingering:
-            self._lingering.clear()
-        self._uses[group] += 1
-        self._calls[-1].append(group)
+            calls.uses[group] = 0  # before it is there: an interrupt must not leave it unseen
+            try:
+                self.mover.onload(group)
+            except BaseException:
+                self._drop(group)
+                raise
+        elif group in calls.lingering:
+            calls.lingering.clear()
+        calls.uses[group] += 1
+        calls.held[-1].append(group)
+
+    def _drop(self, group: Group) -> None:
+        """Drops a group that nobody holds; what fails or is interrupted can be done again."""
+        self.mover.offload(group)
+        self._calls.uses.pop(group, None)
 
     def _drop_lingering(self) -> None:
-        if self._lingering:
-            group = self._lingering.pop()
-            del self._uses[group]
-            self.mover.offload(group)
+        lingering = self._calls.lingering
+        if lingering:
+            self._drop(lingering[0])
+            lingering.clear()
+
+    def _drop_left(self) -> None:
+        """Drops what calls have left that were interrupted, before the next one or when none follows."""
+        calls = self._calls
+        if not calls and (calls.uses or calls.held):
+            for group in list(calls.uses):
+                self._drop(group)
+            calls.lingering.clear()
+            calls.held.clear()
 
     @property
     def is_called(self) -> bool:
@@ -311,8 +382,9 @@ class Placement:
     def _before_read(self, group: Group) -> None:
         group = self._aliases.get(group, group)
         if not self._calls:
+            self._drop_left()
             self.mover.invalidate(group)
-        elif not self._uses.get(group):
+        elif not self._calls.uses.get(group):
             self._hold(group)
 
 

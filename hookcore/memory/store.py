@@ -38,7 +38,10 @@ _STAGED = 3  # of the largest group: one is filled while others are copied
 
 
 class Store(Protocol):
-    """Keeps groups of weights. Each method does all of it or, if it raises, nothing."""
+    """Keeps groups of weights. Each method does all of it or, if it raises, nothing.
+
+    But what interrupts `give_back` or `drop` leaves all values right, and these can be called again.
+    """
 
     def moves(self, slot: TensorSlot) -> bool:
         """Whether a tensor is kept here between calls, and not on the device."""
@@ -148,32 +151,47 @@ class PinnedStore(Store):
     def take(self, group: Group) -> FlatGroup:
         """Moves parameters to locked host memory."""
         homes = {slot: found[0].device for slot in group.slots if (found := current_tensors(slot))}
-        taken = _Taken(group, homes, memory_seen_elsewhere(group.slots))
-        flat = self._host.pack(group.slots, group.name)
+        return self._pack(_Taken(group, homes, memory_seen_elsewhere(group.slots)))
+
+    def _pack(self, taken: _Taken) -> FlatGroup:
+        flat = FlatGroup(taken.group.slots, taken.group.name)
         self._taken[flat] = taken
+        try:
+            self._host.pack(flat)
+        except BaseException:
+            del self._taken[flat]
+            raise
         return flat
 
     def take_again(self, flat: FlatGroup) -> FlatGroup:
         """Takes the data and the buffers that modules were given into host memory of the group's own."""
         flat.move_given_buffers(_CPU)
-        self._host.release(flat.let_go())
-        group = self._taken[flat].group
-        again = self._host.pack(group.slots, group.name)
-        self._taken[again] = self._taken.pop(flat)
+        self._unlock(flat)
+        again = self._pack(self._taken[flat])
+        del self._taken[flat]
         return again
 
     def give_back(self, flat: FlatGroup) -> None:
         """Moves parameters back to the device that they came from, into memory of their own."""
-        taken = self._taken[flat]
-        move_to_copies((tensors_left(slot, self._device), device) for slot, device in taken.homes.items())
-        go_back(taken.left)
-        self._host.release(flat.let_go())
-        del self._taken[flat]
+        taken = self._taken.get(flat)
+        if taken is not None:
+            self._unlock(flat)
+            homes = taken.homes.items()
+            move_to_copies((tensors_left(slot, self._device), device) for slot, device in homes)
+            go_back(taken.left)
+            del self._taken[flat]
+
+    def _unlock(self, flat: FlatGroup) -> None:
+        """Unlocks a group's memory, which no copy reads any more."""
+        if flat.is_locked:
+            flat.is_locked = False
+            self._host.release(flat.host)
 
     def keep_on(self, flat: FlatGroup, device: torch.device) -> None:
         """Moves parameters to the device: a view of shared memory is copied whole."""
         move_apart(dict.fromkeys(self._taken[flat].homes, device))
-        self._host.release(flat.let_go())
+        self._unlock(flat)
+        flat.let_go()
 
     def bring(self, flat: FlatGroup, device: torch.device) -> None:
         """Copies each parameter, and waits."""

@@ -115,6 +115,8 @@ def watch(
     for module, group_of in by_module.items():
         for kind in _KINDS:
             original = module.__dict__[kind]
+            if isinstance(original, WatchedTensors) and original._before_read == before_read:
+                continue  # it does already
             if not group_of.keys().isdisjoint(original):
                 module.__dict__[kind] = WatchedTensors(original, group_of, calls, before_read, uses)
 

@@ -8,6 +8,7 @@ import itertools
 import os
 import sys
 from collections import Counter
+from copy import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest.mock import patch
 
@@ -57,7 +58,7 @@ class _OfHost(contextlib.ExitStack):
             if caller.startswith("hookcore") and not caller.startswith("hookcore.testing"):
                 self.counts[name] += 1
                 if (name, self.counts[name]) == self._failing:
-                    raise _ERRORS[name]
+                    raise copy(_ERRORS[name])
             return function(*args, **kwargs)
 
         return watched
@@ -67,7 +68,8 @@ def _failing(request: str, nth: int) -> contextlib.AbstractContextManager[Any]:
     """Fails the nth request of a kind inside a `with` block."""
     if request in ("torch.empty", "os.preadv"):
         return _OfHost(request, nth)
-    return sim.fail_at(request, nth, _ERRORS.get(request, _ERROR))  # type: ignore[arg-type]
+    # A copy, as the frames that it comes through live as long as it.
+    return sim.fail_at(request, nth, copy(_ERRORS.get(request, _ERROR)))  # type: ignore[arg-type]
 
 
 @functools.cache

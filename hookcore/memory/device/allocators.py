@@ -185,10 +185,16 @@ class PerGroupAllocator(Allocator):
         return self.lender.lent
 
     def take(self, flat: FlatGroup) -> DeviceRange | None:
-        """Allocates memory for a group; None if that would be too much."""
-        if flat not in self.kept and self.lender.take(flat.nbytes) is None:
+        """Allocates memory for a group; None if that would be too much, or the device has no more."""
+        if flat not in self.kept and flat.nbytes > self.lender.free:
             return None
-        return _make_place(flat, 0, _allocate(flat.nbytes, self.device))
+        try:
+            place = _make_place(flat, 0, _allocate(flat.nbytes, self.device))
+        except torch.OutOfMemoryError:
+            return None
+        if flat not in self.kept:
+            self.lender.take(flat.nbytes)
+        return place
 
     def unkept(self, wanted: Collection[FlatGroup]) -> list[FlatGroup]:
         """Which groups would lose their room if only these had some of their own."""

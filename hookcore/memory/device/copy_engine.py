@@ -87,7 +87,7 @@ class CopyEngine:
             large: Bytes from which groups lie at its end; None for all at its beginning.
         """
         self.synchronize()  # freed memory goes back to the stream that it was allocated for
-        del self.allocator
+        self.allocator = self._make_allocator(0)
         self.allocator = self._make_allocator(nbytes, large)
 
     def _make_allocator(self, nbytes: int, large: int | None = None) -> ArenaAllocator | PerGroupAllocator:
@@ -208,6 +208,10 @@ class CopyEngine:
         """Takes down, if a timeline is recorded, that a group was used from an event until now."""
         if self.timeline is not None:
             self.timeline.add("compute", flat.name, begun, self.mark())
+
+    def end(self) -> None:
+        """Waits until the device is done, before all memory is given back, whatever was lent."""
+        self.synchronize()
 
     def synchronize(self) -> None:
         """Has the host wait for all copies and for all that was computed."""

@@ -8,19 +8,25 @@ Where calls repeat in rounds (a denoiser in its loop; a ControlNet and a denoise
 chosen for the whole round, as if it were one pass.
 
 A single component has its memory for itself. What stays of it then has its home on the device.
+
+An exception may come at any moment: the device fails, or somebody interrupts the program. What was under way
+then is not mended. `is_sound` is set only when nothing is, and a call that finds it unset gives all memory
+back and begins anew, from the stores.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import threading
 import weakref
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
 
 from hookcore.errors import ConcurrentCallError
+from hookcore.guard import CallLock, Turn, current_turn
 from hookcore.memory.planning.budget_split import split_budget
 from hookcore.memory.planning.call_cycle import CallCycle
 from hookcore.memory.planning.pool_layout import choose_layout
@@ -29,9 +35,9 @@ from hookcore.memory.planning.schedule import Use
 _COMFORT = 2  # of the largest group; one is copied while another is used
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from hookcore.memory.device.copy_engine import CopyEngine
+    from hookcore.memory.device.copy_engine import CopyEngine, Transfer
     from hookcore.memory.device.flat_group import FlatGroup
     from hookcore.memory.device.stream_mover import StreamMover
     from hookcore.memory.device.timeline import Recorder
@@ -69,6 +75,8 @@ class DevicePool:
         budget: Likewise.
         engine: Copies there; None before the first call, and when what it is for has changed.
         is_shared: Whether several movers use it.
+        is_sound: Whether what is noted of the device is true; not while it changes, nor when that has failed.
+        left: What calls used of memory in which nothing is sure any more, while the device may use it.
         last: The number of the mover that it was used by last.
     """
 
@@ -77,6 +85,8 @@ class DevicePool:
         self.budget = budget
         self.engine: CopyEngine | None = None
         self.is_shared = False
+        self.is_sound = True
+        self.left: list[Transfer] = []
         self.last = -1
         # A model that nobody else keeps goes away, whatever becomes of those that it ran with.
         self._expecting: weakref.WeakValueDictionary[str, StreamMover] = weakref.WeakValueDictionary()
@@ -87,7 +97,8 @@ class DevicePool:
         self._rounds: CallCycle[int] = CallCycle()
         self._kept: dict[tuple[int, ...], _Kept | None] = {}  # by round
         self._chosen: _Kept | None = None  # what the memory is divided by now
-        self._lock = threading.RLock()
+        self._lock = CallLock()
+        self._turn = Turn(None)  # a call's that nobody has taken a turn for
 
     # Between calls
 
@@ -128,23 +139,43 @@ class DevicePool:
         Raises:
             ConcurrentCallError: Another thread calls a component that has its weights there.
         """
-        if self.engine is None:
+        if self.engine is None and self.is_sound:
             return
-        if not self._lock.acquire(blocking=False):
-            raise ConcurrentCallError(
-                "cannot change what is offloaded while another thread calls a component that shares its "
-                "memory on the device. Do it after the call has returned"
-            )
+        with self._changing():
+            if self._running:
+                if self.engine is not None:
+                    self.engine.synchronize()
+                self._is_outdated = True
+            else:
+                self._discard()
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Has no other thread call or change anything meanwhile."""
+        turn = Turn(get_ident())
         try:
-            self.engine.synchronize()
-            self._is_outdated = bool(self._running)
-            if not self._running:
-                for mover in self._movers.values():
-                    mover.prefetcher.drop_all()
-                self.engine = self._chosen = None
-                self._kept.clear()
+            if not (self._lock.is_ours or self._lock.take(turn)):
+                raise ConcurrentCallError(
+                    "cannot change what is offloaded while another thread calls a component that shares its "
+                    "memory on the device. Do it after the call has returned"
+                )
+            if turn is self._lock.turn:
+                self._running.clear()  # of calls that an interrupt has ended
+            yield
         finally:
-            self._lock.release()
+            turn.thread = None
+
+    def _discard(self) -> None:
+        """Gives all memory on the device back, whatever is there; all weights are in their stores."""
+        self.is_sound = False
+        if self.engine is not None:
+            self.engine.end()
+        for mover in self._movers.values():
+            mover.discard()
+        self.engine = self._chosen = None
+        self._kept.clear()
+        self.left.clear()
+        self.is_sound = True
 
     def forget(self) -> None:
         """Forgets in which order components were called."""
@@ -161,19 +192,29 @@ class DevicePool:
             ConcurrentCallError: Another thread calls a component that has its weights there.
             torch.OutOfMemoryError: The device has less memory than the budget.
         """
-        if not self._lock.acquire(blocking=False):
-            raise ConcurrentCallError(
-                f"called {mover.what!r} while another thread calls a component that shares its memory on the "
-                "device. Put a lock round the calls, or give each thread a pipeline of its own"
-            )
+        if not self._lock.is_ours:
+            turn = current_turn()
+            if turn is None:
+                turn = self._turn = Turn(get_ident())
+            if not self._lock.take(turn):
+                raise ConcurrentCallError(
+                    f"called {mover.what!r} while another thread calls a component that shares its memory on "
+                    "the device. Put a lock round the calls, or give each thread a pipeline of its own"
+                )
+            self._running.clear()  # of calls that an interrupt has ended
+        stream = None
         try:
-            engine = self._begin(mover)
+            if self.is_sound or not self._running:
+                self.is_sound, was_sound = False, self.is_sound
+                engine = self._begin(mover, anew=not was_sound)
+                engine.timeline = mover.recorder
+                stream = engine.stream
+                self.is_sound = True
         except BaseException:
-            self.dissolve()
-            self._lock.release()
+            if not self._running:
+                self._turn.thread = None
             raise
-        engine.timeline = mover.recorder
-        self._running.append((mover, engine.stream))
+        self._running.append((mover, stream))
 
     def leave(self, mover: StreamMover) -> None:
         """Ends a call, if it had begun."""
@@ -181,13 +222,17 @@ class DevicePool:
             return
         self._running.pop()
         engine = self.engine
-        if engine is not None and self._running:
-            outer, stream = self._running[-1]
-            engine.begin(stream)
-            engine.timeline = outer.recorder
-        elif engine is not None:
-            mover.end_measuring(engine)
-        self._lock.release()
+        if engine is not None and self.is_sound:
+            if self._running:
+                outer, stream = self._running[-1]
+                self.is_sound = False
+                engine.begin(stream)
+                engine.timeline = outer.recorder
+                self.is_sound = True
+            else:
+                mover.end_measuring(engine)
+        if not self._running:
+            self._turn.thread = None
 
     def stop_recording(self, recorder: Recorder) -> None:
         """Is told that a recorder is to be used no more."""
@@ -233,10 +278,11 @@ class DevicePool:
         assert self.engine is not None  # noqa: S101 -- asked during calls only
         return self.engine.allocator
 
-    def _begin(self, mover: StreamMover) -> CopyEngine:
+    def _begin(self, mover: StreamMover, *, anew: bool) -> CopyEngine:
         outermost = not self._running
-        if outermost and (self.engine is None or self._is_outdated):
-            self.dissolve()
+        if outermost and (self.engine is None or self._is_outdated or anew):
+            self._discard()
+            self.is_sound = False
             self.register(mover)
             self.engine = self._make_engine()
         assert self.engine is not None  # noqa: S101 -- a running call has made it

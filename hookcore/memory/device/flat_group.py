@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import frozen
 
-from hookcore.memory.tensor_memory import by_memory, current_tensors, extent, tensor_at
+from hookcore.memory.tensor_memory import by_memory, current_tensors, extent, moved_as_made, tensor_at
 from hookcore.storage import planned_itemsize
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from hookcore.target import TensorSlot
 
+_CPU = torch.device("cpu")
 ALIGNMENT = 64
 """Bytes. Where a weight begins, on the host and on the device; kernels read aligned memory in wider steps."""
 
@@ -235,10 +236,26 @@ class FlatGroup:
             module._buffers[name] = tensor.to(device, copy=tensor.is_inference())
         return bool(given)
 
-    def keep(self, views: Sequence[torch.Tensor]) -> None:
-        """Copies these to host memory, and waits for it."""
-        for home, view in zip(self.homes, views, strict=True):
-            home.copy_(view)
+    def come_home(self, views: Sequence[torch.Tensor], addresses: Sequence[int]) -> None:
+        """Has the tensors hold host memory again, with all changes; waits for these to be copied.
+
+        What an exception interrupts can be done again.
+
+        Args:
+            views: What they were shown; some may still hold host memory, or again.
+            addresses: Of these.
+        """
+        changed = self.is_changed
+        for at, (tensor, view, address) in enumerate(zip(self.tensors, views, addresses, strict=True)):
+            if tensor.data_ptr() == address:
+                tensor.data = self._kept(at, view) if changed else self.homes[at]
+            elif tensor.device != _CPU:  # it was given other data, as `weight.data = ...` does
+                tensor.data = moved_as_made(tensor.data, _CPU)
+        self.move_given_buffers(_CPU)
+
+    def _kept(self, at: int, view: torch.Tensor) -> torch.Tensor:
+        """Keeps what a tensor was changed to; returns what it holds in host memory from now on."""
+        return self.homes[at].copy_(view)
 
     def bring_given(self, device: torch.device) -> None:
         """Moves to a device, where all tensors were, those that were given since."""

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookcore.memory.device.flat_group import FlatGroup
 from hookcore.memory.planning.free_list import FreeList
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
-    from hookcore.target import TensorSlot
+    from hookcore.memory.device.flat_group import FlatGroup
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
@@ -53,19 +52,19 @@ class PinnedMemory:
         self._buffers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._unlock: dict[int, Callable[[], object]] = {}
 
-    def pack(self, slots: Iterable[TensorSlot], name: str = "") -> FlatGroup:
-        """Copies the slots' tensors to memory of this kind, and has them show it.
-
-        Args:
-            slots: A group's slots.
-            name: The group's name, for people.
-        """
-        flat = FlatGroup(slots, name)
+    def pack(self, flat: FlatGroup) -> None:
+        """Copies a group's tensors to memory of this kind, and has them show it; all of it or nothing."""
+        before = [(tensor, tensor.data) for tensor in flat.tensors]
         memory = self.make(flat.nbytes)
-        flat.take(memory)
-        self.lock(memory)
-        flat.is_locked = memory.is_pinned()
-        return flat
+        try:
+            flat.take(memory)
+            self.lock(memory)
+            flat.is_locked = memory.is_pinned()
+        except BaseException:
+            for tensor, data in before:
+                tensor.data = data
+            self.release(memory)
+            raise
 
     def make(self, nbytes: int) -> torch.Tensor:
         """Makes memory to be filled and then given to `lock`.

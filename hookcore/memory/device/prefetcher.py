@@ -183,6 +183,14 @@ class Prefetcher:
         """Drops all that is there, used or not."""
         self.drop([*self.ahead, *self.kept])
 
+    def forget(self) -> list[Transfer]:
+        """Forgets all that is there, as the memory is given back; returns what that was."""
+        forgotten = [*self.ahead.values(), *self.kept.values()]
+        self.ahead.clear()
+        self.kept.clear()
+        self._reach = 0
+        return forgotten
+
     def evict(self, leaving: Collection[FlatGroup]) -> bool:
         """Drops what is kept of these groups, but for what is in use; says whether nothing is."""
         found = [group for group, transfer in self.kept.items() if transfer.flat in leaving]

@@ -29,7 +29,6 @@ from hookcore.memory.mover import GroupMover
 from hookcore.memory.planning.order_of_use import LearnedOrder
 from hookcore.memory.planning.pool_layout import choose_layout
 from hookcore.memory.store import PinnedStore, Store
-from hookcore.memory.tensor_memory import moved_as_made
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -37,13 +36,12 @@ if TYPE_CHECKING:
     from hookcore.memory.device.copy_engine import CopyEngine, Transfer
     from hookcore.memory.device.flat_group import FlatGroup
     from hookcore.memory.device.pass_times import PassTimes
+    from hookcore.memory.device.streamed_groups import StreamedGroup
     from hookcore.memory.device.timeline import Timeline
     from hookcore.memory.grouping import Group
     from hookcore.memory.mover import ComponentGroups
     from hookcore.memory.planning.budget_split import BudgetShare
     from hookcore.memory.planning.schedule import Use
-
-_CPU = torch.device("cpu")
 
 
 def has_streams(device: torch.device) -> bool:
@@ -135,7 +133,17 @@ class StreamMover(GroupMover):
         """Gives the memory on the device back, since what it is for changes."""
         self._pool.dissolve()
         if self._pool.engine is not None:  # others are being called
+            self._drop_all()
+
+    def _drop_all(self) -> None:
+        """Drops what is on the device of groups that come and go."""
+        pool = self._pool
+        if pool.is_sound:
+            pool.is_sound = False
             self.prefetcher.drop_all()
+            pool.is_sound = True
+        else:
+            pool.left += self.prefetcher.forget()
 
     def finalize(self, group: Group) -> None:
         """Is told that the group was detached for good."""
@@ -148,7 +156,7 @@ class StreamMover(GroupMover):
         self._pool.forget()
         if self._pool.is_shared:
             self._times = None
-        self.prefetcher.drop_all()
+        self._drop_all()
 
     def train(self) -> None:
         """Lets no more groups get their home on the device."""
@@ -208,9 +216,12 @@ class StreamMover(GroupMover):
     def invalidate(self, group: Group) -> None:
         """Sees to it that a group's tensors can be changed: no copy reads them, and none has read them."""
         member = self._own.groups.get(group)
-        if member is not None and member.flat.copied is not None and not member.stays:
-            member.flat.copied.synchronize()
-            self._exposed.add(group)
+        if member is not None and not member.stays:
+            if not self._pool.is_sound:
+                self._pool.dissolve()
+            if member.flat.copied is not None:
+                member.flat.copied.synchronize()
+                self._exposed.add(group)
 
     # Calls
 
@@ -223,11 +234,15 @@ class StreamMover(GroupMover):
             ConcurrentCallError: Another thread calls what shares memory on the device.
             torch.OutOfMemoryError: The device has less memory than the budget.
         """
+        pool = self._pool
         self._verify()
         if self._own.store.is_outdated:
             self._dissolve()
-        self._pool.enter(self)
-        self._prefetch()
+        pool.enter(self)
+        if pool.is_sound:
+            pool.is_sound = False
+            self._prefetch()
+            pool.is_sound = True
 
     def end(self) -> None:
         """Ends an outermost call; what the next one needs first is copied meanwhile.
@@ -252,24 +267,24 @@ class StreamMover(GroupMover):
             if self.recorder is not None:
                 member.used = self._engine.mark()
             return
-        engine = self._engine
-        asked = None if engine.marker is None else engine.mark()
-        transfer = self.prefetcher.bring(group, member)
-        if transfer is None:
-            self._own.store.bring(member.flat, self._device)
-            self.prefetcher.count_demand(member.flat.nbytes)
-            return
-        transfer.asked = asked
-        try:
-            engine.wait_for(transfer)
-        except BaseException:  # reading its file failed
-            self.prefetcher.give_back(group, transfer)
-            self.prefetcher.drop_ahead()
-            raise
-        member.flat.show(transfer.place.views)
-        member.in_use = transfer
-        if self.prefetcher.most_ahead:  # one less is ahead now
-            self._prefetch()
+        pool = self._pool
+        if pool.is_sound:
+            pool.is_sound = False
+            engine = self._engine
+            asked = None if engine.marker is None else engine.mark()
+            transfer = self.prefetcher.bring(group, member)
+            if transfer is not None:
+                transfer.asked = asked
+                engine.wait_for(transfer)
+                member.in_use = transfer  # before any of its tensors show it
+                member.flat.show(transfer.place.views)
+                if self.prefetcher.most_ahead:  # one less is ahead now
+                    self._prefetch()
+                pool.is_sound = True
+                return
+            pool.is_sound = True
+        self._own.store.bring(member.flat, self._device)
+        self.prefetcher.count_demand(member.flat.nbytes)
 
     def offload(self, group: Group) -> None:
         """Has the group's parameters show host memory again, and copies what is used next."""
@@ -277,22 +292,46 @@ class StreamMover(GroupMover):
         if member is None:
             self._own.plain.offload(group)
             return
-        transfer, member.in_use = member.in_use, None
+        transfer = member.in_use
         if transfer is None:
             if not member.stays:
+                self._wait_unless_sound()
                 self._own.store.drop(member.flat)
             elif member.used is not None:
                 self._engine.used(member.flat, member.used)
                 member.used = None
             return
+        pool = self._pool
+        if not pool.is_sound:
+            self._leave_in_memory(member, transfer)
+            return
+        pool.is_sound = False
         flat, place = member.flat, transfer.place
-        if flat.is_untouched(place.addresses):
+        is_as_copied = flat.is_untouched(place.addresses)
+        if is_as_copied:
             flat.show_host()
-            self._engine.leave(transfer)
         else:
-            self._keep_changes(group, flat, transfer)
+            flat.come_home(place.views, place.addresses)
+        self._engine.leave(transfer)
+        member.in_use = None
+        if not is_as_copied and group in self.prefetcher.kept:
+            self.prefetcher.give_back(group, transfer)
         del transfer, place  # memory of its own is free before more is allocated
         self._prefetch()
+        pool.is_sound = True
+
+    def _leave_in_memory(self, member: StreamedGroup, transfer: Transfer) -> None:
+        """Ends a use of memory in which nothing is sure any more."""
+        self._wait_unless_sound()
+        member.flat.come_home(transfer.place.views, transfer.place.addresses)
+        self._pool.left.append(transfer)
+        member.in_use = None
+
+    def _wait_unless_sound(self) -> None:
+        """Waits for copies of which no event may tell, before what they read is changed."""
+        engine = self._pool.engine
+        if engine is not None and not self._pool.is_sound:
+            engine.synchronize()
 
     # What the room asks
 
@@ -406,26 +445,20 @@ class StreamMover(GroupMover):
             self._engine.replace_allocator(ring, layout.large)
             self.prefetcher.order.leave_out({passing[flat] for flat in layout.resident})
 
+    def discard(self) -> None:
+        """Has all groups be in the store only: all memory on the device is given back."""
+        for member in self._own.groups.values():
+            if member.in_use is not None:
+                self._leave_in_memory(member, member.in_use)
+        self.prefetcher.forget()
+        self._exposed.clear()
+
     def drop_exposed(self) -> None:
         """Drops what may be other than it is in its home by now."""
         self.prefetcher.drop(self._exposed)
         self._exposed.clear()
 
     # How it is done
-
-    def _keep_changes(self, group: Group, flat: FlatGroup, transfer: Transfer) -> None:
-        """Ends a use that has changed a group, or given it other data."""
-        place = transfer.place
-        changed, replaced = flat.is_changed, flat.replaced(place.addresses)
-        flat.show_host()
-        if changed:
-            flat.keep(place.views)
-        for tensor, data in replaced:  # the call gave it other data, as `weight.data = ...` does
-            tensor.data = moved_as_made(data, _CPU)
-        given = flat.move_given_buffers(_CPU)
-        self._engine.leave(transfer)
-        if (changed or replaced or given) and group in self.prefetcher.kept:
-            self.prefetcher.give_back(group, transfer)
 
     @property
     def _engine(self) -> CopyEngine:
@@ -436,7 +469,7 @@ class StreamMover(GroupMover):
         try:
             self._own.store.verify()
         except BaseException:
-            self.prefetcher.drop_all()
+            self._pool.is_sound = False
             raise
 
     def _prefetch(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define
+from attrs import define, field
 
 from hookcore.memory.counting import Uncounted, count_changes, stop_counting
+from hookcore.memory.device.flat_group import FlatGroup
 from hookcore.memory.device.synchronous_mover import SynchronousMover
 from hookcore.memory.grouping import Group, spanning_groups
 from hookcore.memory.planning.budget_split import BudgetShare
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Container, Iterable, Mapping
 
     from hookcore.memory.device.copy_engine import Transfer
-    from hookcore.memory.device.flat_group import FlatGroup
     from hookcore.memory.mover import ComponentGroups
     from hookcore.memory.store import Store
 
 _CPU = torch.device("cpu")
+_NOTHING = FlatGroup(())
 
 
 @define(eq=False)
@@ -32,7 +33,7 @@ class StreamedGroup:
     Attributes:
         weights: What moves, as a group for the plain mover.
         buffers: What always stays on the device.
-        flat: What moves, side by side.
+        flat: What moves, side by side, from when the store has it until it is given back.
         uncounted: Of what moves, what was made in inference mode.
         in_use: Where it is while it is used, unless it stays or was brought by the plain mover.
         stays: Whether it stays on the device, in memory of its own.
@@ -41,8 +42,8 @@ class StreamedGroup:
 
     weights: Group
     buffers: Group
-    flat: FlatGroup
-    uncounted: list[Uncounted]
+    flat: FlatGroup = _NOTHING
+    uncounted: list[Uncounted] = field(factory=list)
     in_use: Transfer | None = None
     stays: bool = False
     used: Any = None
@@ -80,35 +81,35 @@ class StreamedGroups:
         return ", ".join(filter(None, self._expected)) or "the model"
 
     def attach(self, group: Group, *, resident: bool) -> None:
-        """Gives a group's weights to the store, and its buffers to the device."""
+        """Gives a group's weights to the store, and its buffers to the device, as far as it hasn't yet."""
         if resident:
             self.plain.attach(group, resident=True)
             self.fixed[group] = group.nbytes
             return
-        weights, buffers = group.divided(self.store.moves)
-        self.plain.attach(buffers, resident=True)
-        uncounted: list[Uncounted] = []
-        try:
-            uncounted = count_changes(it for slot in weights.slots for it in current_tensors(slot))
-            flat = self.store.take(weights)
-        except BaseException:
-            stop_counting(uncounted)
-            self.plain.detach(buffers)
-            raise
-        self.fixed[group] = buffers.nbytes
-        self.groups[group] = StreamedGroup(weights, buffers, flat, uncounted, stays=not flat.tensors)
+        member = self.groups.get(group)
+        if member is None:
+            member = self.groups[group] = StreamedGroup(*group.divided(self.store.moves))
+        self.fixed[group] = member.buffers.nbytes
+        self.plain.attach(member.buffers, resident=True)
+        if member.flat is _NOTHING:
+            tensors = (it for slot in member.weights.slots for it in current_tensors(slot))
+            member.uncounted += count_changes(tensors)
+            member.flat = self.store.take(member.weights)
+            member.stays = not member.flat.tensors
 
     def detach(self, group: Group) -> None:
-        """Puts a group back where it came from."""
+        """Puts a group back where it came from, as far as it isn't there."""
         member = self.groups.get(group)
         if member is None:
             self.plain.detach(group)
         else:
-            self.store.give_back(member.flat)
+            if member.flat is not _NOTHING:
+                self.store.give_back(member.flat)
+                member.flat = _NOTHING
             stop_counting(member.uncounted)
             self.plain.detach(member.buffers)
             del self.groups[group]
-        del self.fixed[group]
+        self.fixed.pop(group, None)
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
         """Where the bytes of a group lie."""
@@ -124,8 +125,8 @@ class StreamedGroups:
         """Has groups stay on the device, in memory of their own."""
         for group in groups:
             member = self.groups[group]
+            member.stays = True  # so that it is taken anew if this fails
             self.store.keep_on(member.flat, self._device)
-            member.stays = True
 
     @property
     def coming(self) -> list[Group]:

@@ -75,15 +75,15 @@ class SynchronousMover(GroupMover):
         self._expected: dict[str, ComponentGroups] = {}
 
     def attach(self, group: Group, *, resident: bool) -> None:
-        """Moves a group to where it lies between calls."""
+        """Moves a group to where it lies between calls, as far as it isn't there."""
         device = self._onload_device if resident else self._offload_device
         found = {slot: tensors for slot in group.slots if (tensors := current_tensors(slot))}
-        homes = {slot: tensors[0].device for slot, tensors in found.items()}
+        for slot, tensors in found.items():
+            self._homes.setdefault(slot, tensors[0].device)
         _move((tensors, device) for tensors in found.values())
-        self._homes.update(homes)
 
     def detach(self, group: Group) -> None:
-        """Moves a group back to the device that it came from."""
+        """Moves a group back to the device that it came from, as far as it isn't there."""
         homes = {slot: self._homes[slot] for slot in group.slots if slot in self._homes}
         _move((tensors_left(slot, self._onload_device), device) for slot, device in homes.items())
         for slot in homes:
@@ -109,19 +109,22 @@ class SynchronousMover(GroupMover):
                     )
                 )
         # Only now that all memory could be had is anything rebound.
+        self._brought[group] = brought
         for tensor, view in zip((it for one in brought for it in one.tensors), views, strict=True):
             tensor.data = view
-        self._brought[group] = brought
 
     def offload(self, group: Group) -> None:
         """Gives the group's tensors their own memory back, with what a call changed in place."""
-        brought = self._brought.pop(group)
-        changed = [one for one in brought if self._rebind(one)]
+        if group not in self._brought:
+            return
+        for one in self._brought[group]:
+            if self._is_changed(one):
+                with torch.inference_mode(one.original.is_inference()):
+                    one.original.copy_(one.copy)
+            self._rebind(one)
         for slot in group.slots:
             self._keep_new_tensors(slot)
-        for one in changed:
-            with torch.inference_mode(one.original.is_inference()):
-                one.original.copy_(one.copy)
+        del self._brought[group]
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
         """All of its bytes, under where they lie."""
@@ -145,20 +148,27 @@ class SynchronousMover(GroupMover):
             most = max(most, held)
         return {str(self._onload_device): nbytes + most}
 
-    def _rebind(self, brought: _Brought) -> bool:
-        """Gives tensors their own memory back; says whether the copy may have been changed."""
-        changed = brought.slot.is_buffer and any(module.training for module, _ in brought.slot.owners)
-        of_each = zip(brought.tensors, brought.sources, brought.addresses, brought.versions, strict=True)
-        for tensor, source, address, version in of_each:
+    @staticmethod
+    def _is_changed(brought: _Brought) -> bool:
+        """Whether a call may have changed the copy in place."""
+        of_each = zip(brought.tensors, brought.addresses, brought.versions, strict=True)
+        there = [(tensor, version) for tensor, at, version in of_each if tensor.data_ptr() == at]
+        if brought.slot.is_buffer and any(module.training for module, _ in brought.slot.owners):
+            return True
+        # Where there is no count: a parameter that its own forward changes is unheard of.
+        return any(
+            brought.slot.is_buffer if version is None else version != tensor._version
+            for tensor, version in there
+        )
+
+    def _rebind(self, brought: _Brought) -> None:
+        """Gives tensors their own memory back."""
+        of_each = zip(brought.tensors, brought.sources, brought.addresses, strict=True)
+        for tensor, source, address in of_each:
             if tensor.data_ptr() == address:
-                if version is None:  # no count; a parameter that its own forward changes is unheard of
-                    changed |= brought.slot.is_buffer
-                else:
-                    changed |= version != tensor._version
                 tensor.data = source
-            else:  # the call gave it other data, as `weight.data = ...` does
+            elif not is_on(tensor, self._offload_device):  # given other data, as `weight.data = ...` does
                 tensor.data = moved_as_made(tensor.data, self._offload_device)
-        return changed
 
     def _keep_new_tensors(self, slot: TensorSlot) -> None:
         """Moves tensors that a call put in the place of the slot's own to the offload device."""

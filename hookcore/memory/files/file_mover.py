@@ -114,6 +114,8 @@ class FileMover(GroupMover):
         Raises:
             CheckpointError: A parameter in memory differs from the checkpoint.
         """
+        if group in self._streamed:
+            return  # what has been given back of it counts as given other data
         streamed = FileGroup([FileWeight.compare(slot, self._origins[slot]) for slot in group.slots])
         self._uncounted[group] = count_changes(it for slot in group.slots for it in slot.tensors)
         for weight in streamed.weights:
@@ -133,6 +135,8 @@ class FileMover(GroupMover):
             CheckpointError: Values have to be read, and a file has changed.
             ConcurrentCallError: Another thread calls a component that shares the memory.
         """
+        if group not in self._streamed:
+            return  # it is back already, or never came
         with self._pool.changing():
             self._detach(group)
 
@@ -240,7 +244,9 @@ class FileMover(GroupMover):
 
     def offload(self, group: Group) -> None:
         """Has the group's parameters show the checkpoint's tensors again, unless it is to stay."""
-        transfer = self._in_use.pop(group)
+        transfer = self._in_use.pop(group, None)
+        if transfer is None:
+            return
         if group in self._to_keep:
             self._kept[group] = transfer
         else:

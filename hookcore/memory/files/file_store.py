@@ -142,13 +142,9 @@ class FileStore(Store):
         """Has parameters show their homes again; what was changed is kept."""
         own = self._own(flat)
         if own.brought is not None:
-            (now, views), own.brought = own.brought, None
-            changed, replaced = now.is_changed, now.replaced([view.data_ptr() for view in views])
-            now.show_host()
-            if changed:
-                now.keep(views)
-            for tensor, data in replaced:
-                tensor.data = data.to("cpu")
+            now, views = own.brought
+            now.come_home(views, [view.data_ptr() for view in views])
+            own.brought = None
 
     def make_engine(
         self, device: torch.device, nbytes: int, sources: Sequence[FlatGroup], *, per_group: bool

@@ -32,12 +32,22 @@ class FlatFileGroup(FlatGroup):
             what they were shown.
     """
 
-    __slots__ = ("_files", "_origin_dtypes", "_target_of", "brought", "ranges", "targets", "weights")
+    __slots__ = (
+        "_files",
+        "_origin_dtypes",
+        "_target_of",
+        "_weight_of",
+        "brought",
+        "ranges",
+        "targets",
+        "weights",
+    )
 
     def __init__(self, weights: Sequence[FileWeight], name: str) -> None:
         super().__init__((), name)
         self.weights = weights
         self.tensors = [tensor for weight in weights for tensor in weight.tensors]
+        self._weight_of = [(weight, index) for weight in weights for index in range(len(weight.tensors))]
         self.targets: list[Target] = []
         self.brought: tuple[FlatFileGroup, list[torch.Tensor]] | None = None
         self._target_of: list[int] = []
@@ -88,15 +98,13 @@ class FlatFileGroup(FlatGroup):
         return [made[index] for index in self._target_of]
 
     @torch.inference_mode(False)
-    def keep(self, views: Sequence[torch.Tensor]) -> None:
-        """Keeps what was changed in these, in memory: a mapping copies the pages written."""
-        at = 0
-        for weight in self.weights:
-            for index, tensor in enumerate(weight.tensors):
-                if tensor._version != self._versions[at]:
-                    weight.keep_edit(index, views[at])
-                    tensor.data = weight.homes[index]
-                at += 1
+    def _kept(self, at: int, view: torch.Tensor) -> torch.Tensor:
+        """Keeps it in memory: a mapping copies the pages written."""
+        if self.tensors[at]._version == self._versions[at]:
+            return self.homes[at]
+        weight, index = self._weight_of[at]
+        weight.keep_edit(index, view)
+        return weight.homes[index]
 
     @torch.inference_mode(False)
     def adopt(self) -> None:

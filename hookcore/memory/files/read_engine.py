@@ -123,6 +123,13 @@ class FileEngine(CopyEngine):
             self._waiting.remove(request)
         self._forget_read(request)
 
+    def end(self) -> None:
+        """Waits until the device is done; nothing is read any more that nobody has begun to."""
+        for request in self._requests.values():
+            if request.read is not None:
+                request.read.cancel()
+        super().end()
+
     def _go_on(self) -> None:
         """Copies what has been read, and has more read as far as there is room."""
         self._free_given_up()

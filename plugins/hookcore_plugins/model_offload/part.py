@@ -227,7 +227,8 @@ class Part:
             slot for slot in self._homes if any(it.is_inference() for it in current_tensors(slot))
         ]
         counted = [slot for slot in self._homes if slot not in self._uncounted]
-        self._packed = self._link.host.pack(counted, self._name)
+        self._packed = FlatGroup(counted, self._name)
+        self._link.host.pack(self._packed)
         self._position = {id(tensor): at for at, tensor in enumerate(self._packed.tensors)}
 
     def _release(self) -> None:

@@ -9,7 +9,7 @@ from attrs import frozen
 
 from hookcore.errors import HookcoreWarning, LossyRemovalError, has_origin
 from hookcore.plugins import plugins
-from hookcore.registry import CHANGING, HookRegistry
+from hookcore.registry import CHANGING, HookRegistry, without_collecting
 from hookcore.report import attachment_table, tensor_bytes
 from hookcore.run_report import RunReport, run_report
 from hookcore.units import shortened
@@ -121,6 +121,7 @@ class Status:
         return attachment_table(self.attachments)
 
 
+@without_collecting
 def take_off(attachments: Sequence[Attachment], *, allow_lossy: bool, force: bool) -> None:
     """Removes attachments, all or none, after asking what that would lose."""
     with CHANGING:
@@ -145,7 +146,7 @@ def take_off(attachments: Sequence[Attachment], *, allow_lossy: bool, force: boo
             "What they did to their modules may be left: attributes, weights on another device or in another "
             "dtype. Load the model again to be sure",
             HookcoreWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -14,7 +14,7 @@ from hookcore.enclosed import wholes_of
 from hookcore.errors import ConflictError, PlanError
 from hookcore.plan import Plan, PlanStep, left_alone, make_steps, ordered, with_storage
 from hookcore.plugins import plugins
-from hookcore.registry import CHANGING, HookRegistry, attached_anywhere
+from hookcore.registry import CHANGING, HookRegistry, attached_anywhere, without_collecting
 from hookcore.target import Component, open_components, why
 from hookcore.technique import Technique
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Techniques = Iterable[Technique | str] | Mapping[str, Iterable[Technique | str]]
 
 
+@without_collecting
 def apply(target: Any, techniques: Techniques, *, components: Iterable[str] | None = None) -> Applied:
     """Puts techniques on a model or pipeline: all of them, or, when anything fails, none.
 

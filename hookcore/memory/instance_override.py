@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 def models_with(name: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
     """Those modules whose class has a property of this name, by FQN."""
-    for fqn, module in modules.items():
-        if isinstance(inspect.getattr_static(type(module), name, None), property):
-            yield fqn, module
+    kinds = {type(module) for module in modules.values()}  # few, of thousands of modules
+    having = {it for it in kinds if isinstance(inspect.getattr_static(it, name, None), property)}
+    return ((fqn, module) for fqn, module in modules.items() if type(module) in having)
 
 
 def override_members(model: nn.Module, members: Mapping[str, Callable[..., Any]]) -> None:

@@ -36,12 +36,19 @@ class Resource(enum.StrEnum):
     """The things that techniques most often claim. A plugin may claim any other, by any name of its own."""
 
     PLACEMENT = "placement"
+    """Where a tensor lies, and when it moves."""
     STORAGE_DTYPE = "storage dtype"
+    """The dtype of a tensor between calls."""
     BATCH_SPLIT = "batch split"
+    """The division of an entry's call along the batch."""
     SPATIAL_SPLIT = "spatial split"
+    """The division of an entry's call along height, width or time."""
     ATTENTION = "attention"
+    """How an entry's call computes attention."""
     MEMORY_FORMAT = "memory format"
+    """The order of a tensor's dimensions in memory."""
     CODE = "code"
+    """What runs in the place of an entry's own code."""
 
 
 @frozen(slots=False)  # with a dict, making thousands of them takes half the time

@@ -111,7 +111,6 @@ __all__ = [
     "planned_nbytes",
     "record_timeline",
     "slots_below",
-    "spanning_groups",
     "stop_converting_reads",
     "stop_copying_as",
     "stop_copying_to",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import peft
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ from hookcore.testing.models import real_models
 from hookcore.testing.snapshot import same_bits
 from hookcore_plugins import GroupOffload, LayerwiseCasting
 
+peft = pytest.importorskip("peft")
 FP8 = torch.float8_e4m3fn
 
 

@@ -13,6 +13,8 @@ from hookcore.enclosed import EnclosedHook
 from hookcore.errors import describe_error, note_origin
 from hookcore.guard import CallLock
 from hookcore.hook import overrides
+from hookcore.memory.true_values import TrueValue
+from hookcore.technique import Resource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -83,8 +85,18 @@ class Attachment:
         modules = component.modules
         self._bound = [(modules[binding.fqn], binding) for binding in bindings]
         self._kinds = {type(binding.hook) for binding in bindings}
-        self._to_prepare = self.overriding("attach", "detach")
+        self._to_prepare = self.overriding("attach", "detach", "true_value")
         self._prepared: dict[int, bool] = {}  # by the hook's identity
+        self._values = {
+            id(binding.hook): [
+                TrueValue(
+                    binding.hook, module, component.slot_of[claim.tensor], component.conventions.entries
+                )
+                for claim in binding.claims
+                if claim.resource == Resource.STORAGE_DTYPE and claim.tensor is not None
+            ]
+            for module, binding in self.overriding("true_value")
+        }
         self.hooks_at: dict[Key, tuple[Hook, ...]] = {}
         for module, binding in self._bound:
             key = module, binding.entry
@@ -120,6 +132,7 @@ class Attachment:
             if not self._undoes(partial(self._detach_one, module, hook)):
                 undo.then(partial(self._prepared.__setitem__, id(hook), True))
                 self._prepared[id(hook)] = False
+                self._end_values(hook)
 
     def finish(self) -> None:
         """Does what hooks have left to do when they are gone for good."""
@@ -162,12 +175,19 @@ class Attachment:
     def _attach_one(self, module: nn.Module, hook: Hook) -> None:
         key = id(hook)
         if not self._prepared.get(key):
+            for value in self._values.get(key, ()):
+                value.begin()
             _, self._prepared[key] = self.ask(module, hook, "attach"), True
 
     def _detach_one(self, module: nn.Module, hook: Hook) -> None:
         key = id(hook)
         if self._prepared.get(key):
             _, self._prepared[key] = self.ask(module, hook, "detach"), False
+        self._end_values(hook)
+
+    def _end_values(self, hook: Hook) -> None:
+        for value in self._values.get(id(hook), ()):
+            value.end()
 
     def _progress(self, items: list[tuple[nn.Module, Hook]], verb: str) -> Iterable[tuple[nn.Module, Hook]]:
         if not self.prepares:

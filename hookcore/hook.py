@@ -9,6 +9,7 @@ from hookcore.overriding import check_overrides
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import torch
     from torch import nn
 
 
@@ -123,6 +124,31 @@ class Hook:
 
         The exception goes on unchanged. If this method raises, its error becomes a note on that exception.
         """
+
+    def true_value(self, module: nn.Module, tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+        """The value that calls compute with, of a tensor that the hook stores in a way of its own.
+
+        For tensors whose storage dtype the binding claims (`Resource.STORAGE_DTYPE`). State dicts, copies,
+        pickles, and reads by other modules' calls are given it. Asked at any time while the hook is attached,
+        also within a call: data in no form of the hook's own is the value, and is returned itself.
+
+        Args:
+            module: The hook's own module.
+            tensor: The parameter or buffer.
+            data: What it holds, wherever that lies; not to be changed.
+
+        Returns:
+            A tensor of the same shape, on the same device.
+        """
+        raise NotImplementedError  # never called: the engine asks only where it is overridden
+
+    def stored_value(self, module: nn.Module, tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """What the tensor is to hold for a value that `load_state_dict` brings; the inverse of `true_value`.
+
+        What belongs to it beside the data (scales) is set here. The default returns the value, which torch
+        converts to the tensor's dtype as it writes it.
+        """
+        return value
 
     def reset(self, module: nn.Module) -> None:
         """Forgets what was learned from earlier calls (traces, counters); weights stay where they are."""

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from hookcore.device_memory import free_device_bytes
-from hookcore.memory.converted_reads import Conversion, ConvertedTensors, convert_reads, stop_converting_reads
+from hookcore.memory.converted_reads import (
+    Conversion,
+    ConvertedTensors,
+    convert_reads,
+    read_as,
+    stop_converting_reads,
+)
 from hookcore.memory.copies import copy_as, copy_to, stop_copying_as, stop_copying_to
 from hookcore.memory.device.device_pool import DevicePool
 from hookcore.memory.device.flat_group import FlatGroup, flat_nbytes
@@ -109,6 +115,7 @@ __all__ = [
     "origins_in",
     "origins_of_mapped",
     "planned_nbytes",
+    "read_as",
     "record_timeline",
     "slots_below",
     "stop_converting_reads",

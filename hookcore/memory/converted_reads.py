@@ -3,7 +3,8 @@
 A layer whose weights are cast has them converted for its own call. Other modules read them too: a model asks
 a layer for the dtype of its weight, or computes with a weight of a child that it never calls. Within a call
 they get what that layer's own call would, in a tensor made for this one read; outside of calls, and where a
-model is saved, loaded, converted or looked through, everybody sees what is stored.
+model is converted or looked through, everybody sees what is stored. A state dict, loading one, and copies see
+the true value, which may be what is stored as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from threading import get_ident
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
@@ -20,18 +22,16 @@ from hookcore.memory.copies import PlacedTensors, SeenItems, SeenValues
 from hookcore.target import own_tensors, tensor_slots
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from types import CodeType, FrameType
     from typing import Any
 
-    import torch
-
 _CALL = nn.Module._call_impl.__code__
+_SAVE = nn.Module._save_to_state_dict.__code__
+_LOAD = nn.Module._load_from_state_dict.__code__
 _LOOKING: frozenset[CodeType] = frozenset(
     function.__code__
     for function in (
-        nn.Module._save_to_state_dict,
-        nn.Module._load_from_state_dict,
         nn.Module._apply,
         nn.Module.requires_grad_,
         nn.Module.zero_grad,
@@ -39,7 +39,7 @@ _LOOKING: frozenset[CodeType] = frozenset(
         tensor_slots,
     )
 )
-"""What goes through a module's tensors themselves, also within a call: to store, change or count them."""
+"""What goes through a module's tensors themselves, also within a call: to change or count them."""
 
 _AROUND = frozenset({"pre_forward", "post_forward", "on_error"})
 """Methods of hooks, which see what is stored: they stand around the call and are not in it."""
@@ -59,6 +59,12 @@ class Conversion(Protocol):
 
     def computed(self, tensor: torch.Tensor) -> torch.Tensor:
         """A new tensor that holds what calls find."""
+
+    def saved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What a state dict holds for the tensor."""
+
+    def loaded(self, tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """What torch is to write into the tensor for a value of a state dict."""
 
 
 class ConvertedTensors(PlacedTensors):
@@ -90,8 +96,17 @@ class ConvertedTensors(PlacedTensors):
         """What a reader of this name is given."""
         conversion = self.conversions.get(name)
         if conversion is not None and tensor is not None and conversion.thread != get_ident():
-            within = _is_in_call(sys._getframe(1), self._entries)
-            tensor = conversion.computed(tensor) if within else conversion.stored(tensor)
+            frame = _deciding_frame(sys._getframe(1), self._entries)
+            code = None if frame is None else frame.f_code
+            if code is None or code in _LOOKING:
+                tensor = conversion.stored(tensor)
+            elif code is _SAVE:
+                tensor = conversion.saved(tensor)
+            elif frame is not None and code is _LOAD:
+                _convert_loaded(frame.f_locals, name, tensor, conversion)
+                tensor = conversion.stored(tensor)
+            else:
+                tensor = conversion.computed(tensor)
         return super().seen(name, tensor)
 
     def items(self) -> Any:
@@ -136,18 +151,48 @@ def stop_converting_reads(owners: Iterable[tuple[nn.Module, str]], conversion: C
                     module.__dict__[kind] = tensors.give_back()
 
 
-def _is_in_call(frame: FrameType | None, entries: frozenset[str]) -> bool:
-    """Whether a module is being called on this thread, by whoever does not only look through its tensors."""
+def read_as(tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """A parameter for one read, with other data; autograd takes it for the tensor itself where it records.
+
+    Gradients then have the dtype of the data, as where the tensor itself holds it for a call.
+    """
+    if not tensor.requires_grad or not torch.is_grad_enabled():
+        return nn.Parameter(data, tensor.requires_grad)
+    before = tensor.data
+    try:
+        tensor.data = data
+        read = tensor.view_as(tensor)
+    finally:
+        tensor.data = before
+    read._is_param = True  # what torch goes by in isinstance
+    return read
+
+
+def _convert_loaded(
+    arguments: Mapping[str, Any], name: str, tensor: torch.Tensor, conversion: Conversion
+) -> None:
+    """Converts the value that torch is about to write into a tensor, in the dict that torch made for it."""
+    if arguments["local_metadata"].get("assign_to_params_buffers", False):
+        return  # what is assigned is a new tensor
+    state, key = arguments["state_dict"], arguments["prefix"] + name
+    value = state.get(key)
+    if isinstance(value, torch.Tensor) and value.shape == tensor.shape:  # or torch itself refuses it
+        state[key] = conversion.loaded(tensor, value)
+
+
+def _deciding_frame(frame: FrameType | None, entries: frozenset[str]) -> FrameType | None:
+    """The innermost frame on this thread that calls a module, or goes through its tensors; None for neither.
+
+    Hooks stand around a call and are not in it, so for them, too, it is None.
+    """
     while frame is not None:
         code = frame.f_code
-        if code is _CALL:
-            return True
-        if code in _LOOKING:
-            return False
+        if code is _CALL or code is _SAVE or code is _LOAD or code in _LOOKING:
+            return frame
         name = code.co_name
         if name in entries and isinstance(frame.f_locals.get("self"), nn.Module):
-            return True
+            return frame
         if name in _AROUND and isinstance(frame.f_locals.get("self"), Hook):
-            return False
+            return None
         frame = frame.f_back
-    return False
+    return None

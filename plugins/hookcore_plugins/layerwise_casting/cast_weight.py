@@ -15,6 +15,7 @@ from hookcore.memory import (
     copy_as,
     find_mapping,
     origin_of,
+    read_as,
     stop_converting_reads,
     stop_copying_as,
     wanted_dtype,
@@ -146,24 +147,21 @@ class CastWeight:
         """The tensor, or while a call has it cast another one that holds what is stored."""
         if not self._stored or not self._holds(tensor):
             return tensor
-        return self._like(tensor, self._at_rest(tensor))
+        return torch.nn.Parameter(self._at_rest(tensor), tensor.requires_grad)
 
     def computed(self, tensor: Tensor) -> Tensor:
-        """A new tensor that holds what the layer's own call finds; autograd takes it for the parameter."""
+        """A new tensor that holds what the layer's own call finds."""
         if not self._holds(tensor):
             return tensor
-        data = self._in_calls(self._at_rest(tensor))
-        if not tensor.requires_grad or not torch.is_grad_enabled():
-            return self._like(tensor, data)
-        # As in the layer's own call: gradients have the dtype that it is in when the graph is made.
-        before = tensor.data
-        try:
-            tensor.data = data
-            read = tensor.view_as(tensor)
-        finally:
-            tensor.data = before
-        read._is_param = True  # what torch goes by in isinstance
-        return read
+        return read_as(tensor, self._in_calls(self._at_rest(tensor)))
+
+    def saved(self, tensor: Tensor) -> Tensor:
+        """What is stored: the values are true, in fewer bytes."""
+        return self.stored(tensor)
+
+    def loaded(self, tensor: Tensor, value: Tensor) -> Tensor:
+        """The value, which torch itself converts."""
+        return value
 
     def _holds(self, tensor: Tensor) -> bool:
         return any(tensor is own for own in self.tensors)  # or someone has put it in the place of ours
@@ -178,10 +176,6 @@ class CastWeight:
                     data = at_rest
             if stored is self._stored:
                 return data
-
-    @staticmethod
-    def _like(tensor: Tensor, data: Tensor) -> Tensor:
-        return torch.nn.Parameter(data, tensor.requires_grad)
 
     # Attaching and detaching: first everything that can fail, then the change.
 

@@ -65,7 +65,7 @@ class PassTimes:
         copies = {
             group: begun.elapsed_time(ended) * _MILLI
             for group, (begun, ended) in self._copies.items()
-            if group in groups
+            if group in groups and ended.query()  # what was copied and not used need not be done
         }
         used = [use for use in self._uses if use[0] in copies]
         afters = [

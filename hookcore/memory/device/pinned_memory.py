@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import sys
+import warnings
 import weakref
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from hookcore.errors import HookcoreWarning
 from hookcore.memory.planning.free_list import FreeList
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from hookcore.memory.device.flat_group import FlatGroup
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -34,7 +35,8 @@ _SHARE = 0.8
 class PinnedMemory:
     """Makes host memory to copy weights from, and locks it as far as that is wise.
 
-    What is locked in place is unlocked at the latest when nobody refers to it any more.
+    What is locked in place is unlocked at the latest when nobody refers to it any more, but for the end of
+    the process. Whoever copies from it sees to it that it is referred to until the copy is done.
 
     Args:
         device: The device that copies from it.
@@ -47,10 +49,9 @@ class PinnedMemory:
     def __init__(self, device: torch.device, lock_limit: int | None = None) -> None:
         self.locked = 0
         self._limit = free_host_bytes(_SHARE) if lock_limit is None else lock_limit
-        runtime: Any = getattr(torch.get_device_module(device), "cudart", None)
-        self._runtime = None if runtime is None else runtime()
+        self._runtime = _Runtime.of(device)
         self._buffers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self._unlock: dict[int, Callable[[], object]] = {}
+        self._unlock: dict[int, weakref.finalize[Any, Any]] = {}
 
     def pack(self, flat: FlatGroup) -> None:
         """Copies a group's tensors to memory of this kind, and has them show it; all of it or nothing."""
@@ -76,19 +77,24 @@ class PinnedMemory:
             if self._runtime is None:
                 return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._may_lock(nbytes))
             # Pages of its own: locking is by pages, and one that is locked cannot be locked again.
-            buffer = (ctypes.c_ubyte * nbytes).from_buffer(mmap.mmap(-1, max(nbytes, 1)))
+            pages = mmap.mmap(-1, max(nbytes, 1))
+            buffer: Any = (ctypes.c_ubyte * nbytes).from_buffer(pages)
+            buffer.pages = pages
             memory = torch.frombuffer(buffer, dtype=torch.uint8) if nbytes else torch.empty(0).byte()
         self._buffers[memory.data_ptr()] = buffer
         return memory
 
     def lock(self, memory: torch.Tensor) -> None:
         """Locks memory that `make` made, if there is no reason not to."""
-        address = memory.data_ptr()
         if self._runtime is not None and self._may_lock(memory.nbytes):
-            # What cannot be locked is copied all the same, only slower and with the host waiting.
-            self._runtime.cudaHostRegister(address, memory.nbytes, 0)
-            unlock = self._runtime.cudaHostUnregister
-            self._unlock[address] = weakref.finalize(self._buffers[address], unlock, address)
+            address = memory.data_ptr()
+            if self._runtime.register(address, memory.nbytes):
+                buffer = self._buffers[address]
+                unlock = weakref.finalize(buffer, self._runtime.unregister, address, buffer.pages)
+                unlock.atexit = False  # copies may still be under way, and the process takes all with it
+                self._unlock[address] = unlock
+            else:  # what cannot be locked is copied all the same, only slower and with the host waiting
+                self._limit = self.locked
         if memory.is_pinned():
             self.locked += memory.nbytes
 
@@ -96,10 +102,78 @@ class PinnedMemory:
         """Unlocks memory. Nothing may be copying from it any more."""
         if memory.nbytes and memory.is_pinned():
             self.locked -= memory.nbytes
-            self._unlock.pop(memory.data_ptr(), lambda: None)()
+            if (unlock := self._unlock.pop(memory.data_ptr(), None)) is not None:
+                unlock()
 
     def _may_lock(self, nbytes: int) -> bool:
         return 0 < nbytes <= self._limit - self.locked
+
+
+class _Runtime:
+    """Locks memory where it is, with the functions of CUDA's runtime that torch offers.
+
+    An error that one of them returns stays pending, too: the next kernel would raise it, whoever launches it.
+    So it is taken away there and then.
+    """
+
+    _left: ClassVar[list[tuple[_Runtime, int, mmap.mmap]]] = []
+    """What could not be unlocked, since it was let go while somebody captured a graph."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._module: Any = torch.get_device_module(device)
+        self._functions = self._module.cudart()
+
+    @classmethod
+    def of(cls, device: torch.device) -> _Runtime | None:
+        """The runtime of a device, if it can do that."""
+        return cls(device) if hasattr(torch.get_device_module(device), "cudart") else None
+
+    def register(self, address: int, nbytes: int) -> bool:
+        """Locks memory; returns False, and warns, if that is not possible."""
+        while self._left and not self._captures:
+            runtime, left, pages = self._left.pop()
+            runtime.unregister(left, pages)
+        with self._module.device(self._device):  # or another device would get a context
+            error = self._functions.cudaHostRegister(address, nbytes, 0)
+        if _is_success(error):
+            return True
+        self._clear_error()
+        warnings.warn(
+            f"the system lets no more host memory be page-locked ({self._functions.cudaGetErrorString(error)}"
+            "). Weights in other memory are copied to the device more slowly, and the host waits for it. "
+            "Raise the limit of locked memory ('ulimit -l'), or give weights less host memory",
+            HookcoreWarning,
+            stacklevel=2,
+        )
+        return False
+
+    def unregister(self, address: int, pages: mmap.mmap) -> None:
+        """Unlocks memory, now or when nobody captures a graph any more; its pages live on until then."""
+        if sys.is_finalizing():
+            return
+        if self._captures:
+            self._left.append((self, address, pages))
+            return
+        with self._module.device(self._device):
+            error = self._functions.cudaHostUnregister(address)
+        if not _is_success(error):
+            self._clear_error()
+
+    @property
+    def _captures(self) -> bool:
+        """Whether a graph is captured, which forbids to lock, unlock, or launch anything of one's own."""
+        asks = getattr(self._module, "is_current_stream_capturing", None)
+        return asks is not None and bool(asks())
+
+    def _clear_error(self) -> None:
+        if not self._captures:
+            with contextlib.suppress(RuntimeError):
+                torch.empty(1, device=self._device).zero_()
+
+
+def _is_success(error: Any) -> bool:
+    return error is None or int(error) == 0
 
 
 class Staging:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,11 @@ class Part:
         self._stale: set[int] = set()  # positions of tensors that may have been changed where they show
         self._versions: list[int] = []
         self._position: dict[int, int] = {}
+
+    def __del__(self) -> None:
+        # A model that goes away with its hooks on: the last copy may still read memory that goes with it.
+        if not sys.is_finalizing():
+            self._wait()
 
     @property
     def nbytes(self) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
+import warnings
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
+from attrs import evolve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +62,11 @@ class Runtime:
 
 def test_memory_is_locked_in_place_once_it_is_filled(monkeypatch):
     runtime = Runtime()
-    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(cudart=lambda: runtime))
+    monkeypatch.setattr(
+        torch,
+        "get_device_module",
+        lambda _: SimpleNamespace(cudart=lambda: runtime, device=lambda _: nullcontext()),
+    )
     with patch.object(torch.Tensor, "is_pinned", lambda it: it.data_ptr() in runtime.locked):
         memory = PinnedMemory(torch.device("cuda"), 1000)
         first, second = memory.make(700), memory.make(400)
@@ -109,3 +117,78 @@ def test_without_any_of_these_files_nothing_is_known_to_be_short(tmp_path, monke
     for name in ("_MEMINFO", "_CGROUP_LIMIT", "_CGROUP_USED"):
         monkeypatch.setattr(host, name, tmp_path / "none")
     assert free_host_bytes() > 1 << 60
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 5), max_size=6), st.integers(0, 12))
+def test_what_the_system_refuses_to_lock_is_told_once_and_leaves_no_error(sim, pages, lockable):
+    device = torch.device("sim")
+    profile = evolve(sim.CUDA, lockable=lockable * mmap.PAGESIZE)
+    with sim.limited(profile=profile), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        memory = PinnedMemory(device, 1 << 30)
+        made = []
+        for count in pages:
+            made.append(memory.make(count * mmap.PAGESIZE))
+            memory.lock(made[-1])
+            torch.ones(2, device=device).add_(1)  # raises what is pending
+        left, refused = lockable, False
+        for it in made:
+            refused |= it.nbytes > left * mmap.PAGESIZE
+            assert it.is_pinned() == (not refused)
+            left -= it.nbytes // mmap.PAGESIZE
+        assert len(told) == refused
+        assert all("page-locked" in str(it.message) for it in told)
+        while made:
+            memory.release(made.pop())
+        assert memory.locked == 0
+        torch.ones(2, device=device).add_(1)
+
+
+def test_an_error_of_unlocking_is_not_left_for_the_next_kernel(sim):
+    with sim.limited(profile=sim.CUDA):
+        memory = PinnedMemory(torch.device("sim"), 1 << 20)
+        made = memory.make(100)
+        memory.lock(made)
+        torch.get_device_module("sim").cudart().cudaHostUnregister(made.data_ptr())  # a stranger
+        del made
+        torch.ones(2, device="sim").add_(1)
+
+
+def test_memory_that_goes_away_while_a_graph_is_captured_is_unlocked_later(sim):
+    module = torch.get_device_module("sim")
+    with sim.limited(profile=sim.CUDA):
+        memory = PinnedMemory(torch.device("sim"), 1 << 20)
+        before = sim.pinned_bytes()
+        made = memory.make(100)
+        memory.lock(made)
+        graph, there = module.CUDAGraph(), torch.zeros(2, device="sim")
+        with module.graph(graph):
+            there.add_(1)
+            del made
+        module.synchronize()
+        assert sim.pinned_bytes() == before + 100
+        memory.lock(another := memory.make(50))
+        assert sim.pinned_bytes() == before + 50
+        memory.release(another)
+
+
+def test_locking_for_a_device_takes_no_context_of_another(monkeypatch):
+    current, runtime = [0], Runtime()
+    runtime.cudaHostRegister = lambda address, nbytes, _flags: seen.append(current[-1])
+    seen = []
+
+    @contextmanager
+    def device(wanted):
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    module = SimpleNamespace(cudart=lambda: runtime, device=device)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    memory = PinnedMemory(torch.device("cuda:1"), 1000)
+    with patch.object(torch.Tensor, "is_pinned", lambda _: False):
+        made = memory.make(10)
+        memory.lock(made)
+    assert seen == [1]
+    runtime.cudaHostUnregister = lambda _: None

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from hookcore.errors import CheckpointError
 from hookcore.memory.files.regular_file import open_regular, unreadable
@@ -23,6 +23,7 @@ from hookcore.memory.files.safetensors_header import (
     TensorEntry,
     parse_json,
     read_header,
+    read_sample,
 )
 from hookcore.units import shown
 
@@ -40,12 +41,12 @@ class Checkpoint:
     Attributes:
         root: The folder that holds the files.
         entries: Every tensor by its key, in file order: files by name, tensors by offset.
-        stamps: Every file, in the same order, and what it looked like.
+        stamps: Every file, in the same order, and what it looked like when it was last looked at.
     """
 
     root: Path
     entries: Mapping[str, TensorEntry]
-    stamps: Mapping[Path, FileStamp]
+    stamps: dict[Path, FileStamp]
 
     @classmethod
     def open(
@@ -146,7 +147,7 @@ class Checkpoint:
         except OSError as error:
             fault = f"cannot be read any more ({error.strerror})"
         else:
-            if found == expected:
+            if found == expected or self._is_as_it_was(path, found, expected):
                 return
             if found.size < expected.size:
                 fault = f"shrank to {found.size} bytes, {expected.size} were expected"
@@ -154,14 +155,27 @@ class Checkpoint:
                 fault = f"grew to {found.size} bytes, {expected.size} were expected"
             elif found.inode != expected.inode:
                 fault = "was replaced by another file"
-            else:
+            elif found.mtime_ns != expected.mtime_ns:
                 fault = "was written to"
+            else:
+                fault = "was written to and given its old times"
         key = next((entry.key for entry in self.entries.values() if entry.path == path), None)
         raise CheckpointError(
             f"'{path}', which holds tensor {shown(key)}, {fault} since its header was read. Weights are read "
             "from this file while the model runs: put the original back, or take the model's techniques off "
             "and load the new checkpoint."
         )
+
+    def _is_as_it_was(self, path: Path, found: FileStamp, expected: FileStamp) -> bool:
+        """Whether a file that was put back, moved or linked holds what it held; it is known by that then."""
+        entries = [entry for entry in self.entries.values() if entry.path == path]
+        try:
+            if not found.is_like(expected) or read_sample(path, entries) != expected.sample:
+                return False
+        except OSError:
+            return False
+        self.stamps[path] = evolve(found, sample=expected.sample)
+        return True
 
 
 def _find_in_folder(folder: Path, variant: str | None) -> Path:

@@ -12,7 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 import torch
-from attrs import frozen
+from attrs import evolve, field, frozen
 from safetensors import SafetensorError, safe_open
 
 from hookcore.errors import CheckpointError
@@ -20,6 +20,7 @@ from hookcore.memory.files.regular_file import open_regular
 from hookcore.units import shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 DTYPES = {
@@ -49,6 +50,8 @@ _LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; for an index, too."""
 _MAX_ELEMENTS = 2**63 - 1  # what torch can count
+_SAMPLES = 64  # tensors of a file; where nothing is cached each takes a read of the disk
+_SAMPLE_BYTES = 64
 _SHOWN = 500  # characters of another library's message
 GET_AGAIN = "Download or save the file again."
 
@@ -80,13 +83,17 @@ class FileStamp:
 
     Attributes:
         size: Bytes.
-        mtime_ns: Time of the last change of its content.
+        mtime_ns: Time of the last change of its content, as anybody may set it.
+        ctime_ns: Time of the last change of it or of what is known about it (names, rights), which nobody sets.
         inode: Tells a file that was replaced by another of the same size and time.
+        sample: A few bytes of some tensors. Not compared: see `is_like`.
     """
 
     size: int
     mtime_ns: int
+    ctime_ns: int
     inode: int
+    sample: bytes = field(default=b"", eq=False, repr=False)
 
     @classmethod
     def of(cls, file: Path | int) -> Self:
@@ -96,7 +103,15 @@ class FileStamp:
             OSError: The file cannot be looked at.
         """
         status = os.stat(file)  # noqa: PTH116 - takes descriptors too, and is called before every group read
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+    def is_like(self, other: Self) -> bool:
+        """Whether nothing but the time of a file's last change of any kind is another.
+
+        So it is where it was moved, linked or given other rights, or put back; and where it was written to and
+        given its old times, which samples tell.
+        """
+        return evolve(self, ctime_ns=other.ctime_ns) == other
 
 
 def read_header(path: Path) -> tuple[FileStamp, list[TensorEntry]]:
@@ -130,10 +145,25 @@ def read_header(path: Path) -> tuple[FileStamp, list[TensorEntry]]:
     _check_layout(path, entries, data_start, stamp.size)
     try:
         with safe_open(path, "pt"):  # the format's own parser decides what is valid
-            return stamp, entries
+            return evolve(stamp, sample=read_sample(path, entries)), entries
     except SafetensorError as error:
         reason = str(error)[:_SHOWN]
         raise CheckpointError(f"safetensors refuses '{path}': {reason}. {GET_AGAIN}") from error
+
+
+def read_sample(path: Path, entries: Sequence[TensorEntry]) -> bytes:
+    """Read the first bytes of some of a file's tensors: each, or as many as there may be, evenly.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    step = -(-len(entries) // _SAMPLES) or 1
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+        found = []
+        for entry in entries[::step]:
+            file.seek(entry.offset)
+            found.append(file.read(min(entry.nbytes, _SAMPLE_BYTES)))
+    return b"".join(found)
 
 
 def parse_json(text: bytes) -> Any:

@@ -170,8 +170,9 @@ def _add_below(module: nn.Module, prefix: str, found: list[tuple[str, nn.Module]
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """The tensors registered on the module itself: name, tensor, whether it is a buffer."""
+    registered: Any
     for registered, is_buffer in ((module._parameters, False), (module._buffers, True)):
-        for name, tensor in registered.items():
+        for name, tensor in dict.items(registered):  # through dict, so that it doesn't count as a read
             if tensor is not None:
                 yield name, tensor, is_buffer
 
@@ -209,10 +210,11 @@ def tensor_slots(places: Iterable[tuple[str, nn.Module]]) -> Iterator[TensorSlot
     """
     of_tensor: dict[int, TensorSlot] = {}  # by identity: hashing a tensor is slow
     seen: set[nn.Module] = set()
+    registered: Any
     for fqn, module in places:
         prefix = f"{fqn}." if fqn else ""
         for registered, is_buffer in ((module._parameters, False), (module._buffers, True)):
-            for name, tensor in registered.items():
+            for name, tensor in dict.items(registered):  # likewise
                 if tensor is None:
                     continue
                 owners = () if module in seen else ((module, name),)

@@ -58,6 +58,10 @@ class Store(Protocol):
     def give_back(self, flat: FlatGroup) -> None:
         """Puts parameters back where `take` found them, with the values that they have now."""
 
+    def check_readable(self, flat: FlatGroup) -> None:
+        """Raises if what parameters show between calls cannot be read."""
+        return
+
     def finalize(self, group: Group) -> None:
         """Is told that the group was given back for good."""
         return

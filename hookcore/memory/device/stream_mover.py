@@ -217,6 +217,7 @@ class StreamMover(GroupMover):
         """Sees to it that a group's tensors can be changed: no copy reads them, and none has read them."""
         member = self._own.groups.get(group)
         if member is not None and not member.stays:
+            self._own.store.check_readable(member.flat)
             if not self._pool.is_sound:
                 self._pool.dissolve()
             if member.flat.copied is not None:

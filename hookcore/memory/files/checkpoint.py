@@ -162,8 +162,7 @@ class Checkpoint:
         key = next((entry.key for entry in self.entries.values() if entry.path == path), None)
         raise CheckpointError(
             f"'{path}', which holds tensor {shown(key)}, {fault} since its header was read. Weights are read "
-            "from this file while the model runs: put the original back, or take the model's techniques off "
-            "and load the new checkpoint."
+            "from this file while the model runs: put the original back, or load the model again."
         )
 
     def _is_as_it_was(self, path: Path, found: FileStamp, expected: FileStamp) -> bool:

@@ -265,6 +265,15 @@ class FileMover(GroupMover):
             self._streamed[group].weights, f"resident on {self._device}" if there else None
         )
 
+    def invalidate(self, group: Group) -> None:
+        """Sees to it that a group can be read: to read a mapping beyond its file's end would end the process.
+
+        Raises:
+            CheckpointError: A file is cut short.
+        """
+        for weight in self._streamed[group].weights:
+            weight.check_readable()
+
     # What the room asks
 
     @property

@@ -108,6 +108,15 @@ class FileStore(Store):
             self._checkpoints.clear()
             self._reader.close()
 
+    def check_readable(self, flat: FlatGroup) -> None:
+        """Checks that no file is cut short: to read a mapping beyond its file's end would end the process.
+
+        Raises:
+            CheckpointError: One is.
+        """
+        for weight in self._own(flat).weights:
+            weight.check_readable()
+
     def finalize(self, group: Group) -> None:
         """Has parameters lie in memory, or simply show the checkpoint's tensors.
 

@@ -93,10 +93,9 @@ class FileWeight:
         """Has the parameter show the checkpoint's tensor from now on."""
         for tensor in self.tensors:
             set_origin(tensor, self.origin)
-        if self.converts:
-            self.as_in_calls = partial(in_dtype_of_calls, origin=self.origin)
-            for tensor in self.tensors:
-                copy_as(tensor, self.as_in_calls)
+        self.as_in_calls = partial(_as_in_calls, origin=self.origin)
+        for tensor in self.tensors:
+            copy_as(tensor, self.as_in_calls)
         self.show(self.homes)
 
     def give_back(self, values: Sequence[torch.Tensor]) -> None:
@@ -116,15 +115,33 @@ class FileWeight:
         origin = self.origin
         if origin.strides is None:
             return self.homes
-        origin.checkpoint.verify_file(origin.entry.path)
+        self._verify_to_give_back()
         device = origin.device
         memory = torch.empty_strided(origin.entry.shape, origin.strides, dtype=origin.dtype, device=device)
         memory.copy_(origin.raw)
-        origin.checkpoint.verify_file(origin.entry.path)
+        self._verify_to_give_back()
         return [
             memory if home is origin.raw else in_dtype_of_calls(home, origin).to(device)
             for home in self.homes
         ]
+
+    def _verify_to_give_back(self) -> None:
+        try:
+            self.origin.checkpoint.verify_file(self.origin.entry.path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} The values of {self.slot.name!r} are nowhere else, and cannot be given back. "
+                "Put the original file back and remove again, or load the model anew"
+            ) from error
+
+    def check_readable(self) -> None:
+        """Checks that the file is not cut short.
+
+        Raises:
+            CheckpointError: It is.
+        """
+        if any(home is self.origin.raw for home in self.homes):
+            self.origin.mapping.check_size()
 
     def show(self, data: Sequence[torch.Tensor]) -> None:
         """Has each object hold its data."""
@@ -230,6 +247,12 @@ def is_as_stored(data: torch.Tensor, origin: Origin) -> bool:
 def in_dtype_of_calls(data: torch.Tensor, origin: Origin) -> torch.Tensor:
     """Data in the dtype that calls find; what was given in another than the checkpoint's keeps its own."""
     return data.to(origin.dtype) if is_as_stored(data, origin) else data
+
+
+def _as_in_calls(data: torch.Tensor, origin: Origin) -> torch.Tensor:
+    if holds(data, origin.raw):
+        origin.mapping.check_size()
+    return in_dtype_of_calls(data, origin)
 
 
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:

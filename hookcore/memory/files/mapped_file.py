@@ -154,7 +154,7 @@ class MappedFile(mmap.mmap):
         if sys.platform != "linux" or not nbytes:
             return
         start, length = self._pages_around(offset, nbytes)
-        self._check_size()
+        self.check_size()
         # Starts reading all of the range at once; populating alone reads in steps of the disk's read-ahead.
         _libc.madvise(start, length, _MADV_WILLNEED)
         while _libc.madvise(start, length, _MADV_POPULATE_READ):
@@ -166,7 +166,7 @@ class MappedFile(mmap.mmap):
             if code not in {errno.EINTR, errno.EAGAIN}:
                 raise self._failed("be read", offset, nbytes, code)
         # Cut inside a page, the file reads on as zeros to the page's end, and no call above fails.
-        self._check_size()
+        self.check_size()
 
     def drop(self, offset: int, nbytes: int) -> int:
         """Give back the RAM of a range; what is touched again comes back from the page cache or the disk.
@@ -232,12 +232,17 @@ class MappedFile(mmap.mmap):
         if offset < 0 or nbytes < 0 or offset + nbytes > len(self):
             raise ValueError(f"[{offset}, {offset + nbytes}) is not inside the {len(self)} bytes of {self!r}")
 
-    def _check_size(self) -> None:
+    def check_size(self) -> None:
+        """Check that the file is as long as when it was mapped: to read beyond its end would end the process.
+
+        Raises:
+            CheckpointError: It was cut short.
+        """
         size = self.size()
         if size < len(self):
             raise CheckpointError(
                 f"'{self.path}' was cut to {size} bytes while mapped, {len(self)} were expected. Weights are "
-                "read from this file while the model runs: put the original back and load the model again."
+                "read from this file while the model runs: put the original back, or load the model again."
             )
 
     def _pages_around(self, offset: int, nbytes: int) -> tuple[int, int]:

@@ -84,7 +84,7 @@ class FileStamp:
     Attributes:
         size: Bytes.
         mtime_ns: Time of the last change of its content, as anybody may set it.
-        ctime_ns: Time of the last change of it or of what is known about it (names, rights), which nobody sets.
+        ctime_ns: Time of the last change of it, its names or its rights, which nobody can set.
         inode: Tells a file that was replaced by another of the same size and time.
         sample: A few bytes of some tensors. Not compared: see `is_like`.
     """
@@ -108,8 +108,8 @@ class FileStamp:
     def is_like(self, other: Self) -> bool:
         """Whether nothing but the time of a file's last change of any kind is another.
 
-        So it is where it was moved, linked or given other rights, or put back; and where it was written to and
-        given its old times, which samples tell.
+        So it is where it was moved, linked, given other rights or put back, and where it was written to and
+        given its old times. Samples tell which.
         """
         return evolve(self, ctime_ns=other.ctime_ns) == other
 

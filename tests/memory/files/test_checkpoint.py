@@ -591,3 +591,44 @@ def test_a_stamp_of_a_link_is_that_of_the_file(tmp_path):
     os.utime(blob, ns=(0, 0))
     with pytest.raises(CheckpointError, match="written to"):
         checkpoint.verify()
+
+
+@given(tensor=st.integers(0, 9), count=st.integers(1, 10))
+def test_a_file_that_was_rewritten_with_its_old_times_is_seen(tensor, count):
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        tensors = {str(number): torch.arange(100.0) + number for number in range(count)}
+        safetensors.torch.save_file(tensors, path)
+        before = path.stat()
+        checkpoint = Checkpoint.open(path)
+        tensors[str(tensor % count)] += 1
+        other = Path(folder, "other")
+        safetensors.torch.save_file(tensors, other)
+        with path.open("r+b") as file:
+            file.write(other.read_bytes())
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(CheckpointError, match="given its old times"):
+            checkpoint.verify()
+
+
+@pytest.mark.parametrize("how", ["moved", "linked", "rights", "put back"])
+def test_a_file_that_was_moved_linked_or_put_back_is_the_same(how, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(IMAGE)
+    before = path.stat()
+    checkpoint = Checkpoint.open(path)
+    match how:
+        case "moved":
+            path.rename(tmp_path / "aside").rename(path)
+        case "linked":
+            (tmp_path / "other").hardlink_to(path)
+        case "rights":
+            path.chmod(0o600)
+        case "put back":
+            with path.open("r+b") as file:
+                file.truncate(3)
+                file.write(IMAGE)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_ctime_ns != before.st_ctime_ns
+    checkpoint.verify()
+    assert checkpoint.stamps[path] == FileStamp.of(path)  # known by that from now on

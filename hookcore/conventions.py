@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from torch import nn
 
@@ -31,6 +31,8 @@ class ModelConventions:
             no technique moves them to another device.
         repeated_classes: Names of the classes of those blocks that are worth compiling once for all; empty
             where the library doesn't say.
+        checkpoint_names: Given the keys of a checkpoint that does not fit as it is, tells by which names the
+            library loads those that it renames. Raises CheckpointError where it makes other tensors of them.
     """
 
     entries: tuple[str, ...] = field(default=("forward",), converter=_strings)
@@ -39,6 +41,7 @@ class ModelConventions:
     group_modules: tuple[str, ...] = field(default=(), converter=_strings)
     repeated_classes: tuple[str, ...] = field(default=(), converter=_strings)
     unmoved_kwargs: tuple[str, ...] = field(default=(), converter=_strings)
+    checkpoint_names: Callable[[Collection[str]], Mapping[str, str]] | None = None
 
     @keep_dtype_patterns.validator
     def _check_patterns(self, _attribute: object, patterns: tuple[str, ...]) -> None:
@@ -54,6 +57,7 @@ class ModelConventions:
             group_modules=dict.fromkeys(self.group_modules + other.group_modules),
             repeated_classes=dict.fromkeys(self.repeated_classes + other.repeated_classes),
             unmoved_kwargs=dict.fromkeys(self.unmoved_kwargs + other.unmoved_kwargs),
+            checkpoint_names=self.checkpoint_names or other.checkpoint_names,
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from hookcore import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
     from torch import nn
@@ -57,7 +58,15 @@ def hookcore_describe_model(model: nn.Module, modules: Mapping[str, nn.Module]) 
         group_modules=_group_modules(model),
         unmoved_kwargs=_collect([model], "_skip_keys"),
         repeated_classes=_collect(declaring, "_repeated_blocks"),
+        checkpoint_names=partial(_checkpoint_names, model) if isinstance(model, model_mixin) else None,
     )
+
+
+def _checkpoint_names(model: Any, keys: Collection[str]) -> dict[str, str]:
+    """By which names `from_pretrained` loads tensors: attention of old models had others."""
+    names = {key: key for key in keys}
+    model._fix_state_dict_keys_on_load(names)
+    return {key: name for name, key in names.items()}
 
 
 @hookimpl

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from hookcore import CheckpointError, ModelConventions, PlanError, hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
     from torch import nn
@@ -39,6 +40,7 @@ def hookcore_describe_model(model: nn.Module, modules: Mapping[str, nn.Module]) 
         entries=("forward", *_other_entries(model)) if isinstance(model, base) else ("forward",),
         block_classes=_collect(declaring, "_no_split_modules"),
         keep_dtype_patterns=map(_module_pattern, kept),
+        checkpoint_names=partial(_checkpoint_names, model) if isinstance(model, base) else None,
     )
 
 
@@ -115,6 +117,42 @@ def _collect(models: list[nn.Module], *attributes: str) -> list[str]:
     return sorted(
         {name for model in models for attribute in attributes for name in getattr(model, attribute) or ()}
     )
+
+
+def _checkpoint_names(model: Any, keys: Collection[str]) -> dict[str, str]:
+    """By which names `from_pretrained` loads tensors.
+
+    Raises:
+        CheckpointError: It makes a tensor of several, or lays one out in another way.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+    except ImportError:  # before version 5
+        return {}
+    conversions = get_model_conversion_mapping(model)
+    renamings = [it for it in conversions if isinstance(it, WeightRenaming)]
+    converters = [it for it in conversions if isinstance(it, WeightConverter)]
+    own = model.state_dict(keep_vars=True)
+    prefix = model.base_model_prefix
+    names: dict[str, str] = {}
+    for key in keys:
+        name, converted = rename_source_key(key, renamings, converters, prefix, own)
+        if name not in own and key in own:
+            name, converted = key, None
+        if converted is not None:
+            kind = type(model).__name__
+            raise CheckpointError(
+                f"{kind}.from_pretrained makes {name!r} of {key!r} and others as it loads, so that it lies "
+                "nowhere in the checkpoint as the model has it. Convert it once, and give the new folder: "
+                f"{kind}.from_pretrained(folder).save_pretrained(new, save_original_format=False)"
+            )
+        names[key] = name
+    return names
 
 
 def _module_pattern(name: str) -> str:

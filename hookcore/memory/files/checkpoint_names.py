@@ -9,6 +9,8 @@ from hookcore.errors import CheckpointError, HookcoreWarning
 from hookcore.units import shortened, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hookcore.memory.files.checkpoint import Checkpoint
     from hookcore.memory.files.safetensors_header import TensorEntry
     from hookcore.target import Component, TensorSlot
@@ -19,20 +21,19 @@ def find_entries(component: Component, checkpoint: Checkpoint) -> dict[TensorSlo
 
     One of the names of a tied tensor is enough. Buffers that no state dict has are not looked for.
 
+    A checkpoint whose names the model's library turns into others as it loads is read by these.
+
     Raises:
-        CheckpointError: Tensors are missing in it, or have another shape.
+        CheckpointError: Tensors are missing in it, or have another shape, or others are made of them.
     """
-    stored = set(component.module.state_dict(keep_vars=True))
     model = component.label("")
-    found: dict[TensorSlot, TensorEntry] = {}
-    missing = []
-    for slot in component.slots:
-        key = next((fqn for fqn in slot.fqns if fqn in checkpoint.entries), None)
-        if key is not None:
-            found[slot] = checkpoint.entries[key]
-        elif not slot.is_buffer or not stored.isdisjoint(slot.fqns):
-            missing.append(slot.name)
-    unexpected = [key for key in checkpoint.entries if key not in component.slot_of]
+    entries = checkpoint.entries
+    found, missing = _look_up(component, entries)
+    if missing and (checkpoint_names := component.conventions.checkpoint_names) is not None:
+        names = checkpoint_names(entries)
+        entries = {names.get(key, key): entry for key, entry in entries.items()}
+        found, missing = _look_up(component, entries)
+    unexpected = [entry.key for key, entry in entries.items() if key not in component.slot_of]
     if missing:
         raise CheckpointError(
             f"the checkpoint in '{checkpoint.root}' is not one of {model!r}: {len(missing)} tensors are "
@@ -54,3 +55,19 @@ def find_entries(component: Component, checkpoint: Checkpoint) -> dict[TensorSlo
                     f"{tuple(tensor.shape)} in {model!r}. Use the config that it was saved with"
                 )
     return found
+
+
+def _look_up(
+    component: Component, entries: Mapping[str, TensorEntry]
+) -> tuple[dict[TensorSlot, TensorEntry], list[str]]:
+    """Finds each tensor by one of its names; returns those that there are, and the names of the others."""
+    stored = set(component.module.state_dict(keep_vars=True))
+    found: dict[TensorSlot, TensorEntry] = {}
+    missing = []
+    for slot in component.slots:
+        key = next((fqn for fqn in slot.fqns if fqn in entries), None)
+        if key is not None:
+            found[slot] = entries[key]
+        elif not slot.is_buffer or not stored.isdisjoint(slot.fqns):
+            missing.append(slot.name)
+    return found, missing

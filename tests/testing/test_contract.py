@@ -675,3 +675,31 @@ def test_names_are_imported_when_they_are_asked_for():
         "assert not hasattr(testing, 'no_such_name')\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@frozen
+class Never(Technique):
+    """Refuses whatever it is put on."""
+
+    name: ClassVar[str] = "never"
+    phase: ClassVar[Phase] = Phase.COMPUTE
+
+    def bind(self, component):
+        raise UnsupportedModelError("it is for transformers only")
+
+
+@pytest.mark.parametrize(
+    "name", ["test_planning_touches_nothing", "test_outputs_are_those_of_the_bare_model"]
+)
+def test_a_technique_that_refuses_all_models_is_told_to_bring_its_own(name):
+    class Kit(TechniqueContract):
+        def make(self):
+            return Never()
+
+        def models(self):
+            return st.just(ModelCase(TreeModel(Recipe(linear), width=8)))
+
+    kit = Kit()
+    kit.device = "cpu"
+    with pytest.raises(AssertionError, match=r"Override models\(\) to draw .*: it is for transformers only$"):
+        getattr(kit, name)()

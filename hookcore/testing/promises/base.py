@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import Phase as HypothesisPhase
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 
 import hookcore
 from hookcore.errors import BudgetError, CheckpointError, PlanError, UnsupportedModelError
@@ -52,7 +53,22 @@ def on_random_models(test: _TestT) -> _TestT:
             HealthCheck.filter_too_much,  # a technique may refuse many models
         ],
     )
-    return configured(given(data=st.data())(checked))  # type: ignore[return-value]
+    drawn = configured(given(data=st.data())(checked))
+
+    @functools.wraps(drawn)
+    def tested(self: Promises, *args: Any, **kwargs: Any) -> None:
+        self._refusal = None
+        try:
+            drawn(self, *args, **kwargs)
+        except Unsatisfiable as error:
+            if self._refusal is None:
+                raise
+            raise AssertionError(
+                f"{self.make()!r} refuses every model that was drawn, so that nothing was tested. Override "
+                f"models() to draw models that it is for. The last refusal: {self._refusal}"
+            ) from error
+
+    return tested  # type: ignore[return-value]
 
 
 class Promises(Twins):
@@ -61,6 +77,7 @@ class Promises(Twins):
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     gradients: ClassVar[bool] = True
     hides_modules: ClassVar[bool] = False
+    _refusal: str | None = None  # what the technique said to the last model that it refused
 
     def make(self) -> Technique:
         """Makes the technique with the options to test; equal ones at each call."""
@@ -70,7 +87,7 @@ class Promises(Twins):
         """The models to test on; random ones unless overridden.
 
         What the technique refuses (PlanError, UnsupportedModelError, BudgetError, CheckpointError) is passed
-        over.
+        over; a test fails if that is all.
         """
         return module_trees()
 
@@ -134,9 +151,14 @@ class Promises(Twins):
         before = ModelSnapshot.take(model)
         try:
             return hookcore.apply(model, [self.make() if technique is None else technique])
-        except REFUSALS:
-            before.assert_restored(model, same_storage=True)
-            reject()
+        except REFUSALS as error:
+            self.pass_over(model, before, error)
+
+    def pass_over(self, model: nn.Module, before: ModelSnapshot, refusal: BaseException) -> NoReturn:
+        """Goes on to the next model after a refusal, which has to leave this one alone."""
+        before.assert_restored(model, same_storage=True)
+        self._refusal = str(refusal)
+        reject()
 
     def remove(self, applied: Applied, model: nn.Module) -> None:
         """Removes the technique, and remembers whether that lost bits."""

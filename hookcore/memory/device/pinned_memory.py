@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 import sys
 import warnings
 import weakref
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from hookcore.errors import HookcoreWarning
+from hookcore.memory.host_memory import free_host_bytes, private_pages
 from hookcore.memory.planning.free_list import FreeList
+from hookcore.units import format_bytes
 
 if TYPE_CHECKING:
+    import mmap
+
     from hookcore.memory.device.flat_group import FlatGroup
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
-_MEMINFO = Path("/proc/meminfo")
 _SHARE = 0.8
 """Of what is free; memory that is locked cannot be swapped out, and others need some, too."""
 
@@ -49,6 +48,7 @@ class PinnedMemory:
     def __init__(self, device: torch.device, lock_limit: int | None = None) -> None:
         self.locked = 0
         self._limit = free_host_bytes(_SHARE) if lock_limit is None else lock_limit
+        self._tells = lock_limit is None  # when there is no more room
         self._runtime = _Runtime.of(device)
         self._buffers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._unlock: dict[int, weakref.finalize[Any, Any]] = {}
@@ -77,7 +77,7 @@ class PinnedMemory:
             if self._runtime is None:
                 return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._may_lock(nbytes))
             # Pages of its own: locking is by pages, and one that is locked cannot be locked again.
-            pages = mmap.mmap(-1, max(nbytes, 1))
+            pages = private_pages(nbytes)
             buffer: Any = (ctypes.c_ubyte * nbytes).from_buffer(pages)
             buffer.pages = pages
             memory = torch.frombuffer(buffer, dtype=torch.uint8) if nbytes else torch.empty(0).byte()
@@ -94,9 +94,20 @@ class PinnedMemory:
                 unlock.atexit = False  # copies may still be under way, and the process takes all with it
                 self._unlock[address] = unlock
             else:  # what cannot be locked is copied all the same, only slower and with the host waiting
-                self._limit = self.locked
+                self._limit, self._tells = self.locked, False
         if memory.is_pinned():
             self.locked += memory.nbytes
+        elif self._tells and memory.nbytes > self._limit - self.locked:
+            self._tells = False
+            warnings.warn(
+                f"{format_bytes(memory.nbytes)} of weights stay in host memory that is not page-locked, and "
+                f"all that find no room later: {format_bytes(self.locked)} are locked by now, and no more "
+                f"than {format_bytes(self._limit)} may be, which is {_SHARE:.0%} of what was free. The host "
+                "copies them through a little locked memory. Free host memory, or choose it with "
+                "low_cpu_mem_usage=True",
+                HookcoreWarning,
+                stacklevel=2,
+            )
 
     def release(self, memory: torch.Tensor) -> None:
         """Unlocks memory. Nothing may be copying from it any more."""
@@ -228,14 +239,3 @@ class Staging:
     def _free_oldest(self) -> None:
         _, start, nbytes = self._sent.popleft()
         self._ranges.give_back(start, nbytes)
-
-
-def free_host_bytes(share: float = 1.0) -> int:
-    """A share of the host memory that is free, for this process's control group as for the machine."""
-    free = [1 << 62]
-    with contextlib.suppress(OSError):
-        fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
-        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-        free.append(int(_CGROUP_LIMIT.read_text()) - int(_CGROUP_USED.read_text()))
-    return int(max(0, min(free)) * share)

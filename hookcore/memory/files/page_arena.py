@@ -7,10 +7,10 @@ time, which costs a core more than reading does; pieces of one stretch are only 
 from __future__ import annotations
 
 import mmap
-from contextlib import suppress
 
 import torch
 
+from hookcore.memory.host_memory import private_pages
 from hookcore.memory.planning.free_list import FreeList
 
 _use_count = torch._C._storage_Use_Count
@@ -67,7 +67,7 @@ class PageArena:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = size = rounded(max(nbytes, 1))
-        self._memory = _memory(size)
+        self._memory = private_pages(size)
         self._ranges = FreeList(size)
         self._looked_at: list[PageRange] = []
 
@@ -99,19 +99,7 @@ class PageArena:
 def separate_pages(nbytes: int) -> PageRange:
     """Memory of its own, for when an arena has no room for what has to be there."""
     size = rounded(max(nbytes, 1))
-    return PageRange(_memory(size), 0, size)
-
-
-def _memory(size: int) -> mmap.mmap:
-    # Private: shared memory, which is what Python makes without being asked, cannot be forgotten.
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, size)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # In small pages a direct read takes half as long again, and a pass over the weights a third.
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
+    return PageRange(private_pages(size), 0, size)
 
 
 def rounded(nbytes: int) -> int:

@@ -29,9 +29,9 @@ from hookcore.memory import (
     Placement,
     SynchronousMover,
     current_tensors,
-    device,
     find_blocks,
 )
+from hookcore.memory.device import synchronous_mover
 from hookcore.memory.tensor_memory import is_on
 from hookcore.memory.watched_reads import WatchedTensors
 from hookcore.testing import models
@@ -433,7 +433,7 @@ def test_after_an_error_nothing_is_there_and_the_next_call_is_right(case, techni
     model, bare = case.build().eval(), case.build().eval()
     before = {fqn: storage(tensor) for fqn, tensor in model.state_dict().items()}
     applied = hookcore.apply(model, [technique])
-    copy_memory = device.copy_memory
+    copy_memory = synchronous_mover.copy_memory
     count = 0
 
     def fail(*args):
@@ -449,7 +449,7 @@ def test_after_an_error_nothing_is_there_and_the_next_call_is_right(case, techni
         )
     )
     failing = (
-        patch.object(device, "copy_memory", fail)
+        patch.object(synchronous_mover, "copy_memory", fail)
         if in_copying
         else closing(nn.modules.module.register_module_forward_hook(fail))
     )

@@ -72,7 +72,7 @@ class Part:
 
     def __del__(self) -> None:
         # A model that goes away with its hooks on: the last copy may still read memory that goes with it.
-        if not sys.is_finalizing():
+        if not sys.is_finalizing() and getattr(self, "_copied", None) is not None:
             self._wait()
 
     @property
@@ -130,13 +130,14 @@ class Part:
         """Moves all to where it came from, into memory of its own, unless another component needs it."""
         if self._attached == 1:
             self.turn_off()
-            self._mover.detach(self._buffers)
             try:
+                self._wait()
+                self._mover.detach(self._buffers)
                 move_apart(self._homes)
+                self._release()
             except BaseException:
                 self._mover.attach(self._buffers, resident=True)
                 raise
-            self._release()
             for tensor in self._tensors:
                 stop_copying_to(tensor)
         self._attached -= 1

@@ -244,8 +244,12 @@ class _ComponentHook(_EntryHook):
 
     def attach(self, module: nn.Module) -> None:
         """Puts the component into host memory."""
-        self._coordinator.attach(self._weights)
-        self._told.attach()
+        try:
+            self._told.attach()
+            self._coordinator.attach(self._weights)
+        except BaseException:
+            self._told.detach()
+            raise
 
     def detach(self, module: nn.Module) -> None:
         """Puts it back where it was."""

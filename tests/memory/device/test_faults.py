@@ -43,6 +43,13 @@ def test_a_request_that_fails_leaves_a_model_that_works(technique, model, verb, 
 
 
 @pytest.mark.usefixtures("sim")
+@pytest.mark.parametrize("verb", ["apply", "remove"])
+def test_components_that_move_as_a_whole_come_back_after_a_request_that_failed(verb):
+    for part in range(14):
+        Fault("model", "layers", verb, (part + 0.5) / 14).check()
+
+
+@pytest.mark.usefixtures("sim")
 @pytest.mark.parametrize("technique", ["leaves", "sequential"])
 @pytest.mark.parametrize("tenth", range(10))
 def test_a_call_after_a_request_that_failed_is_right(technique, tenth):

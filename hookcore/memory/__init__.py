@@ -34,6 +34,7 @@ from hookcore.memory.files.origins_of_model import (
     origins_in,
     origins_of_mapped,
 )
+from hookcore.memory.files.spill import can_be_written
 from hookcore.memory.gradients import Gradients, move_gradient
 from hookcore.memory.grouping import (
     Group,
@@ -87,6 +88,7 @@ __all__ = [
     "SynchronousMover",
     "Timeline",
     "callable_parts",
+    "can_be_written",
     "check_movable",
     "check_ties",
     "choose_residents",

@@ -37,6 +37,7 @@ from hookcore.memory import (
     SharedWeights,
     StreamMover,
     SynchronousMover,
+    can_be_written,
     check_ties,
     dtype_hooks,
     find_blocks,
@@ -294,12 +295,16 @@ class GroupOffload(JointTechnique):
         known |= origins_of_mapped([slot for slot in parameters if slot not in known])
         others = [slot for slot in parameters if slot not in known]
         resident = list(resident)
-        if others and self.offload_to_disk_path is None:
-            resident.append(Group("in memory", tuple(others), ()))
-            moving = [slot for slot in moving if slot not in others]
-            for slot in others:
-                yield Skipped(slot.name, "stays on the onload device: it is not in the checkpoint")
-            others = []
+        left, why = others, "it is not in the checkpoint"
+        if self.offload_to_disk_path is not None:
+            left = [slot for slot in others if not can_be_written(slot)]
+            why = "a safetensors file cannot hold its dtype"
+        if left:
+            resident.append(Group("in memory", tuple(left), ()))
+            moving = [slot for slot in moving if slot not in left]
+            others = [slot for slot in others if slot not in left]
+            for slot in left:
+                yield Skipped(slot.name, f"stays on the onload device: {why}")
         origins = FileOrigins(known, others, self.offload_to_disk_path)
         yield from dtype_hooks(component, known)
         if isinstance(pool, DevicePool):

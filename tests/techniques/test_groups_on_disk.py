@@ -425,3 +425,31 @@ def test_any_option_of_diffusers_is_taken():
     hooks = pytest.importorskip("diffusers.hooks")
     theirs = set(inspect.signature(hooks.apply_group_offloading).parameters) - {"module"}
     assert theirs <= set(inspect.signature(GroupOffload).parameters)
+
+
+class Rotating(nn.Module):
+    """A layer, and a complex parameter that turns what comes out of it."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.turn = nn.Parameter(torch.ones(4, dtype=dtype) * (1 + 1j))
+
+    def forward(self, x):
+        return (self.layer(x) * self.turn).real.float()
+
+
+@each_device
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_a_parameter_that_no_file_can_hold_stays_on_the_device(sim, device, dtype, level, tmp_path):
+    model = Rotating(dtype)
+    before, expected = ModelSnapshot.take(model), model(torch.ones(1, 4))
+    technique = GroupOffload(device, offload_type=level, offload_to_disk_path=tmp_path)
+    applied = hookcore.apply(model, [technique])
+    stays = dtype == torch.complex128  # which safetensors has no name for
+    assert ("cannot hold its dtype" in str(applied)) == stays
+    for _ in range(2):
+        torch.testing.assert_close(model(torch.ones(1, 4)).cpu(), expected)
+    applied.remove()
+    before.assert_restored(model)

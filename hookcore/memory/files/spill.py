@@ -54,6 +54,11 @@ class _File:
 _FILES: dict[Path, _File] = {}
 
 
+def can_be_written(slot: TensorSlot) -> bool:
+    """Whether a safetensors file can hold a parameter: of some dtypes, such as complex128, it holds none."""
+    return all(tensor.dtype in _NAMES for tensor in slot.tensors)
+
+
 def spill(slots: Iterable[TensorSlot], folder: Path) -> dict[TensorSlot, Origin]:
     """Writes parameters to a new file, and says where in it each lies.
 

@@ -10,7 +10,7 @@ PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo test coverage test-slow test-gpu test-oldest stress mutants lint types docs bench clean
+.PHONY: setup demo test coverage sweep test-slow test-gpu test-oldest stress mutants lint types docs bench clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ test: $(STAMP)
 coverage: $(STAMP)
 	$(BIN)/coverage run -m pytest -m 'not slow and not gpu'
 	$(BIN)/coverage report --fail-under=95
+
+# Every class of diffusers' models under every technique.
+sweep: $(STAMP)
+	$(BIN)/python -m pytest -m slow -rs $$(find tests -name test_sweep.py)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

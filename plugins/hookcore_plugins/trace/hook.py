@@ -80,6 +80,11 @@ class TraceHook(Hook):
         return partial(self._call, module, entry)
 
     def _call(self, module: nn.Module, entry: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+        ):  # by whoever compiles the model as a whole: a trace is compiled code
+            alone = torch.compiler.disable(self._call)  # type: ignore[no-untyped-call]
+            return alone(module, entry, *args, **kwargs)
         inputs = Inputs.of(self._signature, args, kwargs)
         difference = self._example.difference(inputs)
         if difference is not None:

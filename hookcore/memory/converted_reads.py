@@ -145,8 +145,9 @@ def stop_converting_reads(owners: Iterable[tuple[nn.Module, str]], conversion: C
     for module, name in owners:
         for kind in ("_parameters", "_buffers"):
             tensors = module.__dict__[kind]
-            if isinstance(tensors, ConvertedTensors) and tensors.conversions.get(name) is conversion:
-                del tensors.conversions[name]
+            if isinstance(tensors, ConvertedTensors):
+                if tensors.conversions.get(name) is conversion:
+                    del tensors.conversions[name]
                 if not tensors.conversions:
                     module.__dict__[kind] = tensors.give_back()
 

@@ -52,6 +52,7 @@ class CastWeight:
 
     Attributes:
         thread: The thread in whose call they are in the compute dtype; None between calls.
+        uses: How many calls use them at this moment.
     """
 
     __slots__ = (
@@ -65,11 +66,11 @@ class CastWeight:
         "_original_dtype",
         "_owners",
         "_stored",
-        "_uses",
         "compute_dtype",
         "storage_dtype",
         "tensors",
         "thread",
+        "uses",
     )
 
     def __init__(
@@ -95,27 +96,39 @@ class CastWeight:
         self._kept: list[Tensor] | None = None
         self._stored: list[Tensor] = []  # another list whenever a call begins or ends
         self._holders = 0
-        self._uses = 0
+        self.uses = 0
         self.thread: int | None = None
 
     # A call
 
     def use(self) -> None:
         """Makes the parameters compute-dtype copies, unless an outer call already did."""
-        if not self._uses:
+        if self.uses and self.tensors[0].dtype is self.storage_dtype:
+            self.uses = 0  # a call was interrupted, and what moves the weights has put them back
+        if not self.uses:
             stored = [tensor.data for tensor in self.tensors]
             computed = self._computed(stored)
-            self._stored = stored
-            self._put(computed)
-            self.thread = get_ident()
-        self._uses += 1
+            try:
+                self._stored = stored
+                self._put(computed)
+                self.thread = get_ident()
+            except BaseException:
+                self._put(stored)
+                self.thread, self._stored = None, []
+                raise
+        self.uses += 1
 
     def release(self) -> None:
         """Drops the copies when the outermost call returns."""
-        self._uses -= 1
-        if not self._uses:
+        self.uses -= 1
+        if not self.uses:
             self.thread = None
-            self._put(self._stored)
+            try:
+                self._put(self._stored)
+            except BaseException:
+                self._put(self._stored)
+                self._stored = []
+                raise
             self._stored = []
 
     @torch.no_grad()
@@ -123,6 +136,12 @@ class CastWeight:
         """Stores what a call has made of the copies, rounded."""
         for tensor, stored in zip(self.tensors, self._stored, strict=True):
             stored.copy_(tensor.data)
+
+    def rest(self) -> None:
+        """Ends calls that were interrupted before a hook could do so, while none is under way."""
+        if self.uses:
+            self._put(self._stored)
+            self.thread, self._stored, self.uses = None, [], 0
 
     def _put(self, data: Sequence[Tensor]) -> None:
         if len(data) == 1:  # nearly all are alone, and a loop takes as long as what it is for
@@ -193,16 +212,34 @@ class CastWeight:
         return converted(data, self.storage_dtype)
 
     def hold(self, stored: list[Tensor] | None) -> None:
-        """Stores what `to_store` gave, for one more hook."""
-        if stored is not None:
-            self._put(stored)
-        if not self._holders:
-            self._stream_in(self.storage_dtype)
-            for tensor in self.tensors:
-                copy_as(tensor, self._in_calls)
-                _CAST_WEIGHTS[id(tensor)] = self
-            convert_reads(self._owners, self, self._entries)
-        self._holders += 1
+        """Stores what `to_store` gave, for one more hook; or nothing, if it is interrupted."""
+        before = [tensor.data for tensor in self.tensors]
+        try:
+            if not self._holders:
+                self._begin(self.storage_dtype)
+            if stored is not None:
+                self._put(stored)
+            self._holders += 1
+        except BaseException:
+            if not self._holders:
+                self._end(self._original_dtype)
+            self._put(before)
+            raise
+
+    def _begin(self, dtype: torch.dtype) -> None:
+        self._stream_in(dtype)
+        for tensor in self.tensors:
+            stop_copying_as(tensor, self._in_calls)  # so that it can be begun again
+            copy_as(tensor, self._in_calls)
+            _CAST_WEIGHTS[id(tensor)] = self
+        convert_reads(self._owners, self, self._entries)
+
+    def _end(self, dtype: torch.dtype) -> None:
+        self._stream_in(dtype)
+        stop_converting_reads(self._owners, self)
+        for tensor in self.tensors:
+            stop_copying_as(tensor, self._in_calls)
+            _CAST_WEIGHTS.pop(id(tensor), None)
 
     @torch.inference_mode(False)
     def to_restore(self) -> list[Tensor] | None:
@@ -216,17 +253,22 @@ class CastWeight:
         return converted(data, self._original_dtype)
 
     def let_go(self, restored: list[Tensor] | None) -> None:
-        """Restores what `to_restore` gave, for one hook less."""
-        if restored is not None:
-            self._put(restored)
-        self._holders -= 1
-        if not self._holders:
-            self._kept = None
-            self._stream_in(self._original_dtype)
-            stop_converting_reads(self._owners, self)
-            for tensor in self.tensors:
-                stop_copying_as(tensor, self._in_calls)
-                del _CAST_WEIGHTS[id(tensor)]
+        """Restores what `to_restore` gave, for one hook less; or nothing, if it is interrupted."""
+        before = [tensor.data for tensor in self.tensors]
+        try:
+            if restored is not None:
+                self._put(restored)
+            if self._holders == 1:
+                self._end(self._original_dtype)
+            self._holders -= 1
+        except BaseException:
+            self._put(before)
+            self._begin(self.storage_dtype)
+            raise
+
+    def forget(self) -> None:
+        """Drops the originals."""
+        self._kept = None
 
     # Telling
 

@@ -274,8 +274,7 @@ class _ComputingHook(Hook):
         cast = 0
         try:
             for weight in self._weights:
-                weight.use()
-                cast += 1
+                _, cast = weight.use(), cast + 1  # type: ignore[func-returns-value]
         except BaseException:  # out of memory, most likely
             for weight in self._weights[:cast]:
                 weight.release()
@@ -283,13 +282,25 @@ class _ComputingHook(Hook):
 
     def post_forward(self, module: nn.Module, output: Any) -> None:
         """Drops the copies."""
-        for weight in self._weights:
-            weight.release()
+        self._release()
 
     def on_error(self, module: nn.Module, error: BaseException) -> None:
         """Drops the copies."""
-        for weight in self._weights:
-            weight.release()
+        self._release()
+
+    def _release(self) -> None:
+        """Ends the use of all weights, also if an interrupt comes."""
+        released = 0
+        releasing: tuple[CastWeight, int] | None = None
+        try:
+            for weight in self._weights:
+                releasing = weight, weight.uses
+                _, released = weight.release(), released + 1  # type: ignore[func-returns-value]
+        except BaseException:
+            for weight in self._weights[released:]:
+                if releasing is None or weight is not releasing[0] or weight.uses == releasing[1]:
+                    weight.release()
+            raise
 
 
 class EditHook(_ComputingHook):
@@ -324,15 +335,36 @@ class CastHook(_ComputingHook):
 
     def attach(self, module: nn.Module) -> None:
         """Rounds the weights to the storage dtype, all or none."""
+        before = [[tensor.data for tensor in weight.tensors] for weight in self._weights]
         stored = [weight.to_store() for weight in self._weights]
-        for weight, data in zip(self._weights, stored, strict=True):
-            weight.hold(data)
+        held = 0
+        try:
+            for weight, data in zip(self._weights, stored, strict=True):
+                _, held = weight.hold(data), held + 1  # type: ignore[func-returns-value]
+        except BaseException:
+            for weight, data in zip(self._weights[:held], before, strict=False):
+                weight.let_go(data)
+            raise
 
     def detach(self, module: nn.Module) -> None:
         """Gives the weights their own dtype back, all or none."""
+        for weight in self._weights:
+            weight.rest()
+        before = [[tensor.data for tensor in weight.tensors] for weight in self._weights]
         restored = [weight.to_restore() for weight in self._weights]
-        for weight, data in zip(self._weights, restored, strict=True):
-            weight.let_go(data)
+        left = 0
+        try:
+            for weight, data in zip(self._weights, restored, strict=True):
+                _, left = weight.let_go(data), left + 1  # type: ignore[func-returns-value]
+        except BaseException:
+            for weight, data in zip(self._weights[:left], before, strict=False):
+                weight.hold(data)
+            raise
+
+    def after_removal(self, module: nn.Module) -> None:
+        """Drops the originals, which an interrupted `detach` would have needed."""
+        for weight in self._weights:
+            weight.forget()
 
     def loss_on_detach(self, module: nn.Module) -> str | None:
         """Says so if the weights were rounded and the originals are gone."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def noting_origin(technique: Technique, method: str, label: str) -> Iterator[None]:
-    """Has errors in the block say which technique's method raised them, and at which module."""
+    """Add a note to errors in the block: technique, method and module."""
     try:
         yield
     except Exception as error:
@@ -30,7 +30,7 @@ def noting_origin(technique: Technique, method: str, label: str) -> Iterator[Non
 
 
 def ask_jointly(kind: type[JointTechnique], places: Sequence[tuple[Technique, Component]]) -> list[object]:
-    """Asks a technique for its bindings on several components: an answer for each of them.
+    """Ask a technique for its bindings on several components: an answer for each of them.
 
     Raises:
         PlanError: From the technique: its options do not fit.
@@ -51,7 +51,7 @@ def ask_jointly(kind: type[JointTechnique], places: Sequence[tuple[Technique, Co
 def read_bindings(
     technique: Technique, component: Component, answer: object, method: str = "bind"
 ) -> tuple[tuple[Binding, ...], tuple[Skipped, ...]]:
-    """Reads what a technique's `bind` gave for a component, and checks that it fits.
+    """Read what a technique's `bind` gave for a component, and check that it fits.
 
     Args:
         technique: The technique.
@@ -79,7 +79,7 @@ def read_bindings(
 
 
 def ask_reason(technique: Technique, component: Component) -> str | None:
-    """Asks why a technique leaves a component alone that nobody named.
+    """Ask why a technique leaves a component alone that nobody named.
 
     Raises:
         PluginError: The technique gave no text for a reason.
@@ -92,7 +92,7 @@ def ask_reason(technique: Technique, component: Component) -> str | None:
 
 
 def ask_loss(technique: Technique, binding: Binding, component: Component) -> str | None:
-    """Asks a hook what detaching could not give back exactly.
+    """Ask a hook what detaching could not give back exactly.
 
     Raises:
         PluginError: The hook gave something else than text or None.
@@ -104,7 +104,7 @@ def ask_loss(technique: Technique, binding: Binding, component: Component) -> st
 
 
 def ask_sizes(technique: Technique, binding: Binding, component: Component, method: str) -> Mapping[str, int]:
-    """Asks a hook for bytes, by `report` or `needs`.
+    """Ask a hook for bytes, by `report` or `needs`.
 
     Raises:
         PluginError: The hook gave something else than a mapping from text to numbers of bytes.
@@ -118,7 +118,7 @@ def ask_sizes(technique: Technique, binding: Binding, component: Component, meth
 
 
 def ask_figures(technique: Technique, binding: Binding, component: Component) -> Any:
-    """Asks a hook for its run report; None for nothing.
+    """Ask a hook for its run report; None for nothing.
 
     Raises:
         PluginError: The hook gave something else than an attrs object or None.

@@ -37,7 +37,7 @@ class Applied:
         self._attachments = attachments
 
     def remove(self, *, allow_lossy: bool = False, force: bool = False) -> None:
-        """Takes these techniques off and leaves all others on; a second call does nothing.
+        """Take these techniques off and leave all others on; a second call does nothing.
 
         Every tensor object, dtype, device, tie and attribute is as it was before, with the values that it
         has now.
@@ -55,7 +55,7 @@ class Applied:
         take_off(self._attachments, allow_lossy=allow_lossy, force=force)
 
     def reset(self) -> None:
-        """Makes the techniques forget earlier calls (traces, counters), ready for another run.
+        """Make the techniques forget earlier calls (traces, counters), ready for another run.
 
         Raises:
             ConcurrentCallError: The model is being called at this moment.
@@ -66,11 +66,11 @@ class Applied:
         plugins().observe("reset", plan=self.plan)
 
     def run_report(self) -> RunReport:
-        """What these techniques counted since they were applied or last reset; print it."""
+        """Return what these techniques counted since they were applied or last reset; print it."""
         return run_report(item for item in self._attachments if item.attached)
 
     def __enter__(self) -> Self:
-        """Raises LossyRemovalError here, and not at the end of the block, if the end could not remove.
+        """Raise LossyRemovalError here, and not at the end of the block, if the end could not remove.
 
         The techniques are on then; `remove(allow_lossy=True)` takes them off.
         """
@@ -112,7 +112,7 @@ class Status:
         return tensor_bytes(self.components)
 
     def run_report(self) -> RunReport:
-        """What the techniques counted since they were applied or last reset; print it."""
+        """Return what the techniques counted since they were applied or last reset; print it."""
         return run_report(self.attachments)
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ class Status:
 
 @without_collecting
 def take_off(attachments: Sequence[Attachment], *, allow_lossy: bool, force: bool) -> None:
-    """Removes attachments, all or none, after asking what that would lose."""
+    """Remove attachments, all or none, after asking what that would lose."""
     with CHANGING:
         here = [item for item in attachments if item.attached]
         if not here:

@@ -26,7 +26,7 @@ Techniques = Iterable[Technique | str] | Mapping[str, Iterable[Technique | str]]
 
 @without_collecting
 def apply(target: Any, techniques: Techniques, *, components: Iterable[str] | None = None) -> Applied:
-    """Puts techniques on a model or pipeline: all of them, or, when anything fails, none.
+    """Put techniques on a model or pipeline: all of them, or, when anything fails, none.
 
     Args:
         target: A `torch.nn.Module`, a mapping of named modules, or an object that a plugin opens.
@@ -56,7 +56,7 @@ def apply(target: Any, techniques: Techniques, *, components: Iterable[str] | No
 
 
 def plan(target: Any, techniques: Techniques, *, components: Iterable[str] | None = None) -> Plan:
-    """Finds out what `apply` with the same arguments would do, and touches nothing.
+    """Find out what `apply` with the same arguments would do, and touch nothing.
 
     Returns:
         The ordered, conflict-free plan; print it.
@@ -70,7 +70,7 @@ def plan(target: Any, techniques: Techniques, *, components: Iterable[str] | Non
 
 
 def remove(target: Any, *, allow_lossy: bool = False, force: bool = False) -> None:
-    """Takes off everything that was put on a target or on modules inside it; nothing there is fine.
+    """Take off everything that was put on a target or on modules inside it; nothing there is fine.
 
     Args:
         target: As for `apply`.
@@ -99,7 +99,7 @@ def remove(target: Any, *, allow_lossy: bool = False, force: bool = False) -> No
 
 
 def status(target: Any) -> Status:
-    """Tells what is on a target and where its bytes are; print it.
+    """Tell what is on a target and where its bytes are; print it.
 
     Args:
         target: As for `apply`.
@@ -139,7 +139,7 @@ def _plan(
 def _steps(
     wanted: Mapping[str, Sequence[Technique]], opened: Mapping[str, Component], attached: Sequence[Placed]
 ) -> list[PlanStep]:
-    """Binds techniques, in their order; first those that decide what others can see."""
+    """Bind techniques, in their order; first those that decide what others can see."""
     places = [(name, item) for name, chosen in wanted.items() for item in chosen]
     first = [at for at, (_, item) in enumerate(places) if item.encloses]
     enclosing = make_steps([(places[at][1], opened[places[at][0]]) for at in first])
@@ -167,7 +167,7 @@ def _by_component(techniques: Techniques, opened: Mapping[str, Component]) -> di
 
 
 def _leave_alone(wanted: Mapping[str, list[Technique]], opened: Mapping[str, Component]) -> list[PlanStep]:
-    """Takes out of what is wanted what the techniques leave alone unless it is named, and returns that."""
+    """Take out of what is wanted what the techniques leave alone unless it is named, and return that."""
     found = []
     for name, chosen in wanted.items():
         for technique in list(chosen):
@@ -179,7 +179,7 @@ def _leave_alone(wanted: Mapping[str, list[Technique]], opened: Mapping[str, Com
 
 
 def as_techniques(items: Iterable[Technique | str]) -> list[Technique]:
-    """Turns registered names into techniques with default options.
+    """Turn registered names into techniques with default options.
 
     Raises:
         TypeError: Not a list of techniques and names.

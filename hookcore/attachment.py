@@ -40,11 +40,11 @@ class Undo:
         self._steps: list[Callable[[], None]] = []
 
     def then(self, step: Callable[[], None]) -> None:
-        """Remembers how to undo what is done next."""
+        """Remember how to undo what is done next."""
         self._steps.append(step)
 
     def run(self, error: BaseException) -> None:
-        """Undoes all steps in reverse; a failure in that becomes a note on the error that is the reason."""
+        """Undo all steps in reverse; a failure in that becomes a note on the error that is the reason."""
         for step in reversed(self._steps):
             try:
                 step()
@@ -78,7 +78,7 @@ class Attachment:
         self.take(step.component, step.bindings, step.skipped)
 
     def take(self, component: Component, bindings: tuple[Binding, ...], skipped: tuple[Skipped, ...]) -> None:
-        """Replaces the bindings, while none of them is attached."""
+        """Replace the bindings, while none of them is attached."""
         self.component = component
         self.bindings = bindings
         self.skipped = skipped
@@ -118,14 +118,14 @@ class Attachment:
         return all(self._is_prepared(binding.hook) for _, binding in self._to_prepare)
 
     def put_on(self, undo: Undo) -> None:
-        """Attaches all hooks that are not."""
+        """Attach all hooks that are not."""
         waiting = [(at, item.hook) for at, item in self._to_prepare if not self._is_prepared(item.hook)]
         for module, hook in self._progress(waiting, "applying"):
             undo.then(partial(self._detach_one, module, hook))
             self._attach_one(module, hook)
 
     def take_off(self, undo: Undo) -> None:
-        """Detaches all hooks that are attached, in reverse."""
+        """Detach all hooks that are attached, in reverse."""
         there = [(at, item.hook) for at, item in reversed(self._to_prepare) if self._is_prepared(item.hook)]
         for module, hook in self._progress(there, "removing"):
             undo.then(partial(self._attach_one, module, hook))
@@ -135,12 +135,12 @@ class Attachment:
                 self._end_values(hook)
 
     def finish(self) -> None:
-        """Does what hooks have left to do when they are gone for good."""
+        """Do what hooks have left to do when they are gone for good."""
         for module, binding in self.overriding("after_removal"):
             self._undoes(partial(self.ask, module, binding.hook, "after_removal"))
 
     def _undoes(self, step: Callable[[], object]) -> bool:
-        """Has a hook undo what it did; returns False if it failed and is given up."""
+        """Detach a hook; return False if it failed and is given up."""
         try:
             step()
         except Exception as error:
@@ -160,7 +160,7 @@ class Attachment:
         return None
 
     def ask(self, module: nn.Module, hook: Hook, method: str) -> object:
-        """Has one of the hooks do something to its module; an error says whose it is."""
+        """Call a method of a hook with its module; an error names technique, method and module."""
         try:
             return getattr(hook, method)(module)
         except Exception as error:
@@ -195,7 +195,7 @@ class Attachment:
         return tqdm(items, f"{verb} {self.technique.name}", delay=_SECONDS_BEFORE_PROGRESS, leave=False)
 
     def losses(self) -> list[tuple[str, str]]:
-        """What detaching could not give back exactly: module FQN and phrase."""
+        """Return what detaching could not give back exactly: module FQN and phrase."""
         return [
             (self.component.label(binding.fqn), loss)
             for _, binding in self.overriding("loss_on_detach")

@@ -47,7 +47,7 @@ class AttentionCall(NamedTuple):  # torch.compile can make a NamedTuple, and no 
         return torch.is_grad_enabled() and any(it is not None and it.requires_grad for it in tensors)
 
     def run(self, function: Callable[..., Result]) -> Result:
-        """Calls a function that has the signature of torch's own."""
+        """Call a function that has the signature of torch's own."""
         return function(
             self.query,
             self.key,
@@ -78,7 +78,7 @@ class Objection(NamedTuple):
 
 
 def _available() -> None:
-    """Declares that nothing is missing."""
+    """Declare that nothing is missing."""
 
 
 def _tuple_or_none(values: Iterable[Any] | None) -> tuple[Any, ...] | None:
@@ -131,13 +131,13 @@ class AttentionFunction:
             )
 
     def objection_to_device(self, kind: str) -> Objection | None:
-        """Returns why the function cannot run on a type of device; None if it can."""
+        """Return why the function cannot run on a type of device; None if it can."""
         if self.devices is None or kind in self.devices:
             return None
         return Objection(f"device {kind!r}", _one_of(map(repr, self.devices)), "move the model there")
 
     def objection_to_dtype(self, dtype: torch.dtype) -> Objection | None:
-        """Returns why the function cannot take tensors of a dtype; None if it can."""
+        """Return why the function cannot take tensors of a dtype; None if it can."""
         if self.dtypes is None or dtype in self.dtypes:
             return None
         return Objection(
@@ -147,7 +147,7 @@ class AttentionFunction:
         )
 
     def objection_to_head_size(self, size: int) -> Objection | None:
-        """Returns why the function cannot take heads of a size; None if it can."""
+        """Return why the function cannot take heads of a size; None if it can."""
         if self.max_head_size is not None and size > self.max_head_size:
             return Objection(f"heads of size {size}", f"{self.max_head_size} at most")
         if size % self.head_size_multiple:
@@ -155,7 +155,7 @@ class AttentionFunction:
         return None
 
     def objection(self, call: AttentionCall) -> Objection | None:
-        """Returns which declared limit a call exceeds; None if it exceeds none."""
+        """Return which declared limit a call exceeds; None if it exceeds none."""
         return (
             self.objection_to_device(call.query.device.type)
             or self.objection_to_dtype(call.query.dtype)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
         argv: The arguments after the program's name; None takes the process's.
@@ -68,7 +68,7 @@ def _parser(host: PluginHost) -> argparse.ArgumentParser:
 
 
 def _list_plugins(listing: Sequence[PluginInfo], *, as_json: bool) -> int:
-    """Writes all plugins; returns 1 when one is broken."""
+    """Write all plugins; return 1 when one is broken."""
     if as_json:
         text = json.dumps([asdict(info) for info in listing], indent=2)
     else:
@@ -96,5 +96,5 @@ def _table(listing: Sequence[PluginInfo]) -> str:
 
 
 def _problem(info: PluginInfo) -> str:
-    """Why a plugin is not active."""
+    """Return why a plugin is not active."""
     return f"{info.name} is {info.state}:\n{textwrap.indent(info.problem or '', '    ')}"

@@ -20,7 +20,7 @@ _Holding = tuple[Placed, "Binding", "Claim | None"]
 
 
 def check_hooks_are_new(steps: Sequence[Placed], existing: Iterable[Placed]) -> None:
-    """Refuses a hook object that stands somewhere already, in whatever model.
+    """Refuse a hook object that stands somewhere already, in whatever model.
 
     Raises:
         PluginError: Names both places.
@@ -41,7 +41,7 @@ def check_hooks_are_new(steps: Sequence[Placed], existing: Iterable[Placed]) -> 
 
 
 def check_conflicts(new: Sequence[Placed], existing: Sequence[Placed]) -> None:
-    """Refuses techniques that need the same thing, hide each other, or declare that they don't go together.
+    """Refuse techniques that need the same thing, hide each other, or declare that they don't go together.
 
     Args:
         new: What is to be added.
@@ -70,7 +70,7 @@ def check_conflicts(new: Sequence[Placed], existing: Sequence[Placed]) -> None:
 
 
 def _may_share(first: _Holding, second: _Holding) -> bool:
-    """Whether components that were bound jointly may hold a thing both."""
+    """Return whether components that were bound jointly may hold a thing both."""
     jointly = first[0].joint is not None and first[0].joint is second[0].joint
     return jointly and all(claim is None or claim.shared for _, _, claim in (first, second))
 

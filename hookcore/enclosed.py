@@ -40,20 +40,20 @@ class EnclosedHook(Hook):
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Does what the other does before its module's call."""
+        """Do what the other does before its module's call."""
         return self.hook.pre_forward(self._module, args, kwargs)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Does what the other does after its module's call."""
+        """Do what the other does after its module's call."""
         return self.hook.post_forward(self._module, output)
 
     def on_error(self, module: nn.Module, error: BaseException) -> None:
-        """Does what the other does when its module's call fails."""
+        """Do what the other does when its module's call fails."""
         self.hook.on_error(self._module, error)
 
 
 def can_be_enclosed(hook: Hook) -> bool:
-    """Whether a hook may stand at a module whose calls others enclose."""
+    """Return whether a hook may stand at a module whose calls others enclose."""
     if hook.only_brings_weights or hook.outermost_only or _goes_outside(hook):
         return True
     return not any(overrides(type(hook), method) for method in _AT_CALLS)

@@ -87,7 +87,7 @@ _ORIGIN = "hookcore: raised in "
 
 
 def note_origin(error: BaseException, origin: str | None) -> None:
-    """Adds a note to an error that came out of a plugin, which says whose it is.
+    """Add a note to an error that came out of a plugin, which says whose it is.
 
     The first note stands: an error that goes on through other methods is not theirs. What a plugin refuses
     with an error of hookcore's says all by itself, and an interrupt is nobody's.
@@ -103,7 +103,7 @@ def note_origin(error: BaseException, origin: str | None) -> None:
 
 
 def has_origin(error: BaseException) -> bool:
-    """Whether `note_origin` has said of an error whose it is."""
+    """Return whether `note_origin` has said of an error whose it is."""
     return _origin_in(error) is not None
 
 

@@ -74,7 +74,7 @@ class CallLock:
         return self.turn.thread == get_ident()
 
     def take(self, turn: Turn) -> bool:
-        """Takes the lock until the turn is over.
+        """Take the lock until the turn is over.
 
         Returns:
             Whether it was free; to wait until it is would only hide the mistake.
@@ -98,7 +98,7 @@ class WeightGuard(Hook):
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Calls while no other thread does."""
+        """Call while no other thread does."""
         thread = get_ident()
         if self._lock.turn.thread == thread:  # a call within a call
             return call(*args, **kwargs) if _saves_apart() else _call_saving_apart(call, args, kwargs)
@@ -128,7 +128,7 @@ class _PackApart:
 
 
 def _saves_apart() -> bool:
-    """Whether autograd saves nothing, or saves it apart because an outer call has it do so."""
+    """Return whether autograd saves nothing, or saves it apart because an outer call has it do so."""
     if not torch.is_grad_enabled():
         return True
     top = _top_saved_tensors_hooks(True)  # torch asks the latest hooks only

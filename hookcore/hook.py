@@ -43,19 +43,19 @@ class Hook:
         check_overrides(cls, Hook)
 
     def attach(self, module: nn.Module) -> None:
-        """Prepares the module; called once before the first call, and again after each `detach`.
+        """Prepare the module; called once before the first call, and again after each `detach`.
 
         Attaching goes from the innermost hook to the outermost.
         """
 
     def detach(self, module: nn.Module) -> None:
-        """Gives the module back as `attach` found it, in the reverse order of attaching.
+        """Give the module back as `attach` found it, in the reverse order of attaching.
 
         What a user changed meanwhile (loaded, edited or replaced weights) is kept, not overwritten.
         """
 
     def after_removal(self, module: nn.Module) -> None:
-        """Runs after `detach` when the technique is taken off for good, not only to be attached again.
+        """Run after `detach` when the technique is taken off for good, not only to be attached again.
 
         For what `detach` may leave open because the next `attach` would do it over, such as bringing into
         memory what was read from disk at each call. If it raises, the technique stays on.
@@ -64,14 +64,14 @@ class Hook:
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Runs before the call.
+        """Run before the call.
 
         Returns:
             The new `(args, kwargs)`, or None to leave them as they are.
         """
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Runs after the call.
+        """Run after the call.
 
         Returns:
             The new output, or None to leave it as it is.
@@ -80,7 +80,7 @@ class Hook:
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Stands in for the call: runs after this hook's `pre_forward` and before its `post_forward`.
+        """Stand in for the call: runs after this hook's `pre_forward` and before its `post_forward`.
 
         Args:
             module: The module called.
@@ -94,7 +94,7 @@ class Hook:
         raise NotImplementedError  # never called: the stack chains only methods that are overridden
 
     def substitute(self, module: nn.Module, entry: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns what is called in the place of the entry itself, inside of all hooks.
+        """Return what is called in the place of the entry itself, inside of all hooks.
 
         Asked for whenever the entry's hooks change, after `attach`, and must not fail: prepare in `attach`,
         or at the first call. Claim `Resource.CODE`, so that no other technique does the same there.
@@ -120,7 +120,7 @@ class Hook:
         raise NotImplementedError  # never called: the engine asks only where it is overridden
 
     def on_error(self, module: nn.Module, error: BaseException) -> None:
-        """Cleans up when the call raises after this hook was entered and before it was left.
+        """Clean up when the call raises after this hook was entered and before it was left.
 
         The exception goes on unchanged. If this method raises, its error becomes a note on that exception.
         """
@@ -151,13 +151,13 @@ class Hook:
         return value
 
     def reset(self, module: nn.Module) -> None:
-        """Forgets what was learned from earlier calls (traces, counters); weights stay where they are."""
+        """Forget what was learned from earlier calls (traces, counters); weights stay where they are."""
 
     def loss_on_detach(self, module: nn.Module) -> str | None:
         """What `detach` could not give back exactly, as a phrase for people; None when nothing is lost."""
 
     def report(self, module: nn.Module) -> Mapping[str, int]:
-        """Where the bytes are that this hook manages: a label for people to a number of bytes."""
+        """Return where the bytes are that this hook manages: a label for people to a number of bytes."""
         return {}
 
     def needs(self, module: nn.Module) -> Mapping[str, int]:
@@ -169,7 +169,7 @@ class Hook:
         return {}
 
     def run_report(self, module: nn.Module) -> Any:
-        """What was counted since the hook was attached or last reset: an attrs object; None for nothing.
+        """Return the counts since the hook was attached or last reset: an attrs object; None for nothing.
 
         It is printed field by field; numbers in fields whose names end in `_bytes` or `_seconds` as such, and
         a mapping from phrases to how often they were true (reasons) below all others. Where the hooks of a
@@ -178,5 +178,5 @@ class Hook:
 
 
 def overrides(kind: type[Hook], method: str) -> bool:
-    """Whether a class of hooks brings its own version of one of `Hook`'s methods."""
+    """Return whether a class of hooks brings its own version of one of `Hook`'s methods."""
     return getattr(kind, method) is not getattr(Hook, method)

@@ -30,17 +30,17 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def hookcore_register_techniques() -> Iterable[type[Technique]]:  # type: ignore[empty-body]
-    """Returns the technique classes that the plugin brings. Names have to be new."""
+    """Return the technique classes that the plugin brings. Names have to be new."""
 
 
 @hookspec
 def hookcore_register_attention_functions() -> Iterable[AttentionFunction]:  # type: ignore[empty-body]
-    """Returns the ways to compute attention that the plugin brings. Names have to be new."""
+    """Return the ways to compute attention that the plugin brings. Names have to be new."""
 
 
 @hookspec(firstresult=True)
 def hookcore_open_target(target: Any) -> OpenedTarget | Mapping[str, nn.Module] | None:
-    """Returns the named modules of an object (a pipeline's components), or None if it isn't known here.
+    """Return the named modules of an object (a pipeline's components), or None if it isn't known here.
 
     An `OpenedTarget` says more of it than a mapping can.
     """
@@ -48,7 +48,7 @@ def hookcore_open_target(target: Any) -> OpenedTarget | Mapping[str, nn.Module] 
 
 @hookspec
 def hookcore_describe_model(model: nn.Module, modules: Mapping[str, nn.Module]) -> ModelConventions | None:
-    """Returns what the model's library declares about it, or None. Answers of several plugins are merged.
+    """Return what the model's library declares about it, or None. Answers of several plugins are merged.
 
     `modules` are all in the tree, the model too, by FQN, so that not every plugin has to walk it.
     """
@@ -58,7 +58,7 @@ def hookcore_describe_model(model: nn.Module, modules: Mapping[str, nn.Module]) 
 def hookcore_find_foreign(  # type: ignore[empty-body]
     model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> Iterable[ForeignMechanism]:
-    """Returns what already changes calls in this tree, such as another library's hooks.
+    """Return what already changes calls in this tree, such as another library's hooks.
 
     `modules` are all in the tree, the model too, by FQN.
     """
@@ -66,19 +66,19 @@ def hookcore_find_foreign(  # type: ignore[empty-body]
 
 @hookspec
 def hookcore_review_plan(plan: Plan) -> Iterable[str] | None:
-    """Looks at a finished plan: returns notes that are shown with it, or raises PlanError to refuse it."""
+    """Look at a finished plan: return notes that are shown with it, or raise PlanError to refuse it."""
 
 
 @hookspec
 def hookcore_observe(event: str, details: Mapping[str, Any]) -> None:
-    """Is told what happens: `"applied"`, `"removed"`, `"reset"`, `"replanned"`. Errors in it are warnings."""
+    """Observe `"applied"`, `"removed"`, `"reset"` and `"replanned"`. Errors raised here become warnings."""
 
 
 @hookspec(firstresult=True)
 def hookcore_build_model(
     model_class: type[nn.Module], folder: Path, config_overrides: Mapping[str, Any]
 ) -> nn.Module | None:
-    """Makes a model from the config in a folder, without reading weights, or returns None if unknown here.
+    """Make a model from the config in a folder, without reading weights, or return None if unknown here.
 
     Called while new parameters are put on the meta device; buffers are real.
     """
@@ -86,7 +86,7 @@ def hookcore_build_model(
 
 @hookspec
 def hookcore_loading_dtypes(model: nn.Module, dtype: torch.dtype) -> Mapping[str, torch.dtype] | None:
-    """Returns what is loaded in another dtype than the one asked for, or None if the model isn't known here.
+    """Return what is loaded in another dtype than the one asked for, or None if the model isn't known here.
 
     Keys are regular expressions, searched in FQNs of parameters and buffers. Called while the model has no
     weights yet.
@@ -95,7 +95,7 @@ def hookcore_loading_dtypes(model: nn.Module, dtype: torch.dtype) -> Mapping[str
 
 @hookspec
 def hookcore_register_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds commands to the command line: `commands.add_parser(name).set_defaults(run=function)`.
+    """Add commands to the command line: `commands.add_parser(name).set_defaults(run=function)`.
 
     `run(arguments)` returns the exit status.
     """

@@ -42,7 +42,7 @@ def load(
     torch_dtype: torch.dtype | str | None = None,
     **config_overrides: Any,
 ) -> ModelT:
-    """Makes a model from its config and binds its weights to the checkpoint's files, with techniques on it.
+    """Make a model from its config and bind its weights to the checkpoint's files, with techniques on it.
 
     Weights are mapped, not read: a technique that streams them (`DiskOffload`) reads them as they are used,
     and without one the system does. The model is in eval mode. `hookcore.remove(model)` takes off what was
@@ -90,7 +90,7 @@ def _with_checkpoint(technique: Technique, path: Path) -> Technique:
 
 @contextmanager
 def _parameters_without_memory() -> Iterator[None]:
-    """Has parameters that this thread registers lie on the meta device, each as it is registered.
+    """Put parameters that this thread registers on the meta device, each as it is registered.
 
     Buffers stay real: models compute them when they are made, and nobody stores all of them.
     """
@@ -112,7 +112,7 @@ def _parameters_without_memory() -> Iterator[None]:
 
 
 def _bind(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, *, streamed: bool) -> None:
-    """Gives a model made without memory the checkpoint's tensors."""
+    """Give a model made without memory the checkpoint's tensors."""
     entries = find_entries(Component("", model, plugins().describe), checkpoint)
     mappings = map_checkpoint(checkpoint)
     exceptions = {} if dtype is None else plugins().loading_dtypes(model, dtype)

@@ -15,7 +15,7 @@ _SHORTEST = 5  # letters of a name that others are compared with: "find" is no m
 
 
 def check_overrides(kind: type, base: type) -> None:
-    """Refuses a subclass with a misspelt name, or with a method that cannot be called as its base's is.
+    """Refuse a subclass with a misspelt name, or with a method that cannot be called as its base's is.
 
     A name with an underscore in front is the subclass's own, and so is an annotated one that is no ClassVar,
     which is an option.
@@ -52,7 +52,7 @@ def _brought(kind: type, base: type) -> Iterator[tuple[type, str, Any]]:
 
 
 def _is_slip(name: str, other: str) -> bool:
-    """Whether two names differ by one letter left out, added or changed, or by two swapped.
+    """Return whether two names differ by one letter left out, added or changed, or by two swapped.
 
     Case and underscores do not count.
     """
@@ -71,7 +71,7 @@ def _is_option(owner: type, name: str, found: object) -> bool:
 
 
 def _can_be_called_as(expected: FunctionType | classmethod[Any, Any, Any], found: object) -> bool:
-    """Whether a method takes the positional arguments that the base's does."""
+    """Return whether a method takes the positional arguments that the base's does."""
     wanted = inspect.signature(_function(expected)).parameters.values()
     function = _function(found)
     if not callable(function) or (isinstance(expected, classmethod) and isinstance(found, FunctionType)):

@@ -34,5 +34,5 @@ class Placed(Protocol):
 
 
 def share_modules(first: Component, second: Component) -> bool:
-    """Whether two components have a module or a tensor in common."""
+    """Return whether two components have a module or a tensor in common."""
     return first.module is second.module or not first.identities.isdisjoint(second.identities)

@@ -90,7 +90,7 @@ class Plan:
 
 
 def make_steps(places: Sequence[tuple[Technique, Component]]) -> list[PlanStep]:
-    """Asks techniques for their bindings; joint ones once for all components that have an equal `joint_key`.
+    """Ask techniques for their bindings; joint ones once for all components that have an equal `joint_key`.
 
     Args:
         places: Each component with the technique that is put on it.
@@ -116,7 +116,7 @@ def make_steps(places: Sequence[tuple[Technique, Component]]) -> list[PlanStep]:
 
 
 def make_joint_steps(places: Sequence[tuple[Technique, Component]]) -> list[PlanStep]:
-    """Asks a technique for its bindings on components that are bound jointly, or on one."""
+    """Ask a technique for its bindings on components that are bound jointly, or on one."""
     technique, component = places[0]
     if not isinstance(technique, JointTechnique):
         return [make_step(technique, component)]
@@ -128,7 +128,7 @@ def make_joint_steps(places: Sequence[tuple[Technique, Component]]) -> list[Plan
 
 
 def make_step(technique: Technique, component: Component) -> PlanStep:
-    """Asks a technique for its bindings on a component, and checks that they fit it.
+    """Ask a technique for its bindings on a component, and check that they fit it.
 
     Raises:
         PlanError: From the technique: its options do not fit.
@@ -163,7 +163,7 @@ def left_alone(technique: Technique, component: Component) -> PlanStep | None:
 
 
 def ordered(items: Sequence[PlacedT]) -> list[PlacedT]:
-    """Sorts what is given in the user's order to what stands outermost first.
+    """Sort what is given in the user's order to what stands outermost first.
 
     By phase, then by the techniques' `before` and `after`, then by the order given. Only items that share
     a module constrain each other.

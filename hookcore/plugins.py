@@ -95,7 +95,7 @@ class PluginHost:
 
     @classmethod
     def discover(cls) -> PluginHost:
-        """Loads every installed plugin that is not blocked. A broken one is listed and blocks nothing."""
+        """Load every installed plugin that is not blocked. A broken one is listed and blocks nothing."""
         host = cls()
         allowed, disabled = _names_in(ALLOW_LIST), _names_in(BLOCK_LIST) or ()
         for found, entry_point in _installed():
@@ -115,7 +115,7 @@ class PluginHost:
         return host
 
     def technique(self, name: str) -> type[Technique]:
-        """Looks up a technique by its registered name.
+        """Look up a technique by its registered name.
 
         Raises:
             PluginError: No active plugin brings it.
@@ -132,7 +132,7 @@ class PluginHost:
         raise PluginError(message)
 
     def open_target(self, target: object) -> OpenedTarget | None:
-        """Asks what models an object holds; None when no plugin knows it.
+        """Ask what models an object holds; None when no plugin knows it.
 
         Raises:
             PluginError: A plugin failed, or returned neither an `OpenedTarget` nor a mapping.
@@ -143,7 +143,7 @@ class PluginHost:
         return OpenedTarget(answer) if isinstance(answer, Mapping) else answer
 
     def describe(self, component: Component) -> ModelConventions:
-        """Asks what the model's library declares about it, and merges the answers.
+        """Ask what the model's library declares about it, and merges the answers.
 
         Raises:
             PluginError: A plugin failed, or returned something else than `ModelConventions`.
@@ -159,7 +159,7 @@ class PluginHost:
         return functools.reduce(ModelConventions.merged, answers) if answers else ModelConventions()
 
     def find_foreign(self, component: Component) -> list[ForeignMechanism]:
-        """Asks what else already changes calls in this tree.
+        """Ask what else already changes calls in this tree.
 
         Raises:
             PluginError: A plugin failed, or returned something else than `ForeignMechanism`s.
@@ -174,7 +174,7 @@ class PluginHost:
         return [mechanism for answer in answers for mechanism in answer]
 
     def review(self, plan: Plan) -> list[str]:
-        """Asks for notes on a finished plan.
+        """Ask for notes on a finished plan.
 
         Raises:
             PluginError: A plugin failed, or returned something else than strings.
@@ -184,13 +184,13 @@ class PluginHost:
         return [note for answer in answers for note in answer]
 
     def observe(self, event: str, /, **details: Any) -> None:
-        """Tells what happened. A plugin that fails in it only causes a `HookcoreWarning`."""
+        """Tell what happened. A plugin that fails in it only causes a `HookcoreWarning`."""
         self._tell("hookcore_observe", event=event, details=MappingProxyType(details))
 
     def build_model(
         self, model_class: type[nn.Module], folder: Path, config_overrides: Mapping[str, Any]
     ) -> nn.Module | None:
-        """Asks for a model made from the config in a folder; None when no plugin knows the class.
+        """Ask for a model made from the config in a folder; None when no plugin knows the class.
 
         Raises:
             PluginError: A plugin failed, or returned no module.
@@ -207,7 +207,7 @@ class PluginHost:
         return model
 
     def loading_dtypes(self, model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Asks what is loaded in another dtype than the one asked for, by regular expression.
+        """Ask what is loaded in another dtype than the one asked for, by regular expression.
 
         Raises:
             PluginError: A plugin failed, or returned no mapping.
@@ -217,11 +217,11 @@ class PluginHost:
         return {pattern: kept for answer in answers for pattern, kept in answer.items()}
 
     def register_commands(self, subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-        """Lets plugins add commands. One that fails in it only causes a `HookcoreWarning`."""
+        """Let plugins add commands. One that fails in it only causes a `HookcoreWarning`."""
         self._tell("hookcore_register_commands", commands=subparsers)
 
     def _load(self, found: PluginInfo, entry_point: EntryPoint) -> PluginInfo:
-        """Imports and registers one plugin; leaves nothing of it when anything is wrong with it."""
+        """Import and register one plugin; leave nothing of it when anything is wrong with it."""
         if self._manager.has_plugin(found.name):
             problem = f"plugin {_full_name(self._active(found.name))} has this name already"
             return evolve(found, state="broken", problem=problem)
@@ -245,7 +245,7 @@ class PluginHost:
     def _register(
         self, name: str, entry_point: EntryPoint
     ) -> tuple[dict[str, type[Technique]], dict[str, AttentionFunction]]:
-        """Registers a plugin's hooks and returns its techniques and attention functions by name.
+        """Register a plugin's hooks and return its techniques and attention functions by name.
 
         Raises:
             _RefusedError: Its techniques, functions or hooks are not as they have to be.
@@ -284,7 +284,7 @@ class PluginHost:
         return techniques, functions
 
     def _brought(self, plugin: str, hook: str) -> Iterator[Any]:
-        """What one plugin returns from a hook."""
+        """Return what one plugin returns from a hook."""
         for implementation in self._hooks(hook):
             if implementation.plugin_name == plugin:
                 yield from _call(implementation)
@@ -302,7 +302,7 @@ class PluginHost:
         return caller.get_hookimpls()[::-1]
 
     def _answers(self, hook: str, read: Callable[[Any], Any], **arguments: Any) -> Iterator[Any]:
-        """Asks one plugin after another, as far as the caller wants to know; None is no answer.
+        """Ask one plugin after another, as far as the caller wants to know; None is no answer.
 
         Args:
             hook: Name of the hook.
@@ -324,7 +324,7 @@ class PluginHost:
                 yield answer
 
     def _tell(self, hook: str, **arguments: Any) -> None:
-        """Calls a hook of every plugin whatever happens in it."""
+        """Call a hook of every plugin whatever happens in it."""
         for implementation in self._hooks(hook):
             try:
                 _call(implementation, **arguments)
@@ -368,7 +368,7 @@ class _RefusedError(Exception):
 
 
 def _names_in(variable: str) -> tuple[str, ...] | None:
-    """Reads a comma separated environment variable; None where it is not set."""
+    """Read a comma separated environment variable; None where it is not set."""
     value = os.environ.get(variable)
     return None if value is None else tuple(filter(None, map(str.strip, value.split(","))))
 
@@ -410,7 +410,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _check_technique(technique: object) -> None:
-    """Refuses what is no technique class; most of what can be wrong with one is refused when it is made."""
+    """Refuse what is no technique class; most of what can be wrong with one is refused when it is made."""
     if not (inspect.isclass(technique) and issubclass(technique, Technique)):
         raise _RefusedError(f"{technique!r} is no technique: expected a subclass of hookcore.Technique")
     try:
@@ -420,7 +420,7 @@ def _check_technique(technique: object) -> None:
 
 
 def _check_attention_function(function: object) -> None:
-    """Refuses what is no attention function, or one without a name in snake_case."""
+    """Refuse what is no attention function, or one without a name in snake_case."""
     if not isinstance(function, AttentionFunction):
         raise _RefusedError(f"{function!r} is no hookcore.AttentionFunction")
     if not is_snake_case(function.name):
@@ -430,12 +430,12 @@ def _check_attention_function(function: object) -> None:
 
 
 def _call(implementation: pluggy.HookImpl, **arguments: Any) -> Any:
-    """Calls one implementation with as many of the arguments as it takes."""
+    """Call one implementation with as many of the arguments as it takes."""
     return implementation.function(*(arguments[name] for name in implementation.argnames))
 
 
 def _one(*kinds: type[Any]) -> Callable[[object], Any]:
-    """Makes a reader of answers that have to be of one of some kinds."""
+    """Make a reader of answers that have to be of one of some kinds."""
 
     def read(answer: object) -> object:
         if not isinstance(answer, kinds):
@@ -447,7 +447,7 @@ def _one(*kinds: type[Any]) -> Callable[[object], Any]:
 
 
 def _several(kind: type[Any]) -> Callable[[object], list[Any]]:
-    """Makes a reader of answers that have to hold any number of things of a kind."""
+    """Make a reader of answers that have to hold any number of things of a kind."""
     read_item = _one(kind)
 
     def read(answer: object) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Has methods of other libraries' classes refuse hooked models, while there are any."""
+"""Methods of other libraries' classes that refuse hooked models, while there are any."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def refuse_meanwhile(
     find: Callable[..., tuple[nn.Module, str] | None],
     undo: Callable[[nn.Module], object] = bool,
 ) -> None:
-    """Has a method of a class refuse the modules of hooked components, while anything is applied anywhere.
+    """Make a method of a class refuse the modules of hooked components, while anything is applied.
 
     Call it whenever that may have changed (`hookcore_observe`). When nothing is applied, the class is as it
     was. The method then raises a `ConflictError` before it does anything.

@@ -100,7 +100,7 @@ class HookRegistry:
         return tuple(ordered(self._found))
 
     def attach(self, steps: Sequence[PlanStep]) -> tuple[Attachment, ...]:
-        """Puts the hooks of several steps on their modules, or none of them.
+        """Put the hooks of several steps on their modules, or none of them.
 
         Raises:
             ConcurrentCallError: A call is under way on these modules.
@@ -111,7 +111,7 @@ class HookRegistry:
         return new
 
     def detach(self, attachments: Collection[Attachment], *, force: bool = False) -> list[str]:
-        """Takes hooks off, all or none; what has been taken off before is passed over.
+        """Take hooks off, all or none; what has been taken off before is passed over.
 
         Args:
             attachments: Whose hooks.
@@ -136,7 +136,7 @@ class HookRegistry:
                 item.given_up = None
 
     def reset(self, attachments: Collection[Attachment]) -> None:
-        """Has hooks forget what they learned from earlier calls.
+        """Reset what hooks learned from earlier calls.
 
         Raises:
             ConcurrentCallError: A call is under way on these modules.
@@ -144,7 +144,7 @@ class HookRegistry:
         _in_quiet(self._found, partial(_reset, attachments))
 
     def replan(self) -> bool:
-        """Binds those techniques anew that ask for it, to their components as they are now.
+        """Bind those techniques anew that ask for it, to their components as they are now.
 
         What was bound jointly with them, and is not bound anew now, is when it is called next.
 
@@ -164,7 +164,7 @@ class HookRegistry:
         return True
 
     def _bound_with(self, items: Sequence[Attachment]) -> list[Attachment]:
-        """Finds what was bound jointly with these, directly or through others, beyond what this has found."""
+        """Find what was bound jointly with these, directly or through others, beyond what this has found."""
         known = HookRegistry([item.component for item in items], joint=True)._found if items else []
         return [item for item in known if item not in self._found]
 
@@ -180,7 +180,7 @@ class HookRegistry:
         _in_quiet(others, partial(self._commit, [*after, *others], rebind))
 
     def _commit(self, after: Sequence[Attachment], rebind: Sequence[Attachment]) -> None:
-        """Takes hooks off from outside in and puts them on from inside out, or undoes all of it."""
+        """Take hooks off from outside in and put them on from inside out, or undo all of it."""
         before = self._found
         everyone = {*before, *after}
         hooked = hooked_entries(before)
@@ -207,7 +207,7 @@ class HookRegistry:
     def _stand(
         self, items: Sequence[Attachment], everyone: Iterable[Attachment], hooked: Iterable[Key]
     ) -> None:
-        """Has calls go through the hooks of these attachments, and of no other.
+        """Route calls through the hooks of these attachments, and of no other.
 
         Args:
             items: The attachments.
@@ -225,7 +225,7 @@ class HookRegistry:
 def _move(
     before: Sequence[Attachment], after: Sequence[Attachment], rebind: Sequence[Attachment], undo: Undo
 ) -> None:
-    """Detaches, binds anew and attaches what has to be; what stands inside of all that stays on."""
+    """Detach, bind anew and attach what has to be; what stands inside of all that stays on."""
     old = [item for item in reversed(ordered(before)) if item.prepares]
     # What is bound anew may have had nothing to prepare, and have it then.
     new = [item for item in reversed(ordered(after)) if item.prepares or item in rebind]
@@ -243,7 +243,7 @@ def _move(
 
 
 def _in_quiet(attachments: Sequence[Attachment], change: Callable[[], None]) -> None:
-    """Makes a change while no call goes through the hooks of these attachments.
+    """Make a change while no call goes through the hooks of these attachments.
 
     Raises:
         ConcurrentCallError: One does now.
@@ -269,7 +269,7 @@ def _reset(attachments: Collection[Attachment]) -> None:
 
 
 def _rebind(items: Sequence[Attachment], after: Sequence[Attachment], undo: Undo) -> None:
-    """Has the techniques of these attachments bind to their components as they are now."""
+    """Bind the techniques of these attachments anew to their components."""
     joined: dict[object, list[Attachment]] = {}
     for item in items:
         joined.setdefault(item if item.joint is None else item.joint, []).append(item)
@@ -294,7 +294,7 @@ def _techniques_on(module: nn.Module) -> list[str]:
 
 
 def _share_locks(attachments: Iterable[Attachment]) -> None:
-    """Gives attachments that share modules, directly or through others, one lock."""
+    """Give attachments that share modules, directly or through others, one lock."""
     groups: list[list[Attachment]] = []
     for item in attachments:
         near = [group for group in groups if any(share_modules(item.component, it.component) for it in group)]

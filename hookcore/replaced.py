@@ -54,7 +54,7 @@ class ReplacedHook(Hook):
         self._techniques_on = techniques_on
 
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Looks, and warns."""
+        """Look, and warn."""
         for names in self._names:
             for name, replaced in names.replaced():
                 if techniques := ", ".join(self._techniques_on(replaced)):

@@ -21,7 +21,7 @@ _SKIPPED_SHOWN = 3
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Lays rows out in columns; the first row is the heading."""
+    """Lay rows out in columns; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -32,7 +32,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def plan_table(
     steps: Sequence[Placed], needs: Mapping[str, int], left_alone: Sequence[Placed], notes: Sequence[str]
 ) -> str:
-    """What a plan would do, outermost first, and what it leaves alone.
+    """Return what a plan would do, outermost first, and what it leaves alone.
 
     Args:
         steps: What it would do.
@@ -53,7 +53,7 @@ def plan_table(
 
 
 def attachment_table(attachments: Sequence[Placed], left_alone: Sequence[Placed] = ()) -> str:
-    """What is on a model, outermost first, where the bytes are, and what was left alone."""
+    """Return what is on a model, outermost first, where the bytes are, and what was left alone."""
     rows = [("component", "technique", "hooks on", "bytes")]
     rows += [
         (item.component.label(""), item.technique.name, _hooked(item.bindings), _placed(item) or "-")

@@ -1,4 +1,4 @@
-"""Has functions be called at the end of each run of a target, such as a pipeline."""
+"""Call functions at the end of each run of a target, such as a pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def call_after(
     reference: weakref.ref[Any], method: str, function: Callable[[], object]
 ) -> Callable[[], None]:
-    """Has a function be called whenever a method of an object has returned.
+    """Call a function whenever a method of an object has returned.
 
     The method is hooked as a module's entry is: copies of the object have it plain, and nothing is left of it
     when the last function is taken away.

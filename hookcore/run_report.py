@@ -51,7 +51,7 @@ class RunReport:
 
 
 def run_report(attachments: Iterable[Attachment]) -> RunReport:
-    """Asks what is attached for what it counted."""
+    """Ask what is attached for what it counted."""
     return RunReport(
         tuple(
             RunEntry(item.component.label(""), item.technique.name, counted)

@@ -13,7 +13,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def skeleton_of(module: nn.Module) -> nn.Module:
-    """Copies a module tree without hooks onto the meta device; floating-point tensors become float32.
+    """Copy a module tree without hooks onto the meta device; floating-point tensors become float32.
 
     The copy shares no module, tensor or container with the original, so that whatever a call writes into
     its modules stays there, and no hook of torch's sees it. Tensors of one dtype need no casting hooks to fit

@@ -48,7 +48,7 @@ class _Chain:
         innermost: Callable[..., Any],
         owners: Sequence[Owner],
     ) -> None:
-        """Sets the hooks, outermost first, around a call."""
+        """Set the hooks, outermost first, around a call."""
         # Written out, without `overrides` and lists: this runs for each of thousands of modules.
         pre: tuple[Callable[..., Any], ...] = ()
         post: tuple[Callable[..., Any], ...] = ()
@@ -131,7 +131,7 @@ def _failed(
     post: Sequence[Callable[..., Any]],
     step: object,
 ) -> tuple[int, Hook | None, str]:
-    """How many hooks, counted from outside, had been entered and not yet left when a step failed.
+    """Return how many hooks, counted from outside, had been entered and not yet left when a step failed.
 
     Args:
         hooks: The hooks, outermost first.
@@ -160,7 +160,7 @@ def _failed(
 
 
 def _tell(module: nn.Module, hooks: Sequence[Hook], error: BaseException, owners: Sequence[Owner]) -> None:
-    """Tells hooks, outermost first, of an error, from inside out: all of them, also if an interrupt comes."""
+    """Tell hooks, outermost first, of an error, from inside out: all of them, also if an interrupt comes."""
     if not hooks:
         return
     *outer, hook = hooks
@@ -224,7 +224,7 @@ class HookStack(_Chain, LeftOutOfCopies):
         lock: CallLock | None = None,
         inner_hooks: Sequence[Hook] = (),
     ) -> None:
-        """Gives an entry exactly these hooks, outermost first; with none, the entry is as it ever was.
+        """Give an entry exactly these hooks, outermost first; with none, the entry is as it ever was.
 
         Args:
             module: The module.
@@ -265,7 +265,7 @@ class HookStack(_Chain, LeftOutOfCopies):
             PlainReduction.end(module, entry)
 
     def _give_back(self) -> None:
-        """Makes the entry what it was before, unless another library has put something there since."""
+        """Make the entry what it was before, unless another library has put something there since."""
         attributes = self._module.__dict__
         if attributes.get(self._entry) is self:
             if self._replaced is None:
@@ -322,7 +322,7 @@ class PlainReduction:
 
     @staticmethod
     def begin(module: nn.Module, entry: str) -> None:
-        """Has copies and pickles of a module leave out the hooks of an entry."""
+        """Leave the hooks of an entry out of copies and pickles of a module."""
         attributes = module.__dict__
         reduction = attributes.get(_REDUCE)
         if reduction is None:
@@ -334,7 +334,7 @@ class PlainReduction:
 
     @staticmethod
     def end(module: nn.Module, entry: str) -> None:
-        """Has copies and pickles be the class's own once no other entry has hooks."""
+        """Give copies and pickles back to the class once no other entry has hooks."""
         attributes = module.__dict__
         reduction = attributes.get(_REDUCE)
         if isinstance(reduction, PlainReduction):
@@ -344,12 +344,12 @@ class PlainReduction:
                 del attributes[_REDUCE]
 
     def __call__(self, protocol: int) -> Any:
-        """Reduces the module as its class does, without hooks."""
+        """Reduce the module as its class does, without hooks."""
         return _without_hooks(type(self.module).__reduce_ex__(self.module, protocol))
 
 
 def _without_hooks(reduced: Any) -> Any:
-    """Leaves hooks out of a module's attributes, wherever a reduced form has them: as state or argument."""
+    """Leave hooks out of a module's attributes, wherever a reduced form has them: as state or argument."""
     if type(reduced) is tuple:
         return tuple(map(_without_hooks, reduced))
     if type(reduced) is dict:
@@ -365,7 +365,7 @@ def _without_hooks(reduced: Any) -> Any:
 
 
 def _deepcopy_without_hooks(module: nn.Module, memo: dict[int, Any]) -> Any:
-    """Copies a hooked module in the way of its own class, then takes what that copied of the hooks away."""
+    """Copy a hooked module in the way of its own class, then take what that copied of the hooks away."""
     copied = type(module).__deepcopy__(module, memo)  # type: ignore[attr-defined]
     if copied is not module and isinstance(copied, type(module)):
         for name, value in vars(module).items():

@@ -31,7 +31,7 @@ def set_stacks(
     replan: Callable[[Component], bool],
     techniques_on: Callable[[nn.Module], list[str]],
 ) -> None:
-    """Gives all entries the hooks that the attachments, outermost first, have for them.
+    """Give all entries the hooks that the attachments, outermost first, have for them.
 
     Those at modules that an outer call encloses stand at that call.
 

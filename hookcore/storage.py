@@ -18,7 +18,7 @@ _PLANNED: ContextVar[Mapping[int, torch.dtype]] = ContextVar("planned storage dt
 
 @contextmanager
 def planned_storage(dtypes: Mapping[int, torch.dtype]) -> Iterator[None]:
-    """Has tensors count, in the block, as what they will be stored in.
+    """Count tensors, in the block, in the dtype that they will be stored in.
 
     Args:
         dtypes: Storage dtypes by the identity of tensors.

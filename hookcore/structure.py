@@ -30,16 +30,16 @@ class Structure:
             _STRUCTURES.add(self)
 
     def note(self, module: nn.Module) -> None:
-        """Is told that a parameter or a module was registered in a module, of whatever tree."""
+        """Note that a parameter or a module was registered in a module of any tree."""
         self._touched |= id(module) in self._modules
 
     def mark_changed(self) -> None:
-        """Has the next look find a change."""
+        """Make the next look find a change."""
         self._known = []
         self._touched = True
 
     def has_changed(self) -> bool:
-        """Whether the tree is another one now. Looks only if anything was registered in it."""
+        """Return whether the tree is another one now. Looks only if anything was registered in it."""
         if not self._touched:
             return False
         now = _parts(self._module)
@@ -58,7 +58,7 @@ _is_listening = False
 
 
 def _listen() -> None:
-    """Has torch call back at every registration, which is rare and cheap to note."""
+    """Register torch's callback for registrations, which are rare and cheap to note."""
     global _is_listening  # noqa: PLW0603 -- torch's hooks are of the process, too
     if not _is_listening:
         torch_module.register_module_parameter_registration_hook(_note)
@@ -95,7 +95,7 @@ class ReplanHook(Hook):
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Calls on, through new hooks if there had to be new ones."""
+        """Call on, through new hooks if there had to be new ones."""
         for structure in self._structures:
             # While an outer call is under way, nothing is planned: then at the next call.
             if structure.has_changed() and self._replan():

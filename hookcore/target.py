@@ -198,7 +198,7 @@ _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is plain and strided and has memory of its own that can be pointed at."""
+    """Return whether the tensor is plain and strided and has memory of its own that can be pointed at."""
     return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_meta
 
 
@@ -242,7 +242,7 @@ def _joined(slots: Sequence[TensorSlot]) -> TensorSlot:
 
 
 def _tied(slots: Sequence[TensorSlot]) -> dict[int, list[int]]:
-    """Finds what overlaps in memory, of slots with one tensor each: number to all numbers it is tied with."""
+    """Find what overlaps in memory, of slots with one tensor each: number to all numbers it is tied with."""
     by_device: dict[torch.device, list[tuple[int, int, int]]] = {}
     for index, slot in enumerate(slots):
         tensor = slot.tensors[0]
@@ -272,7 +272,7 @@ def open_components(
     open_target: Callable[[Any], OpenedTarget | None],
     describe: Callable[[Component], ModelConventions],
 ) -> dict[str, Component]:
-    """Turns a target into its named components.
+    """Turn a target into its named components.
 
     Args:
         target: A module, a mapping of named modules, or an object that a plugin can open.
@@ -331,6 +331,6 @@ def open_components(
 
 
 def why(names: Iterable[str], absent: Mapping[str, str]) -> str:
-    """Says of names that are no components why they are none, to end a sentence with."""
+    """State of names that are no components why they are none, to end a sentence with."""
     reasons = [f"{name!r} {absent[name]}" for name in names if name in absent]
     return f" ({'; '.join(reasons)})" if reasons else ""

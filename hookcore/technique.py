@@ -147,12 +147,12 @@ class Technique:
             _check_declared(cls)
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
-        """Makes a technique, of a class that is complete."""
+        """Make a technique, of a class that is complete."""
         check_complete(cls)
         return super().__new__(cls)
 
     def skip_unless_named(self, component: Component) -> str | None:
-        """Why this technique leaves a component alone that nobody named, as a phrase for people.
+        """Return why this technique leaves a component alone that nobody named, as a phrase for people.
 
         Asked of each component when a plain list of techniques is put on a target of several. A component is
         named by `components=`, or by a mapping from components to techniques. Touches nothing.
@@ -166,7 +166,7 @@ class Technique:
         return None
 
     def bind(self, component: Component) -> Iterable[Binding | Skipped]:
-        """Lists the hooks that this technique needs on a component. Touches nothing.
+        """List the hooks that this technique needs on a component. Touches nothing.
 
         Args:
             component: The module tree with its tensors, ties and conventions.
@@ -197,7 +197,7 @@ class JointTechnique(Technique):
 
     @classmethod
     def bind_jointly(cls, places: Sequence[tuple[Self, Component]]) -> Iterable[Iterable[Binding | Skipped]]:
-        """Lists the hooks on several components. Touches nothing.
+        """List the hooks on several components. Touches nothing.
 
         Args:
             places: Each component with the technique that is put on it, in the order of the target.
@@ -211,13 +211,13 @@ class JointTechnique(Technique):
         raise NotImplementedError(f"{cls.__name__} has to define bind_jointly()")
 
     def bind(self, component: Component) -> Iterable[Binding | Skipped]:
-        """Lists the hooks on a component that is bound alone."""
+        """List the hooks on a component that is bound alone."""
         (bound,) = self.bind_jointly([(self, component)])
         return bound
 
 
 def check_complete(kind: type[Technique]) -> None:
-    """Refuses a class of which no techniques can be made.
+    """Refuse a class of which no techniques can be made.
 
     Raises:
         TypeError: It lacks a name or a phase, or attrs has not made its options a value.

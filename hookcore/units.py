@@ -27,7 +27,7 @@ _REPR.maxlevel = 3
 
 
 def parse_bytes(size: int | str) -> int:
-    """Reads a number of bytes.
+    """Read a number of bytes.
 
     Args:
         size: Bytes as an int, or text with a unit: `"512MiB"` (1024-based), `"8GB"` (1000-based).
@@ -53,7 +53,7 @@ def parse_bytes(size: int | str) -> int:
 
 
 def format_bytes(size: float) -> str:
-    """Writes a number of bytes for people: `"1.5 GiB"`, `"12 B"`."""
+    """Write a number of bytes for people: `"1.5 GiB"`, `"12 B"`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" or abs(size) >= 100 else f"{size:.1f} {unit}"
@@ -62,7 +62,7 @@ def format_bytes(size: float) -> str:
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Reads a dtype: `torch.bfloat16`, `"bfloat16"` or `"torch.bfloat16"`.
+    """Read a dtype: `torch.bfloat16`, `"bfloat16"` or `"torch.bfloat16"`.
 
     Raises:
         ValueError: No dtype of this torch has that name.
@@ -81,7 +81,7 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def parse_device(device: torch.device | str | int) -> torch.device:
-    """Reads a device: a torch.device, `"cuda"`, `"cuda:1"`, or the index of an accelerator.
+    """Read a device: a torch.device, `"cuda"`, `"cuda:1"`, or the index of an accelerator.
 
     Raises:
         ValueError: torch knows no such device, or it has no index on this machine.
@@ -96,7 +96,7 @@ def parse_device(device: torch.device | str | int) -> torch.device:
 
 
 def parse_onload_device(device: torch.device | str | int) -> torch.device:
-    """Reads a device that weights are moved to.
+    """Read a device that weights are moved to.
 
     Raises:
         ValueError: As `parse_device` would, or it holds no data, or this machine or build of torch lacks it.
@@ -119,7 +119,7 @@ def parse_onload_device(device: torch.device | str | int) -> torch.device:
 
 
 def _count_devices(kind: str) -> int:
-    """How many devices of a kind there are, without beginning to use one."""
+    """Return how many devices of a kind there are, without beginning to use one."""
     try:
         module: Any = torch.get_device_module(kind)
     except RuntimeError:
@@ -130,7 +130,7 @@ def _count_devices(kind: str) -> int:
 
 
 def parse_module_names(names: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Reads an option `exclude_modules`: FQNs, or one FQN.
+    """Read an option `exclude_modules`: FQNs, or one FQN.
 
     Raises:
         TypeError: One of them is no text.
@@ -145,7 +145,7 @@ def parse_module_names(names: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def parse_kwarg_names(names: str | Iterable[str] | None) -> tuple[str, ...] | None:
-    """Reads an option `exclude_kwargs`: names of keyword inputs, or one name; None stays None.
+    """Read an option `exclude_kwargs`: names of keyword inputs, or one name; None stays None.
 
     Raises:
         TypeError: One of them is no name that a call could use.
@@ -160,12 +160,12 @@ def parse_kwarg_names(names: str | Iterable[str] | None) -> tuple[str, ...] | No
 
 
 def is_snake_case(name: object) -> bool:
-    """Whether something is a name such as `"group_offload"`."""
+    """Return whether something is a name such as `"group_offload"`."""
     return isinstance(name, str) and _SNAKE_CASE.fullmatch(name) is not None
 
 
 def shortened(names: Sequence[str], shown: int = 5) -> str:
-    """Writes the first of many names for people: `"a, b, c and 7 more"`, or `"none"`."""
+    """Write the first of many names for people: `"a, b, c and 7 more"`, or `"none"`."""
     more = len(names) - shown
     cut = [name if len(name) <= _SHOWN else name[: _SHOWN - 3] + "..." for name in names[:shown]]
     return ", ".join(cut) + (f" and {more} more" if more > 0 else "") or "none"

@@ -61,10 +61,10 @@ class Conversion(Protocol):
         """A new tensor that holds what calls find."""
 
     def saved(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What a state dict holds for the tensor."""
+        """Return what a state dict holds for the tensor."""
 
     def loaded(self, tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """What torch is to write into the tensor for a value of a state dict."""
+        """Return what torch is to write into the tensor for a value of a state dict."""
 
 
 class ConvertedTensors(PlacedTensors):
@@ -93,7 +93,7 @@ class ConvertedTensors(PlacedTensors):
         return self.seen(name, tensor)
 
     def seen(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """What a reader of this name is given."""
+        """Return what a reader of this name is given."""
         conversion = self.conversions.get(name)
         if conversion is not None and tensor is not None and conversion.thread != get_ident():
             frame = _deciding_frame(sys._getframe(1), self._entries)
@@ -125,7 +125,7 @@ class ConvertedTensors(PlacedTensors):
 def convert_reads(
     owners: Iterable[tuple[nn.Module, str]], conversion: Conversion, entries: Iterable[str]
 ) -> None:
-    """Has reads of a tensor through its modules be converted.
+    """Convert reads of a tensor through its modules.
 
     Args:
         owners: The modules that hold it, each with the attribute's name.
@@ -141,7 +141,7 @@ def convert_reads(
 
 
 def stop_converting_reads(owners: Iterable[tuple[nn.Module, str]], conversion: Conversion) -> None:
-    """Ends what `convert_reads` began."""
+    """End what `convert_reads` began."""
     for module, name in owners:
         for kind in ("_parameters", "_buffers"):
             tensors = module.__dict__[kind]
@@ -172,7 +172,7 @@ def read_as(tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
 def _convert_loaded(
     arguments: Mapping[str, Any], name: str, tensor: torch.Tensor, conversion: Conversion
 ) -> None:
-    """Converts the value that torch is about to write into a tensor, in the dict that torch made for it."""
+    """Convert the value that torch is about to write into a tensor, in the dict that torch made for it."""
     if arguments["local_metadata"].get("assign_to_params_buffers", False):
         return  # what is assigned is a new tensor
     state, key = arguments["state_dict"], arguments["prefix"] + name

@@ -59,7 +59,7 @@ class _CopyRule:
         return rule
 
     def drop_if_empty(self) -> None:
-        """Leaves the tensor to its class where there is nothing to say about its copies."""
+        """Leave the tensor to its class where there is nothing to say about its copies."""
         tensor = self._reference()
         if tensor is not None and not self.values and self.device is None:
             del tensor.__dict__[_DEEPCOPY], tensor.__dict__[_REDUCE]
@@ -76,7 +76,7 @@ class _CopyRule:
 
     @torch.no_grad()
     def copy(self) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Returns an ordinary tensor in memory of its own, and the attributes that the original was given."""
+        """Return an ordinary tensor in memory of its own, and the attributes that the original was given."""
         tensor = self._reference()
         if tensor is None:
             raise ReferenceError("the tensor this method was made for is gone; copy tensors as a whole")
@@ -93,7 +93,7 @@ class _CopyRule:
 
 
 def copy_as(tensor: torch.Tensor, value: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Has copies and pickles of a tensor be ordinary tensors that hold other values.
+    """Make copies and pickles of a tensor ordinary tensors with other values.
 
     A function given later is applied before those given earlier: techniques are attached from inside out.
 
@@ -106,7 +106,7 @@ def copy_as(tensor: torch.Tensor, value: Callable[[torch.Tensor], torch.Tensor])
 
 
 def stop_copying_as(tensor: torch.Tensor, value: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Ends what `copy_as` with these arguments began."""
+    """End what `copy_as` with these arguments began."""
     rule = _CopyRule.of(tensor)
     if rule is not None:
         rule.values = tuple(it for it in rule.values if it != value)
@@ -114,7 +114,7 @@ def stop_copying_as(tensor: torch.Tensor, value: Callable[[torch.Tensor], torch.
 
 
 def copy_to(tensor: torch.Tensor, device: torch.device) -> None:
-    """Has copies and pickles of a tensor be on the device that it came from, wherever it is.
+    """Make copies and pickles of a tensor lie on the device that it came from, wherever it is.
 
     Args:
         tensor: The tensor; left alone if it is of a kind that is never moved.
@@ -125,7 +125,7 @@ def copy_to(tensor: torch.Tensor, device: torch.device) -> None:
 
 
 def stop_copying_to(tensor: torch.Tensor) -> None:
-    """Ends what `copy_to` began."""
+    """End what `copy_to` began."""
     rule = _CopyRule.of(tensor)
     if rule is not None:
         rule.device = None
@@ -162,7 +162,7 @@ class PlacedTensors(dict[str, torch.Tensor | None]):
         return super().values() if self._inner is None else SeenValues(self)
 
     def give_back(self) -> dict[str, torch.Tensor | None]:
-        """Returns the original dict, with the tensors that there are now."""
+        """Return the original dict, with the tensors that there are now."""
         self._original.clear()
         self._original.update(self)
         return self._original
@@ -194,7 +194,7 @@ class SeenValues(ValuesView["torch.Tensor | None"]):
 
 
 def _moved_home(tensor: torch.Tensor | None, home: torch.device | None) -> torch.Tensor | None:
-    """Moves a tensor that a call put in the place of another one; all others have rules of their own."""
+    """Move a tensor that a call put in the place of another one; all others have rules of their own."""
     if tensor is None or home is None or tensor.device == home or _CopyRule.of(tensor):
         return tensor
     moved = tensor.detach().to(home)
@@ -202,7 +202,7 @@ def _moved_home(tensor: torch.Tensor | None, home: torch.device | None) -> torch
 
 
 def stand_in(slots: Iterable[TensorSlot], places: list[tuple[nn.Module, str]]) -> None:
-    """Puts `PlacedTensors` in the place of the dicts that hold these tensors, where none stands yet.
+    """Put `PlacedTensors` in the place of the dicts that hold these tensors, where none stands yet.
 
     Args:
         slots: The tensors.
@@ -217,7 +217,7 @@ def stand_in(slots: Iterable[TensorSlot], places: list[tuple[nn.Module, str]]) -
 
 
 def step_back(places: list[tuple[nn.Module, str]]) -> None:
-    """Ends what `stand_in` began."""
+    """End what `stand_in` began."""
     for module, kind in places:
         tensors = module.__dict__[kind]
         if type(tensors) is PlacedTensors:
@@ -226,7 +226,7 @@ def step_back(places: list[tuple[nn.Module, str]]) -> None:
 
 
 def _reduce_for_process(tensor: torch.Tensor) -> Any:
-    """Reduces a tensor for another process: that way of pickling asks by class, and not the object."""
+    """Reduce a tensor for another process: that way of pickling asks by class, and not the object."""
     rule = _CopyRule.of(tensor)
     if rule is None:
         return reduce_tensor(tensor)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Has torch count changes of parameters that were made in inference mode, while they are streamed.
+"""Count changes of parameters that were made in inference mode, while they are streamed.
 
 Whoever streams weights has to know which ones a call has changed. torch counts that, but not for tensors made
 in inference mode, and never will, whatever data they are given. So what is behind such a parameter is
@@ -80,7 +80,7 @@ def stop_counting(begun: Iterable[Uncounted]) -> None:
 
 
 def is_counted(tensor: torch.Tensor) -> bool:
-    """Whether torch counts changes of a tensor: of none made in inference mode, whatever it holds."""
+    """Return whether torch counts changes of a tensor: of none made in inference mode, whatever it holds."""
     try:
         _ = tensor._version
     except RuntimeError:
@@ -89,7 +89,7 @@ def is_counted(tensor: torch.Tensor) -> bool:
 
 
 def _has_gradients(tensor: torch.Tensor) -> bool:
-    """Whether autograd refers to it, or it has a gradient."""
+    """Return whether autograd refers to it, or it has a gradient."""
     return tensor._use_count() > 1 or tensor.grad is not None  # type: ignore[attr-defined]
 
 

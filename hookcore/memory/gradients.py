@@ -39,7 +39,7 @@ class Gradients:
         self._handles: dict[int, tuple[weakref.ref[torch.Tensor], Any, Any]] = {}
 
     def watch(self) -> None:
-        """Begins to move the gradients of all parameters that require one by now."""
+        """Begin to move the gradients of all parameters that require one by now."""
         handles = self._handles
         accumulated = partial(_accumulated, self._trained)
         for slot in self._slots:
@@ -51,7 +51,7 @@ class Gradients:
                     handles[id(tensor)] = reference, before, after
 
     def stop(self) -> None:
-        """Ends this, with all gradients where the parameters are."""
+        """End this, with all gradients where the parameters are."""
         while self._handles:
             _, (reference, before, after) = self._handles.popitem()
             before.remove()
@@ -68,7 +68,7 @@ class Gradients:
 
 
 def move_gradient(tensor: torch.Tensor) -> None:
-    """Moves a parameter's gradient, if it has one, to where the parameter is."""
+    """Move a parameter's gradient, if it has one, to where the parameter is."""
     if tensor.is_leaf and tensor.grad is not None:
         _move(tensor.grad, tensor.device)
 

@@ -83,7 +83,7 @@ def is_weight(slot: TensorSlot) -> bool:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Whether it has a large buffer of integers or eight-bit floats."""
+    """Return whether it has a large buffer of integers or eight-bit floats."""
     return any(
         buffer is not None
         and buffer.nbytes >= _LARGE
@@ -93,7 +93,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def find_blocks(component: Component, holders: Collection[str] | None = None) -> tuple[Unit, ...]:
-    """Finds a model's repeated blocks: those that its library declares, else those that its structure shows.
+    """Find a model's repeated blocks: those that its library declares, else those that its structure shows.
 
     In this order: the modules in `group_modules`; modules of the `block_classes`; elements of the outermost
     lists, sequences and dicts of two or more modules; siblings of one class that have tensors.
@@ -127,12 +127,12 @@ def find_blocks(component: Component, holders: Collection[str] | None = None) ->
 
 
 def merge_neighbours(runs: Iterable[Unit], size: int) -> tuple[Unit, ...]:
-    """Joins up to `size` blocks that follow each other in one container."""
+    """Join up to `size` blocks that follow each other in one container."""
     return tuple(run[start : start + size] for run in runs for start in range(0, len(run), size))
 
 
 def leaf_units(component: Component) -> tuple[Unit, ...]:
-    """Finds the smallest units: each module that has tensors of its own and is called.
+    """Find the smallest units: each module that has tensors of its own and is called.
 
     Modules that read their children's weights without calling them are one unit with all that is below; so
     are those whose calls run all that is below as one.
@@ -161,7 +161,7 @@ def leaf_units(component: Component) -> tuple[Unit, ...]:
 def make_groups(
     component: Component, units: Sequence[Unit], slots: Iterable[TensorSlot]
 ) -> tuple[Group, ...]:
-    """Puts tensors into groups, each into exactly one.
+    """Put tensors into groups, each into exactly one.
 
     Tensors outside of all units form a group that the component's entries hold.
 
@@ -207,7 +207,7 @@ def spanning_groups(groups: Iterable[Group]) -> list[Group]:
 
 
 def slots_below(component: Component, names: Collection[str]) -> tuple[TensorSlot, ...]:
-    """Finds the tensors that the named modules, or modules below them, use.
+    """Find the tensors that the named modules, or modules below them, use.
 
     Args:
         component: Where to look.
@@ -222,7 +222,7 @@ def slots_below(component: Component, names: Collection[str]) -> tuple[TensorSlo
 
 
 def check_names(component: Component, names: Iterable[str]) -> None:
-    """Refuses names that are no module's.
+    """Refuse names that are no module's.
 
     Raises:
         PlanError: There is one; says which ones are near.
@@ -240,7 +240,7 @@ def check_names(component: Component, names: Iterable[str]) -> None:
 def moving_and_staying(
     component: Component, exclude_modules: Collection[str], onload_device: torch.device
 ) -> tuple[list[TensorSlot], list[Group]]:
-    """Divides a component's tensors into those that come and go and, as a group, those that stay.
+    """Divide a component's tensors into those that come and go and, as a group, those that stay.
 
     Args:
         component: What the tensors belong to.
@@ -260,7 +260,7 @@ def moving_and_staying(
 
 
 def callable_parts(component: Component) -> Iterator[str]:
-    """Finds the modules that can be called and have tensors, of their own or below them.
+    """Find the modules that can be called and have tensors, of their own or below them.
 
     Yields:
         FQNs, parents before children; the component itself among them.

@@ -63,7 +63,7 @@ def _of_machine(root: Path) -> list[int]:
 
 
 def _of_groups(mounted: Path, path: str, limit: str, used: str, reclaimable: str) -> list[int]:
-    """What a group and all those above it leave, as far as these limit anything.
+    """Return what a group and all those above it leave, as far as these limit anything.
 
     A container sees its own group where others see the root, and its path is then none that is there.
     """

@@ -32,7 +32,7 @@ class InputMover:
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Moves the inputs of one call."""
+        """Move the inputs of one call."""
         device, unmoved = self._device, self._unmoved
         if unmoved.isdisjoint(kwargs):
             return _moved(args, device), _moved(kwargs, device)

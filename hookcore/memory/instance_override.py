@@ -1,4 +1,4 @@
-"""Has one model answer otherwise than the other instances of its class do.
+"""Override members of a class for one instance.
 
 A property, and a special method, can be answered for one instance only by its class. So the instance gets a
 subclass of its class, under the same name, for as long as that is wanted.
@@ -24,7 +24,7 @@ def models_with(name: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[s
 
 
 def override_members(model: nn.Module, members: Mapping[str, Callable[..., Any]]) -> None:
-    """Puts a subclass of its class in the place of a model's class.
+    """Put a subclass of its class in the place of a model's class.
 
     Copies and pickles of the model are of the class that it had. The two classes compare equal, since
     diffusers' `from_pipe` asks for `type(model) in (A, B)`.
@@ -60,20 +60,20 @@ def override_members(model: nn.Module, members: Mapping[str, Callable[..., Any]]
 
 
 def restore_class(model: nn.Module) -> None:
-    """Gives a model the class that it had before the last `override_members`."""
+    """Give a model the class that it had before the last `override_members`."""
     object.__setattr__(model, "__class__", type(model).__bases__[0])
 
 
 def call_own_to(
     model: nn.Module, own: Callable[..., nn.Module], *, non_blocking: bool, **options: Any
 ) -> nn.Module:
-    """Calls the `to` of a model's own class with those options that are not None, if there are any."""
+    """Call the `to` of a model's own class with those options that are not None, if there are any."""
     kept = {name: value for name, value in options.items() if value is not None}
     return own(model, non_blocking=non_blocking, **kept) if kept else model
 
 
 def _answer(attribute: Any, function: Callable[..., Any], reference: weakref.ref[nn.Module]) -> Any:
-    """Puts a function in the place of a property or a method, for one instance."""
+    """Put a function in the place of a property or a method, for one instance."""
     is_property = isinstance(attribute, property)
     own: Any = attribute.fget if is_property else attribute
 

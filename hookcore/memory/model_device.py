@@ -62,7 +62,7 @@ class ModelDevice:
     # Both go on where an exception, or an interrupt, has left the other.
 
     def attach(self) -> None:
-        """Has the models answer, and the modules refuse to be moved, as far as they don't."""
+        """Override the models' answers, and refuse moves of the modules, where that is not done yet."""
         device = _with_index(self._device)
         answers: dict[str, Callable[..., Any]] = {
             "device": lambda *_: device,
@@ -83,7 +83,7 @@ class ModelDevice:
                 PlainReduction.begin(module, _APPLY)
 
     def detach(self) -> None:
-        """Has them answer, and be moved, as their classes do, as far as they don't."""
+        """Restore the answers and the moves of their classes, where that is not done yet."""
         while self._refusing:
             guard = self._refusing[-1].__dict__.get(_APPLY)
             if isinstance(guard, _MoveGuard):
@@ -112,7 +112,7 @@ class _MoveGuard(LeftOutOfCopies):
         self.count = 1
 
     def give_back(self) -> None:
-        """Makes the module's `_apply` be what it was."""
+        """Make the module's `_apply` be what it was."""
         if self._replaced is None:
             del self._module.__dict__[_APPLY]
         else:
@@ -120,7 +120,7 @@ class _MoveGuard(LeftOutOfCopies):
         PlainReduction.end(self._module, _APPLY)
 
     def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """Applies a function to the module's tensors, which stay where they are.
+        """Apply a function to the module's tensors, which stay where they are.
 
         Raises:
             ConflictError: It would move them to a device where they have no place.

@@ -42,11 +42,11 @@ class ModelDtypeHook(Hook):
         self._remedy = remedy
 
     def attach(self, module: nn.Module) -> None:
-        """Has the module answer."""
+        """Override the module's answers."""
         override_members(module, {"dtype": lambda *_: self._dtype, "to": self._to})
 
     def detach(self, module: nn.Module) -> None:
-        """Has it answer as its class does."""
+        """Restore the answers of its class."""
         restore_class(module)
 
     def _to(self, model: nn.Module, own: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:

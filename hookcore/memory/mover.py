@@ -47,55 +47,55 @@ class GroupMover(Protocol):
         return
 
     def attach(self, group: Group, *, resident: bool) -> None:
-        """Puts a group where it lies between calls: for good on the onload device if it is resident."""
+        """Put a group where it lies between calls: for good on the onload device if it is resident."""
 
     def detach(self, group: Group) -> None:
-        """Puts a group back where `attach` found it, with the values that it has now."""
+        """Put a group back where `attach` found it, with the values that it has now."""
 
     def onload(self, group: Group) -> None:
-        """Brings a group, so that its modules can be called."""
+        """Bring a group, so that its modules can be called."""
 
     def offload(self, group: Group) -> None:
-        """Drops what was brought, as far as it was; what a call changed in it is kept.
+        """Drop what was brought, as far as it was; what a call changed in it is kept.
 
         It may not have been brought, or an exception may have interrupted that, or an earlier `offload`.
         """
 
     def report(self, group: Group, *, resident: bool) -> Mapping[str, int]:
-        """Where the group's bytes lie between calls: a label for people to a number of bytes."""
+        """Return where the group's bytes lie between calls: a label for people to a number of bytes."""
 
     def needs(self) -> Mapping[str, int]:
         """Bytes of each device that weights will take at once, from what it was told to expect."""
         return {}
 
     def begin(self) -> None:
-        """Is told that an outermost call begins."""
+        """Begin an outermost call."""
         return
 
     def end(self) -> None:
-        """Is told that an outermost call has ended, and that nothing is held any more."""
+        """End an outermost call; no call holds a group any more."""
         return
 
     def invalidate(self, group: Group) -> None:
-        """Is told that somebody gets at the group's tensors between calls, and may change them."""
+        """Invalidate copies of a group whose tensors somebody reads, and may change, between calls."""
         return
 
     def finalize(self, group: Group) -> None:
-        """Is told that the group was detached for good."""
+        """Finalize a group that was detached for good."""
         return
 
     def reset(self) -> None:
-        """Forgets what it learned and counted in earlier calls."""
+        """Forget what it learned and counted in earlier calls."""
         return
 
     def train(self) -> None:
-        """Has parameters lie from now on, between calls, where they lie at this moment: they are trained."""
+        """Keep trained parameters, also between calls, where they lie now."""
         return
 
     def run_report(self) -> object:
-        """What it counted since it was made or last reset: an attrs object; None for nothing."""
+        """Return what it counted since it was made or last reset: an attrs object; None for nothing."""
         return None
 
     def recording(self, timeline: Timeline) -> AbstractContextManager[None]:
-        """Times on a device, if it uses streams there, what it does until the end of the block."""
+        """Time on a device, if it uses streams there, what it does until the end of the block."""
         return nullcontext()

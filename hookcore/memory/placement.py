@@ -124,7 +124,7 @@ class Placement:
         mover.expect(self._needed())
 
     def join(self, other: Placement) -> None:
-        """Counts from now on, before anything is attached, who holds what together with another placement."""
+        """Count from now on, before anything is attached, who holds what together with another placement."""
         if self._refs is other._refs:
             return
         for placement in self._joined:
@@ -147,7 +147,7 @@ class Placement:
         return iter(dict.fromkeys((*self.resident, *self.groups, *self._aliases.values())))
 
     def bindings(self) -> Iterator[Binding]:
-        """Lists the hooks: at the component's entries, at each call that holds a group, and at all parts.
+        """List the hooks: at the component's entries, at each call that holds a group, and at all parts.
 
         Somebody may call a part by itself, as `generate` calls an encoder. The hook there then does what
         those at the component's entries do.
@@ -176,7 +176,7 @@ class Placement:
                     yield Binding(fqn, _PartHook(self))
 
     def attach(self) -> None:
-        """Puts all groups where they lie between calls, and begins to watch reads."""
+        """Put all groups where they lie between calls, and begins to watch reads."""
         try:
             self._put_all()
         except BaseException:
@@ -184,7 +184,7 @@ class Placement:
             raise
 
     def detach(self) -> None:
-        """Puts all groups back where they were, and stops watching."""
+        """Put all groups back where they were, and stop watching."""
         self._drop_left()
         try:
             self._take_all()
@@ -216,7 +216,7 @@ class Placement:
         self.mover.train()
 
     def _put(self, group: Group) -> None:
-        """Attaches a group, unless another placement has done so."""
+        """Attach a group, unless another placement has done so."""
         if group not in self._attached:
             came_from = [(tensor, tensor.device) for slot in group.slots for tensor in slot.tensors]
             self._attached[group] = _Attached(came_from)
@@ -229,7 +229,7 @@ class Placement:
         attached.by.add(id(self))
 
     def _take(self, group: Group) -> None:
-        """Detaches a group, unless another placement needs it."""
+        """Detach a group, unless another placement needs it."""
         attached = self._attached.get(group)
         if attached is None:
             return
@@ -244,13 +244,13 @@ class Placement:
         return any(group in placement.resident for placement in self._joined)
 
     def finalize(self) -> None:
-        """Tells the mover that all groups were detached for good."""
+        """Tell the mover that all groups were detached for good."""
         for group in self._homes():
             if group not in self._attached:
                 self.mover.finalize(group)
 
     def reset(self) -> None:
-        """Has the mover forget what it learned from earlier calls."""
+        """Reset the mover."""
         self._drop_left()
         self.mover.reset()
 
@@ -265,11 +265,11 @@ class Placement:
         return self.mover.needs() if self._leads else {}
 
     def run_report(self) -> object:
-        """What the mover counted."""
+        """Return what the mover counted."""
         return self.mover.run_report() if self._leads else None
 
     def recording(self, timeline: Timeline) -> AbstractContextManager[None]:
-        """Has the mover time what it does until the end of the block."""
+        """Time what the mover does until the end of the block."""
         return self.mover.recording(timeline) if self._leads else nullcontext()
 
     def report(self) -> dict[str, int]:
@@ -283,7 +283,7 @@ class Placement:
     def enter(
         self, groups: tuple[Group, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Begins a call that holds these groups; returns the inputs of the outermost one, moved."""
+        """Begin a call that holds these groups; return the inputs of the outermost one, moved."""
         calls = self._calls
         held: list[Group] = []
         if is_outermost := not calls:
@@ -310,7 +310,7 @@ class Placement:
         return None
 
     def leave(self) -> None:
-        """Ends the innermost call, whichever way it ended."""
+        """End the innermost call, whichever way it ended."""
         calls = self._calls
         for group in reversed(calls.held.pop()):
             calls.uses[group] -= 1
@@ -324,7 +324,7 @@ class Placement:
             self.mover.end()
 
     def _hold(self, group: Group) -> None:
-        """Has the innermost call hold a group."""
+        """Hold a group for the innermost call."""
         calls = self._calls
         if group not in calls.uses:
             self._drop_lingering()
@@ -340,7 +340,7 @@ class Placement:
         calls.held[-1].append(group)
 
     def _drop(self, group: Group) -> None:
-        """Drops a group that nobody holds; what fails or is interrupted can be done again."""
+        """Drop a group that nobody holds; what fails or is interrupted can be done again."""
         self.mover.offload(group)
         self._calls.uses.pop(group, None)
 
@@ -351,7 +351,7 @@ class Placement:
             lingering.clear()
 
     def _drop_left(self) -> None:
-        """Drops what calls have left that were interrupted, before the next one or when none follows."""
+        """Drop what calls have left that were interrupted, before the next one or when none follows."""
         calls = self._calls
         if not calls and (calls.uses or calls.held):
             for group in list(calls.uses):
@@ -401,15 +401,15 @@ class _HoldHook(Hook):
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Brings what is not there yet."""
+        """Bring what is not there yet."""
         return self._placement.enter(self._groups, args, kwargs)
 
     def post_forward(self, module: nn.Module, output: Any) -> None:
-        """Lets go of it."""
+        """Let go of it."""
         self._placement.leave()
 
     def on_error(self, module: nn.Module, error: BaseException) -> None:
-        """Lets go of it."""
+        """Let go of it."""
         self._placement.leave()
 
 
@@ -417,35 +417,35 @@ class _PlacementHook(_HoldHook):
     """The one hook, at the component's first entry, that attaches and detaches for all of them."""
 
     def attach(self, module: nn.Module) -> None:
-        """Puts the whole component's groups where they lie between calls."""
+        """Put the whole component's groups where they lie between calls."""
         self._placement.attach()
 
     def detach(self, module: nn.Module) -> None:
-        """Puts them back."""
+        """Put them back."""
         self._placement.detach()
 
     def after_removal(self, module: nn.Module) -> None:
-        """Has the mover leave the component usable without it."""
+        """Finalize the component's groups."""
         self._placement.finalize()
 
     def reset(self, module: nn.Module) -> None:
-        """Has the mover forget earlier calls."""
+        """Reset the mover."""
         self._placement.reset()
 
     def report(self, module: nn.Module) -> Mapping[str, int]:
-        """Where the component's bytes lie between calls."""
+        """Return where the component's bytes lie between calls."""
         return self._placement.report()
 
     def needs(self, module: nn.Module) -> Mapping[str, int]:
-        """What the whole component will take."""
+        """Return what the whole component will take."""
         return self._placement.needs()
 
     def run_report(self, module: nn.Module) -> object:
-        """What the mover counted."""
+        """Return what the mover counted."""
         return self._placement.run_report()
 
     def recording(self, timeline: Timeline) -> AbstractContextManager[None]:
-        """Times what is moved until the end of the block."""
+        """Time what is moved until the end of the block."""
         return self._placement.recording(timeline)
 
 
@@ -464,7 +464,7 @@ class _PartHook(Hook):
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Brings what the part needs, unless a call is under way that has or brings it."""
+        """Bring what the part needs, unless a call is under way that has or brings it."""
         placement = self._placement
         moved_inputs = None
         if enters := not placement.is_called:
@@ -475,10 +475,10 @@ class _PartHook(Hook):
         return moved_inputs
 
     def post_forward(self, module: nn.Module, output: Any) -> None:
-        """Lets go of it."""
+        """Let go of it."""
         if self._entered.pop():
             self._placement.leave()
 
     def on_error(self, module: nn.Module, error: BaseException) -> None:
-        """Lets go of it."""
+        """Let go of it."""
         self.post_forward(module, None)

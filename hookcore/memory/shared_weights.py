@@ -44,7 +44,7 @@ class SharedWeights:
         exclude_kwargs: Collection[str] | None = None,
         offload_device: torch.device = _CPU,
     ) -> Placement:
-        """Makes a placement, which joins those on components that share weights with this one.
+        """Make a placement, which joins those on components that share weights with this one.
 
         Args:
             component: What is placed.

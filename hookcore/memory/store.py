@@ -44,41 +44,41 @@ class Store(Protocol):
     """
 
     def moves(self, slot: TensorSlot) -> bool:
-        """Whether a tensor is kept here between calls, and not on the device."""
+        """Return whether a tensor is kept here between calls, and not on the device."""
 
     def nbytes(self, group: Group, *, stays: bool = False) -> int:
         """Bytes of the device that a group takes when it comes, or if it stays, before it is taken over."""
 
     def take(self, group: Group) -> FlatGroup:
-        """Takes a group's parameters over from wherever they are."""
+        """Take a group's parameters over from wherever they are."""
 
     def take_again(self, flat: FlatGroup) -> FlatGroup:
-        """Takes over anew what was given other data, or stayed on the device; no copy reads it any more."""
+        """Take over anew what was given other data, or stayed on the device; no copy reads it any more."""
 
     def give_back(self, flat: FlatGroup) -> None:
-        """Puts parameters back where `take` found them, with the values that they have now."""
+        """Put parameters back where `take` found them, with the values that they have now."""
 
     def check_readable(self, flat: FlatGroup) -> None:
-        """Raises if what parameters show between calls cannot be read."""
+        """Raise if what parameters show between calls cannot be read."""
         return
 
     def finalize(self, group: Group) -> None:
-        """Is told that the group was given back for good."""
+        """Finalize a group that was given back for good."""
         return
 
     def keep_on(self, flat: FlatGroup, device: torch.device) -> None:
-        """Has parameters stay on the device from now on, in memory of their own."""
+        """Keep parameters on the device from now on, in memory of their own."""
 
     def bring(self, flat: FlatGroup, device: torch.device) -> None:
-        """Has parameters show a copy on the device that is there already, in memory of its own."""
+        """Show in parameters a copy on the device, in memory of its own."""
 
     def drop(self, flat: FlatGroup) -> None:
-        """Ends that; what was changed in it is kept."""
+        """End that; what was changed in it is kept."""
 
     def make_engine(
         self, device: torch.device, nbytes: int, sources: Sequence[FlatGroup], *, per_group: bool
     ) -> CopyEngine:
-        """Makes what copies from here.
+        """Make what copies from here.
 
         Args:
             device: Where to.
@@ -88,7 +88,7 @@ class Store(Protocol):
         """
 
     def report(self, flat: FlatGroup, on_device: str | None) -> Mapping[str, int]:
-        """Where bytes lie between calls.
+        """Return where bytes lie between calls.
 
         Args:
             flat: The parameters.
@@ -106,7 +106,7 @@ class Store(Protocol):
         return False
 
     def verify(self) -> None:
-        """Is asked before and after each call whether all is as it was; raises if not."""
+        """Verify, before and after each call, that all is as it was; raise if not."""
         return
 
 
@@ -149,11 +149,11 @@ class PinnedStore(Store):
         return is_weight(slot)
 
     def nbytes(self, group: Group, *, stays: bool = False) -> int:
-        """What stays is side by side no more."""
+        """Return what stays is side by side no more."""
         return planned_nbytes(group.slots) if stays else flat_nbytes(group.slots)
 
     def take(self, group: Group) -> FlatGroup:
-        """Moves parameters to locked host memory."""
+        """Move parameters to locked host memory."""
         homes = {slot: found[0].device for slot in group.slots if (found := current_tensors(slot))}
         return self._pack(_Taken(group, homes, memory_seen_elsewhere(group.slots)))
 
@@ -168,7 +168,7 @@ class PinnedStore(Store):
         return flat
 
     def take_again(self, flat: FlatGroup) -> FlatGroup:
-        """Takes the data and the buffers that modules were given into host memory of the group's own."""
+        """Take the data and the buffers that modules were given into host memory of the group's own."""
         flat.move_given_buffers(_CPU)
         self._unlock(flat)
         again = self._pack(self._taken[flat])
@@ -176,7 +176,7 @@ class PinnedStore(Store):
         return again
 
     def give_back(self, flat: FlatGroup) -> None:
-        """Moves parameters back to the device that they came from, into memory of their own."""
+        """Move parameters back to the device that they came from, into memory of their own."""
         taken = self._taken.get(flat)
         if taken is not None:
             self._unlock(flat)
@@ -186,23 +186,23 @@ class PinnedStore(Store):
             del self._taken[flat]
 
     def _unlock(self, flat: FlatGroup) -> None:
-        """Unlocks a group's memory, which no copy reads any more."""
+        """Unlock a group's memory, which no copy reads any more."""
         if flat.is_locked:
             flat.is_locked = False
             self._host.release(flat.host)
 
     def keep_on(self, flat: FlatGroup, device: torch.device) -> None:
-        """Moves parameters to the device: a view of shared memory is copied whole."""
+        """Move parameters to the device: a view of shared memory is copied whole."""
         move_apart(dict.fromkeys(self._taken[flat].homes, device))
         self._unlock(flat)
         flat.let_go()
 
     def bring(self, flat: FlatGroup, device: torch.device) -> None:
-        """Copies each parameter, and waits."""
+        """Copy each parameter, and wait."""
         self._plain.onload(self._taken[flat].group)
 
     def drop(self, flat: FlatGroup) -> None:
-        """Ends that; what was changed is copied back."""
+        """End that; what was changed is copied back."""
         if flat.copied is not None:  # a copy that was begun ahead and given up may still read
             flat.copied.synchronize()
         self._plain.offload(self._taken[flat].group)
@@ -210,7 +210,7 @@ class PinnedStore(Store):
     def make_engine(
         self, device: torch.device, nbytes: int, sources: Sequence[FlatGroup], *, per_group: bool
     ) -> CopyEngine:
-        """Makes what copies from locked memory, and through a little of it what is not locked."""
+        """Make what copies from locked memory, and through a little of it what is not locked."""
         engine = CopyEngine(device, nbytes, per_group=per_group)
         unlocked = [flat.nbytes for flat in sources if not flat.is_locked]
         if unlocked:

@@ -22,7 +22,7 @@ _use_count = torch._C._storage_Use_Count
 def check_movable(
     component: Component, slots: Iterable[TensorSlot], *, exclude_option: str | None = None
 ) -> None:
-    """Refuses tensors whose data cannot be exchanged by `tensor.data = other`.
+    """Refuse tensors whose data cannot be exchanged by `tensor.data = other`.
 
     Args:
         component: The component.
@@ -81,7 +81,7 @@ def tensor_at(module: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def by_memory(tensors: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
-    """Splits a slot's tensors by storage: something may have untied them since the slot was found."""
+    """Split a slot's tensors by storage: something may have untied them since the slot was found."""
     if len(tensors) < 2:
         return [tensors] if tensors else []
     sharing: dict[object, list[torch.Tensor]] = {}
@@ -93,7 +93,7 @@ def by_memory(tensors: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
 def copy_memory(
     tensors: list[torch.Tensor], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Copies the memory that tensors on one storage span, once.
+    """Copy the memory that tensors on one storage span, once.
 
     Returns:
         That memory, flat; its copy; and a view of the copy for each tensor, lying in it as the tensor does.
@@ -126,23 +126,23 @@ def moved_as_made(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def is_on(tensor: torch.Tensor, device: torch.device) -> bool:
-    """Whether it is there; a device without an index stands for any of its type."""
+    """Return whether it is there; a device without an index stands for any of its type."""
     there = tensor.device
     return there == device or (device.index is None and there.type == device.type)
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
-    """How often torch counted a change in place; it counts none of inference tensors."""
+    """Return how often torch counted a change in place; it counts none of inference tensors."""
     return None if tensor.is_inference() else tensor._version
 
 
 def move_apart(homes: Mapping[TensorSlot, torch.device]) -> None:
-    """Gives each slot memory of its own on a device; all of them or, if it raises, none."""
+    """Give each slot memory of its own on a device; all of them or, if it raises, none."""
     move_to_copies((current_tensors(slot), device) for slot, device in homes.items())
 
 
 def move_to_copies(devices: Iterable[tuple[list[torch.Tensor], torch.device]]) -> None:
-    """Has the tensors of slots hold copies on a device; all of them or, if it raises, none."""
+    """Rebind the tensors of slots to copies on a device; all of them or, if it raises, none."""
     moved: list[tuple[torch.Tensor, torch.Tensor]] = []
     for of_slot, device in devices:
         for tensors in by_memory(of_slot):
@@ -166,7 +166,7 @@ def memory_seen_elsewhere(slots: Iterable[TensorSlot]) -> list[tuple[torch.Tenso
 
 
 def go_back(left: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Has tensors hold the data again that they left, with the values that they have now."""
+    """Rebind tensors to the data that they left, with the values that they have now."""
     for tensor, data in left:
         if (tensor.shape, tensor.dtype, tensor.device) == (data.shape, data.dtype, data.device):
             data.copy_(tensor.data)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class TrueValue:
-    """Has reads within calls, state dicts and copies of a slot's tensors ask a hook what their values are.
+    """Ask a hook for the values of a slot's tensors in reads within calls, state dicts and copies.
 
     Args:
         hook: The hook; it overrides `true_value`.
@@ -41,14 +41,14 @@ class TrueValue:
         self._copied = [partial(_value_in_copy, own, weakref.ref(tensor)) for tensor in slot.tensors]
 
     def begin(self) -> None:
-        """Starts asking; begun before, it does nothing."""
+        """Start asking; begun before, it does nothing."""
         self.end()
         for tensor, value in zip(self._slot.tensors, self._copied, strict=True):
             copy_as(tensor, value)
         convert_reads(self._slot.owners, self, self._entries)
 
     def end(self) -> None:
-        """Stops asking; over before, it does nothing."""
+        """Stop asking; over before, it does nothing."""
         stop_converting_reads(self._slot.owners, self)
         for tensor, value in zip(self._slot.tensors, self._copied, strict=True):
             stop_copying_as(tensor, value)
@@ -73,13 +73,13 @@ class TrueValue:
             return self.computed(tensor)
 
     def loaded(self, tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """What the hook stores for the value."""
+        """Return what the hook stores for the value."""
         return self._hook.stored_value(self._module, tensor, value)
 
 
 def _value_in_copy(
     true_value: weakref.ref[TrueValue], tensor: weakref.ref[torch.Tensor], data: torch.Tensor
 ) -> torch.Tensor:
-    """What a copy holds of a tensor whose data this is."""
+    """Return what a copy holds of a tensor whose data this is."""
     own, original = true_value(), tensor()
     return data if own is None or original is None else own.value(original, data)

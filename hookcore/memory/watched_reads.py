@@ -31,7 +31,7 @@ _looking = _Looking()
 
 @contextmanager
 def only_looking() -> Iterator[None]:
-    """Has it be no read, on this thread, to go through all tensors, whose values nobody is going to use."""
+    """Ignore, on this thread, reads that go through all tensors without using their values."""
     _looking.depth += 1
     try:
         yield
@@ -106,7 +106,7 @@ def watch(
     before_read: Callable[[Group], None],
     uses: Mapping[Group, int] = MappingProxyType({}),
 ) -> None:
-    """Has all reads of the groups' tensors through their modules be watched, as `WatchedTensors` says."""
+    """Watch all reads of the groups' tensors through their modules, as `WatchedTensors` says."""
     by_module: dict[nn.Module, dict[str, Group]] = {}
     for group in groups:
         for slot in group.slots:
@@ -122,7 +122,7 @@ def watch(
 
 
 def stop_watching(groups: Iterable[Group]) -> None:
-    """Gives the modules of the groups' tensors their own dicts back."""
+    """Give the modules of the groups' tensors their own dicts back."""
     watched = {owner[0] for group in groups for slot in group.slots for owner in slot.owners}
     for module in watched:
         for kind in _KINDS:

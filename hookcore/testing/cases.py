@@ -21,10 +21,10 @@ class Blueprint(Protocol):
         """The methods that can be called, `"forward"` among them."""
 
     def make(self) -> nn.Module:
-        """Builds the model; draws weights from torch's global random state."""
+        """Build the model; draws weights from torch's global random state."""
 
     def make_inputs(self, entry: str, generator: torch.Generator) -> Arguments:
-        """Makes the positional and keyword arguments of one call of an entry, on the CPU."""
+        """Make the positional and keyword arguments of one call of an entry, on the CPU."""
 
 
 @frozen
@@ -45,13 +45,13 @@ class ModelCase:
         return self.blueprint.entries
 
     def build(self) -> nn.Module:
-        """Returns a fresh model, equal in every bit to those before; torch's random state stays as it was."""
+        """Return a fresh model, equal in every bit to those before; torch's random state stays as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return self.blueprint.make()
 
     def inputs(self, entry: str = "forward", seed: int = 0) -> Arguments:
-        """Returns fresh positional and keyword arguments on the CPU; the same for the same seed."""
+        """Return fresh positional and keyword arguments on the CPU; the same for the same seed."""
         return self.blueprint.make_inputs(entry, torch.Generator().manual_seed(seed))
 
     def call(
@@ -62,7 +62,7 @@ class ModelCase:
         *,
         device: torch.device | str = "cpu",
     ) -> tuple[Tensor, ...]:
-        """Calls an entry of the model with `inputs(entry, seed)`, brought to a device.
+        """Call an entry of the model with `inputs(entry, seed)`, brought to a device.
 
         Gradient mode is the caller's. "forward" is called as `model(...)`, the others by their name.
 
@@ -75,7 +75,7 @@ class ModelCase:
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yields the tensors in a result, in order: of a tensor, mapping, sequence, or object with attributes."""
+    """Yield the tensors in a result, in order: of a tensor, mapping, sequence, or object with attributes."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

@@ -128,7 +128,7 @@ class HookMachine(Twins, RuleBasedStateMachine):
 
     @initialize(data=st.data(), gradients=st.booleans())
     def begin(self, data: st.DataObject, gradients: bool) -> None:
-        """Builds the model and its twin."""
+        """Build the model and its twin."""
         self.home = self.home_of(self.techniques())
         self.case = data.draw(self.models(), label="model")
         self.gradients = gradients
@@ -143,12 +143,12 @@ class HookMachine(Twins, RuleBasedStateMachine):
 
     @rule(data=st.data())
     def apply_one(self, data: st.DataObject) -> None:
-        """Puts a technique on; a refusal changes nothing."""
+        """Put a technique on; a refusal changes nothing."""
         technique = data.draw(st.sampled_from(self.techniques()), label="technique")
         self.put_on(technique, data.draw(st.sampled_from(self.targets()), label="target"))
 
     def put_on(self, technique: Technique, fqn: str) -> None:
-        """Applies a technique to a module."""
+        """Apply a technique to a module."""
         target = self.model.get_submodule(fqn)
         before = ModelSnapshot.take(self.model)
         try:
@@ -161,7 +161,7 @@ class HookMachine(Twins, RuleBasedStateMachine):
     @precondition(lambda self: self.items)
     @rule(data=st.data())
     def remove_one(self, data: st.DataObject) -> None:
-        """Takes a technique off, whatever was put on before or after it."""
+        """Take a technique off, whatever was put on before or after it."""
         item = data.draw(st.sampled_from(self.items), label="item")
         self.items.remove(item)
         self.lost |= self.take_off(item.handle, self.model)
@@ -170,12 +170,12 @@ class HookMachine(Twins, RuleBasedStateMachine):
     @precondition(lambda self: self.removed)
     @rule(data=st.data())
     def remove_again(self, data: st.DataObject) -> None:
-        """Removes what has been removed."""
+        """Remove what has been removed."""
         data.draw(st.sampled_from(self.removed), label="item").handle.remove()
 
     @rule()
     def remove_all(self) -> None:
-        """Takes everything off."""
+        """Take everything off."""
         lossy = self.tolerance is not None
         self.lost |= lossy and bool(self.items)
         hookcore.remove(self.model, allow_lossy=lossy)
@@ -185,7 +185,7 @@ class HookMachine(Twins, RuleBasedStateMachine):
     @precondition(lambda self: self.items)
     @rule(data=st.data())
     def reset(self, data: st.DataObject) -> None:
-        """Has a technique forget earlier calls."""
+        """Reset a technique."""
         data.draw(st.sampled_from(self.items), label="item").handle.reset()
 
     # What is done with the model
@@ -199,18 +199,18 @@ class HookMachine(Twins, RuleBasedStateMachine):
 
     @rule(data=st.data(), seed=st.integers(0, 3))
     def call(self, data: st.DataObject, seed: int) -> None:
-        """Calls an entry of both."""
+        """Call an entry of both."""
         self.call_entry(data.draw(st.sampled_from(self.entries()), label="entry"), seed)
 
     def call_entry(self, entry: str, seed: int) -> None:
-        """Calls both; outputs have to be the same."""
+        """Call both; outputs have to be the same."""
         with torch.set_grad_enabled(self.gradients), self.twin_beside_model() as device:
             models = self.model, self.twin
             self.same_outputs(self.case, models, entry, seed, home=self.home, when="in a call", device=device)
 
     @contextlib.contextmanager
     def twin_beside_model(self) -> Iterator[str]:
-        """Has the twin compute where the model does while nothing brings that to the device.
+        """Move the twin to where the model computes while nothing brings that to the device.
 
         Not all kernels of two devices round in the same way.
         """
@@ -224,13 +224,13 @@ class HookMachine(Twins, RuleBasedStateMachine):
 
     @rule(data=st.data(), seed=st.integers(0, 3))
     def call_that_fails(self, data: st.DataObject, seed: int) -> None:
-        """Has a module raise in a call of both: the error goes on unchanged."""
+        """Raise in a module during a call of both: the error goes on unchanged."""
         entry = data.draw(st.sampled_from(self.entries()), label="entry")
         fqn = data.draw(st.sampled_from(list(dict(self.model.named_modules()))), label="fails at")
         self.fail_entry(entry, seed, fqn)
 
     def fail_entry(self, entry: str, seed: int, fqn: str) -> None:
-        """Calls both with a module that raises; what comes out has to be the same."""
+        """Call both with a module that raises; what comes out has to be the same."""
         got = self._call_failing(self.model, fqn, entry, seed, self.home)
         with self.twin_beside_model() as device:
             expected = self._call_failing(self.twin, fqn, entry, seed, device)
@@ -244,7 +244,7 @@ class HookMachine(Twins, RuleBasedStateMachine):
     def _call_failing(
         self, model: nn.Module, fqn: str, entry: str, seed: int, device: str
     ) -> tuple[torch.Tensor, ...] | list[str]:
-        """Returns outputs, or, if the error came out, the notes on it."""
+        """Return outputs, or, if the error came out, the notes on it."""
         handle = model.get_submodule(fqn).register_forward_pre_hook(_fail)
         with torch.set_grad_enabled(self.gradients):
             try:
@@ -262,7 +262,7 @@ class HookMachine(Twins, RuleBasedStateMachine):
     @precondition(lambda self: self.reads_true)
     @rule(way=st.sampled_from(["deepcopy", "pickle"]), data=st.data())
     def copy(self, way: str, data: st.DataObject) -> None:
-        """Copies both; the copies have no hooks, and compute the same."""
+        """Copy both; the copies have no hooks, and compute the same."""
         copied, twin = (_copied(it, way).to(self.device) for it in (self.model, self.twin))
         promise(not is_hooked(copied), f"a {way} has no hooks")
         entry = data.draw(st.sampled_from(self.case.entries), label="entry")
@@ -272,7 +272,7 @@ class HookMachine(Twins, RuleBasedStateMachine):
     @precondition(lambda self: self.reads_true)
     @rule(seed=st.integers(0, 3))
     def load(self, seed: int) -> None:
-        """Saves, and loads other weights."""
+        """Save, and load other weights."""
         self.same_state(self.model, self.twin)
         other = self.build(type(self.case)(self.case.blueprint, seed)).state_dict()
         for model in (self.model, self.twin):
@@ -282,7 +282,7 @@ class HookMachine(Twins, RuleBasedStateMachine):
     @precondition(lambda self: self.reads_true and any(True for _ in self.model.parameters()))
     @rule(data=st.data())
     def replace_a_parameter(self, data: st.DataObject) -> None:
-        """Puts another parameter with the same values in the place of one, made where the model began."""
+        """Put another parameter with the same values in the place of one, made where the model began."""
         first = self.build(self.case)
         shared = Counter(it.untyped_storage().data_ptr() for it in (*first.parameters(), *first.buffers()))
         alone = (fqn for fqn, it in first.named_parameters() if shared[it.untyped_storage().data_ptr()] == 1)
@@ -315,7 +315,7 @@ class HookMachine(Twins, RuleBasedStateMachine):
             promise(not found, f"a model without techniques is as it ever was: {'; '.join(found)}")
 
     def teardown(self) -> None:
-        """Leaves nothing behind; fails for what the simulator finds late."""
+        """Leave nothing behind; fails for what the simulator finds late."""
         with self._cleanup:
             with contextlib.suppress(AttributeError):  # nothing was built
                 hookcore.remove(self.model, allow_lossy=True)

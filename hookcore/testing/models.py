@@ -55,11 +55,11 @@ class RealModel:
     entries: tuple[str, ...] = ("forward",)
 
     def make(self) -> nn.Module:
-        """Builds the model, in eval mode."""
+        """Build the model, in eval mode."""
         return self.builder().eval()
 
     def make_inputs(self, entry: str, generator: torch.Generator) -> Arguments:
-        """Makes the keyword arguments of one call."""
+        """Make the keyword arguments of one call."""
         return (), self.arguments(entry, generator)
 
 

@@ -337,7 +337,7 @@ class Recipe:
         return f"Recipe({self.kind.__name__}{children})"
 
     def build(self, width: int) -> nn.Module:
-        """Builds the module from torch's global random state."""
+        """Build the module from torch's global random state."""
         return self.kind(width, *(child.build(width) for child in self.children))
 
 
@@ -402,7 +402,7 @@ class TreeModel:
     skips_blocks: bool = False
 
     def make(self) -> nn.Module:
-        """Builds the model; draws weights from torch's global random state."""
+        """Build the model; draws weights from torch's global random state."""
         model = self.tree.build(self.width)
         # Every tensor gets values of its own, so that a norm's weight in the place of another's shows.
         for parameter in model.parameters():
@@ -423,7 +423,7 @@ class TreeModel:
         return ("forward", "encode", "decode") if self.tree.kind is Staged else ("forward",)
 
     def make_inputs(self, entry: str, generator: torch.Generator) -> Arguments:
-        """Returns x `(BATCH, width)` and, where blocks are left out, which ones."""
+        """Return x `(BATCH, width)` and, where blocks are left out, which ones."""
         x = torch.randn(BATCH, self.width, generator=generator)
         if not self.skips_blocks or self.tree.kind is not Staged or entry == "encode":
             return (x,), {}

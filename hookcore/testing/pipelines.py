@@ -48,7 +48,7 @@ class PipelineCase:
     seed: int = 0
 
     def build(self) -> Any:
-        """Returns a fresh pipeline without a progress bar; torch's random state stays as it was."""
+        """Return a fresh pipeline without a progress bar; torch's random state stays as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             pipeline = self.builder()
@@ -59,7 +59,7 @@ class PipelineCase:
         return pipeline
 
     def run(self, pipeline: Any, seed: int = 0, **options: Any) -> torch.Tensor:
-        """Runs the pipeline.
+        """Run the pipeline.
 
         Args:
             pipeline: The pipeline.

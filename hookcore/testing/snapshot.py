@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors agree in dtype, shape and every bit, on whatever devices they are.
+    """Return whether two tensors agree in dtype, shape and every bit, on whatever devices they are.
 
     Unlike `torch.equal`, a NaN equals itself, and -0.0 and 0.0 are two values.
     """
@@ -55,7 +55,7 @@ class ModelSnapshot:
 
     @classmethod
     def take(cls, model: nn.Module, *, twin: nn.Module | None = None) -> ModelSnapshot:
-        """Records a model as it is now.
+        """Record a model as it is now.
 
         Args:
             model: What to record.
@@ -72,7 +72,7 @@ class ModelSnapshot:
         )
 
     def differences(self, model: nn.Module, *, same_storage: bool = False) -> list[str]:
-        """Says how a model differs from what it was; empty when it is restored.
+        """State how a model differs from what it was; empty when it is restored.
 
         Args:
             model: The model that the snapshot was taken of.
@@ -92,7 +92,7 @@ class ModelSnapshot:
         return [change for change in found if change not in by_calls] + list(self._unlike(self.twin))
 
     def assert_restored(self, model: nn.Module, *, same_storage: bool = False) -> None:
-        """Raises unless `differences` finds none.
+        """Raise unless `differences` finds none.
 
         Raises:
             AssertionError: With all differences.
@@ -117,7 +117,7 @@ class ModelSnapshot:
         return found
 
     def _unlike(self, twin: ModelSnapshot) -> Iterator[str]:
-        """Yields where values differ between the two models as they are now."""
+        """Yield where values differ between the two models as they are now."""
         twins = twin._tensors_now()
         for fqn, tensor in self._tensors_now().items():
             # Where one of them is missing or cannot be read, that is reported already.
@@ -267,7 +267,7 @@ def _facts(tensor: Tensor) -> dict[str, Any]:
 
 
 def _contents(value: object) -> dict[Any, Any]:
-    """What a container holds, as a dictionary; empty for anything else."""
+    """Return what a container holds, as a dictionary; empty for anything else."""
     match value:
         case dict():
             return dict(value)
@@ -280,7 +280,7 @@ def _contents(value: object) -> dict[Any, Any]:
 
 
 def _mapping_changes(where: str, before: dict[Any, Any], now: dict[Any, Any]) -> Iterator[str]:
-    """Yields how keys, their order and the identity of values differ."""
+    """Yield how keys, their order and the identity of values differ."""
     for key, value in before.items():
         if key not in now:
             yield f"{where}: {key!r} is gone"
@@ -300,7 +300,7 @@ def _same_gradient(first: Tensor | None, second: Tensor | None) -> bool:
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether a tensor has values; torch itself reads beyond a storage that was freed, and crashes."""
+    """Return whether a tensor has values; torch itself reads beyond a storage that was freed, and crashes."""
     if tensor.is_meta:
         return False
     if tensor.numel() == 0:
@@ -312,5 +312,5 @@ def _readable(tensor: Tensor) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Returns a copy of a tensor's bytes on the CPU, `(bytes,)` uint8, in logical order."""
+    """Return a copy of a tensor's bytes on the CPU, `(bytes,)` uint8, in logical order."""
     return tensor.detach().to("cpu", copy=True).reshape(-1).view(torch.uint8)

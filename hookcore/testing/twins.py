@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 def promise(kept: bool, what: str) -> None:
-    """Raises AssertionError, with the promise, unless it was kept."""
+    """Raise AssertionError, with the promise, unless it was kept."""
     if not kept:
         raise AssertionError(f"broken promise: {what}")
 
 
 def is_hooked(model: nn.Module) -> bool:
-    """Whether any module in it has hooks."""
+    """Return whether any module in it has hooks."""
     return any(map(has_hooks, model.modules()))
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the module itself has hooks."""
+    """Return whether the module itself has hooks."""
     return any(isinstance(value, HookStack) for value in vars(module).values())
 
 
@@ -49,11 +49,11 @@ class Twins:
     device: str = "cpu"
 
     def build(self, case: ModelCase) -> nn.Module:
-        """Builds a model of the case, on the CPU; equal ones at each call."""
+        """Build a model of the case, on the CPU; equal ones at each call."""
         return case.build()
 
     def home_of(self, techniques: Iterable[Technique]) -> str:
-        """Where a model lies, and its inputs come from, before these techniques are put on it.
+        """Return where a model lies, and its inputs come from, before these techniques are put on it.
 
         That is where it computes, unless one of them is to bring it there.
         """
@@ -70,7 +70,7 @@ class Twins:
         when: str,
         device: str | None = None,
     ) -> None:
-        """Calls the model and its bare twin; their outputs have to be the same.
+        """Call the model and its bare twin; their outputs have to be the same.
 
         Args:
             case: What they were built from.
@@ -89,7 +89,7 @@ class Twins:
         promise([it.requires_grad for it in got] == [it.requires_grad for it in expected], what)
 
     def same(self, got: Tensor, expected: Tensor) -> bool:
-        """Whether two tensors, on whatever devices, are the same within the tolerance."""
+        """Return whether two tensors, on whatever devices, are the same within the tolerance."""
         if self.tolerance is None:
             return same_bits(got, expected)
         got, expected = got.detach().cpu(), expected.detach().cpu()
@@ -108,7 +108,7 @@ class Twins:
             promise(self.same(found, tensor), f"state_dict() has the true {fqn!r}")
 
     def take_off(self, applied: Applied, model: nn.Module) -> bool:
-        """Removes techniques; if they have to be allowed to lose bits, they say so before any change.
+        """Remove techniques; if they have to be allowed to lose bits, they say so before any change.
 
         Returns:
             Whether bits were lost.
@@ -125,7 +125,7 @@ class Twins:
 
     @staticmethod
     def differences(before: ModelSnapshot, model: nn.Module, *, exact: bool) -> list[str]:
-        """How a model differs from what it was, in values too if they have to be exact."""
+        """Return how a model differs from what it was, in values too if they have to be exact."""
         values = ("values differ", "values differ from the twin's")
         return [it for it in before.differences(model) if exact or not it.endswith(values)]
 

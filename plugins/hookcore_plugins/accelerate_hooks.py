@@ -19,7 +19,7 @@ _REMOVE = "call `accelerate.hooks.remove_hook_from_module(model, recurse=True)`"
 
 @hookimpl
 def hookcore_find_foreign(modules: Mapping[str, nn.Module]) -> Iterator[ForeignMechanism]:
-    """Finds modules with an `_hf_hook`: offloading, device maps, casting."""
+    """Find modules with an `_hf_hook`: offloading, device maps, casting."""
     for fqn, module in modules.items():
         hook = module.__dict__.get("_hf_hook")
         if hook is not None:
@@ -31,7 +31,7 @@ def hookcore_find_foreign(modules: Mapping[str, nn.Module]) -> Iterator[ForeignM
 
 @hookimpl
 def hookcore_observe(event: str) -> None:  # noqa: ARG001 -- whatever it is, it may have been the first or last
-    """Has accelerate refuse to offload, map or cast what hookcore has hooked."""
+    """Make accelerate refuse to offload, map or cast what hookcore has hooked."""
     hooks = sys.modules.get("accelerate.hooks")
     for name in ("AlignDevicesHook", "CpuOffload", "LayerwiseCastingHook"):
         if (kind := getattr(hooks, name, None)) is not None:
@@ -43,7 +43,7 @@ def _about_to_hook(hook: Any, module: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _forget_forward(module: nn.Module) -> None:
-    """Drops what accelerate notes on a module before it makes the hook ready."""
+    """Drop what accelerate notes on a module before it makes the hook ready."""
     if "_hf_hook" not in vars(module):
         vars(module).pop("_old_forward", None)
 

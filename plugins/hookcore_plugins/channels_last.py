@@ -44,7 +44,7 @@ class ChannelsLast(Technique):
     replans: ClassVar[bool] = True
 
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
-        """Lists a hook for each of the component's entries; the first sees to all weights."""
+        """List a hook for each of the component's entries; the first sees to all weights."""
         found: dict[TensorSlot, None] = {}
         for fqn, module in component.modules.items():
             if isinstance(module, _CONVOLUTIONS) and module._parameters.get("weight") is not None:
@@ -68,7 +68,7 @@ class ChannelsLast(Technique):
 
 
 def _refusal(slot: TensorSlot) -> str | None:
-    """Why a weight is left as it lies, or None."""
+    """Return why a weight is left as it lies, or None."""
     first = slot.tensors[0]
     for tensor in slot.tensors:
         if tensor.layout is not torch.strided or type(tensor.data) is not torch.Tensor:
@@ -108,7 +108,7 @@ class _Weight:
             return data.to(memory_format=_FORMATS[data.dim()])
 
     def lay_out(self, data: torch.Tensor) -> None:
-        """Has the parameters hold what `converted` gave."""
+        """Rebind the parameters to what `converted` gave."""
         before = self.tensors[0].data
         self.strides, self.given = before.stride(), data.stride()
         if before.untyped_storage().nbytes() > before.nbytes:
@@ -129,7 +129,7 @@ class _Weight:
         return restored
 
     def give_back(self, restored: Sequence[torch.Tensor]) -> None:
-        """Has the parameters hold what `restored` gave."""
+        """Rebind the parameters to what `restored` gave."""
         for tensor, data in zip(self.tensors, restored, strict=True):
             tensor.data = data
         self.left = None
@@ -153,7 +153,7 @@ class _Weight:
 
 
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether all values are the same, NaNs and the signs of zeros included."""
+    """Return whether all values are the same, NaNs and the signs of zeros included."""
     bits = _BITS[first.itemsize]
     return torch.equal(first.view(bits), second.view(bits))
 
@@ -171,7 +171,7 @@ class _InputsHook(Hook):
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Converts tensors among the arguments; what is nested in others stays as it is."""
+        """Convert tensors among the arguments; what is nested in others stays as it is."""
         converted = tuple(map(self._converted, args))
         return converted, {name: self._converted(value) for name, value in kwargs.items()}
 
@@ -189,13 +189,13 @@ class _WeightsHook(_InputsHook):
         self._weights = weights
 
     def attach(self, module: nn.Module) -> None:
-        """Converts the weights, all or none."""
+        """Convert the weights, all or none."""
         converted = [weight.converted() for weight in self._weights]
         for weight, data in zip(self._weights, converted, strict=True):
             weight.lay_out(data)
 
     def detach(self, module: nn.Module) -> None:
-        """Gives the weights their strides back, all or none."""
+        """Give the weights their strides back, all or none."""
         restored = [weight.restored() for weight in self._weights]
         for weight, data in zip(self._weights, restored, strict=True):
             weight.give_back(data)
@@ -207,5 +207,5 @@ class _WeightsHook(_InputsHook):
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Technique]]:
-    """Brings `ChannelsLast`."""
+    """Bring `ChannelsLast`."""
     return [ChannelsLast]

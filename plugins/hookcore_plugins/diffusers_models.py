@@ -35,7 +35,7 @@ _MOVE_OR_CAST = ("group_offloading", "layerwise_casting")
 
 @hookimpl
 def hookcore_describe_model(model: nn.Module, modules: Mapping[str, nn.Module]) -> ModelConventions | None:
-    """Reads the class attributes that diffusers' own techniques read.
+    """Read the class attributes that diffusers' own techniques read.
 
     Block classes and kept dtypes are collected from all diffusers models in the tree (a MultiControlNet
     holds several); entries and block holders are the model's own.
@@ -71,7 +71,7 @@ def _checkpoint_names(model: Any, keys: Collection[str]) -> dict[str, str]:
 
 @hookimpl
 def hookcore_find_foreign(modules: Mapping[str, nn.Module]) -> Iterator[ForeignMechanism]:
-    """Finds the hooks of `diffusers.hooks`: offloading, casting, caching, parallelism.
+    """Find the hooks of `diffusers.hooks`: offloading, casting, caching, parallelism.
 
     A registry without hooks is none: every pipeline leaves one on its denoiser (`cache_context`).
     """
@@ -92,7 +92,7 @@ def hookcore_find_foreign(modules: Mapping[str, nn.Module]) -> Iterator[ForeignM
 
 @hookimpl
 def hookcore_observe(event: str) -> None:  # noqa: ARG001 -- whatever it is, it may have been the first or last
-    """Has diffusers refuse to offload or cast what hookcore has hooked."""
+    """Make diffusers refuse to offload or cast what hookcore has hooked."""
     registry = getattr(sys.modules.get("diffusers.hooks.hooks"), "HookRegistry", None)
     if registry is not None:
         refuse_meanwhile(registry, "register_hook", _about_to_hook)
@@ -108,7 +108,7 @@ def _about_to_hook(registry: Any, hook: Any, name: str) -> tuple[nn.Module, str]
 def hookcore_build_model(
     model_class: Any, folder: Path, config_overrides: Mapping[str, Any]
 ) -> nn.Module | None:
-    """Builds a `ModelMixin` from its config.json as `from_pretrained` does: in evaluation mode.
+    """Build a `ModelMixin` from its config.json as `from_pretrained` does: in evaluation mode.
 
     Raises:
         CheckpointError: The folder has no config, or one of a quantized model.
@@ -143,7 +143,7 @@ def hookcore_build_model(
 
 @hookimpl
 def hookcore_loading_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype] | None:  # noqa: ARG001
-    """Reads `_keep_in_fp32_modules`: `from_pretrained` compares them with whole components of an FQN."""
+    """Read `_keep_in_fp32_modules`: `from_pretrained` compares them with whole components of an FQN."""
     model_mixin = _model_mixin()
     if model_mixin is None or not isinstance(model, model_mixin):
         return None
@@ -189,7 +189,7 @@ def _group_modules(model: nn.Module) -> list[str]:
 
 
 def _remedy(fqn: str, name: str, hook: Any, caching: list[str]) -> str:
-    """How to get rid of one hook; `caching` are the FQNs of models on which a cache was enabled."""
+    """Return how to get rid of one hook; `caching` are the FQNs of models on which a cache was enabled."""
     if name == "layerwise_casting":
         return (
             "load the model again without enable_layerwise_casting(): diffusers cannot take it off or give "

@@ -24,7 +24,7 @@ _NOISE_LEVEL = re.compile(r"\w*timesteps?\w*|\w*noise_time|r|t|sigmas?")
 
 @hookimpl
 def hookcore_open_target(target: Any) -> OpenedTarget | None:
-    """Takes what is a module from a pipeline's components, each once."""
+    """Take what is a module from a pipeline's components, each once."""
     everything = getattr(target, "components", None)
     if not isinstance(everything, Mapping):
         return None
@@ -53,7 +53,7 @@ def hookcore_open_target(target: Any) -> OpenedTarget | None:
 
 
 def _removes_noise(model: nn.Module) -> bool:
-    """Whether a model is told how much noise there is."""
+    """Return whether a model is told how much noise there is."""
     try:
         parameters = inspect.signature(type(model).forward).parameters
     except (AttributeError, TypeError, ValueError):  # the class alone does not tell, as of a ScriptModule

@@ -105,7 +105,7 @@ class DiskOffload(JointTechnique):
 
     @classmethod
     def bind_jointly(cls, places: Sequence[tuple[Self, Component]]) -> Iterable[Iterable[Binding | Skipped]]:
-        """Lists the hooks at the components' entries and at the calls of all layers.
+        """List the hooks at the components' entries and at the calls of all layers.
 
         Raises:
             CheckpointError: The checkpoint is damaged, or is not one of this model.
@@ -147,7 +147,7 @@ class DiskOffload(JointTechnique):
         origins: FileOrigins,
         pool: DevicePool,
     ) -> Iterator[Binding]:
-        """Has groups be read ahead of use, and copied to the device while others compute."""
+        """List hooks that read groups ahead of use, and copy them to the device while others compute."""
         here = self.execution_device
         store = FileStore(origins, self.read_ahead)
         mover = StreamMover(here, prefetch=_GROUPS_AHEAD, store=store, pool=pool)
@@ -160,7 +160,7 @@ class DiskOffload(JointTechnique):
         origins: FileOrigins,
         pool: HostPool,
     ) -> Iterator[Binding]:
-        """Has groups be brought into host memory, where the CPU uses them."""
+        """List hooks that bring groups into host memory, where the CPU uses them."""
         costs = {group: cost([origins[slot] for slot in group.slots]) for group in groups}
         resident: list[Group] = []
         if not pool.is_shared:
@@ -177,7 +177,7 @@ class DiskOffload(JointTechnique):
         return Placement(component, groups, resident, mover, here, exclude_kwargs=self.exclude_kwargs)
 
     def _origins(self, component: Component) -> FileOrigins:
-        """Finds where each parameter's values lie: known from loading, or by name in the checkpoint."""
+        """Find where each parameter's values lie: known from loading, or by name in the checkpoint."""
         parameters = [slot for slot in component.slots if not slot.is_buffer]
         check_ties(component, parameters)
         # While it is on the model and only planned anew, names may have changed and weights been replaced: it
@@ -196,5 +196,5 @@ class DiskOffload(JointTechnique):
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Technique]]:
-    """Brings disk offloading."""
+    """Bring disk offloading."""
     return [DiskOffload]

@@ -82,7 +82,7 @@ def _names(value: str | Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 def _ask(wanted: Callable[..., object], module: nn.Module, group: Group, index: int) -> bool:
-    """Asks whether a group stays; tells a function as much as it takes."""
+    """Ask whether a group stays; tells a function as much as it takes."""
     told = (module, group.holders[0][0], index)
     kinds = [it.kind for it in inspect.signature(wanted).parameters.values()]
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -217,7 +217,7 @@ class GroupOffload(JointTechnique):
 
     @classmethod
     def bind_jointly(cls, places: Sequence[tuple[Self, Component]]) -> Iterable[Iterable[Binding | Skipped]]:
-        """Lists the hooks at the components' entries and at the calls of all blocks or leaves.
+        """List the hooks at the components' entries and at the calls of all blocks or leave.
 
         Raises:
             PlanError: A tensor has no data, or an excluded module doesn't exist.
@@ -284,7 +284,7 @@ class GroupOffload(JointTechnique):
         resident: Sequence[Group],
         pool: DevicePool | HostPool,
     ) -> Iterator[Binding | Skipped]:
-        """Lists hooks that read weights from files."""
+        """List hooks that read weights from files."""
         here = self.onload_device
         parameters = [slot for slot in moving if not slot.is_buffer]
         check_ties(component, parameters)
@@ -366,5 +366,5 @@ class GroupOffload(JointTechnique):
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Technique]]:
-    """Brings group offloading."""
+    """Bring group offloading."""
     return [GroupOffload]

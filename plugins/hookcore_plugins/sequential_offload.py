@@ -62,7 +62,7 @@ class SequentialOffload(JointTechnique):
 
     @classmethod
     def bind_jointly(cls, places: Sequence[tuple[Self, Component]]) -> Iterable[Iterable[Binding | Skipped]]:
-        """Lists the hooks at the components' entries and at the calls of all layers.
+        """List the hooks at the components' entries and at the calls of all layers.
 
         Raises:
             PlanError: A tensor has no data, or an excluded module doesn't exist.
@@ -99,5 +99,5 @@ class SequentialOffload(JointTechnique):
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Technique]]:
-    """Brings sequential offloading."""
+    """Bring sequential offloading."""
     return [SequentialOffload]

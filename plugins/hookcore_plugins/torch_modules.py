@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def hookcore_find_foreign(modules: Mapping[str, nn.Module]) -> Iterator[ForeignMechanism]:
-    """Finds compiled, traced, sharded and wrapped modules, and weights made anew before each call."""
+    """Find compiled, traced, sharded and wrapped modules, and weights made anew before each call."""
     inside_script = set[nn.Module]()
     # Thousands of modules are of few classes, nearly all of which no mechanism has.
     classes = _classes_of_mechanisms()
@@ -45,7 +45,7 @@ def hookcore_build_model(
     folder: Path,  # noqa: ARG001 - a plain torch class keeps no config on disk
     config_overrides: Mapping[str, Any],
 ) -> nn.Module:
-    """Calls the class with the overrides; comes last because it fits every module class.
+    """Call the class with the overrides; comes last because it fits every module class.
 
     Raises:
         PlanError: The class cannot be called with these arguments.

@@ -25,7 +25,7 @@ _ENTRY = re.compile(r"encode|decode|get_\w+_features")
 
 @hookimpl
 def hookcore_describe_model(model: nn.Module, modules: Mapping[str, nn.Module]) -> ModelConventions | None:
-    """Reads the class attributes that transformers' own loading reads, from all its models in the tree.
+    """Read the class attributes that transformers' own loading reads, from all its models in the tree.
 
     `generate` is no entry: what it calls is `forward`, once for each step.
     """
@@ -48,7 +48,7 @@ def hookcore_describe_model(model: nn.Module, modules: Mapping[str, nn.Module]) 
 def hookcore_build_model(
     model_class: Any, folder: Path, config_overrides: Mapping[str, Any]
 ) -> nn.Module | None:
-    """Builds a `PreTrainedModel` from its config.json as `from_pretrained` does: in evaluation mode.
+    """Build a `PreTrainedModel` from its config.json as `from_pretrained` does: in evaluation mode.
 
     The dtype is the checkpoint's, the attention that which transformers chooses, the generation settings
     those in the folder.
@@ -89,7 +89,7 @@ def hookcore_build_model(
 
 @hookimpl
 def hookcore_loading_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype] | None:
-    """Reads `_keep_in_fp32_modules`, which is about float16 alone; the strict one is about bfloat16 too."""
+    """Read `_keep_in_fp32_modules`, which is about float16 alone; the strict one is about bfloat16 too."""
     base = _pretrained_model()
     if base is None or not isinstance(model, base):
         return None
@@ -156,7 +156,7 @@ def _checkpoint_names(model: Any, keys: Collection[str]) -> dict[str, str]:
 
 
 def _module_pattern(name: str) -> str:
-    """Turns an entry of `_keep_in_fp32_modules` into a regular expression for module FQNs.
+    """Turn an entry of `_keep_in_fp32_modules` into a regular expression for module FQNs.
 
     transformers searches it in tensor FQNs as a regular expression in which `*` means any text. A tensor's
     name at the end ("gate.weight") has to match the module that holds it.

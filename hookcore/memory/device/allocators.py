@@ -24,7 +24,7 @@ class DeviceRange:
     """Where a group can lie on the device.
 
     Attributes:
-        start: Its first byte in the slab.
+        start: Its first byte in the arena.
         memory: Its bytes, uint8.
         views: What the group's tensors are there.
         addresses: Of the views.
@@ -58,27 +58,27 @@ class Allocator:
     lender: FreeList | ByteQuota = field(init=False)
 
     def give_back(self, flat: FlatGroup, place: DeviceRange) -> None:
-        """Has others lie where a group lay, unless the room is its own."""
+        """Free the place of a group, unless it is reserved for the group."""
         if flat not in self.kept:
             self.lender.give_back(place.start, flat.nbytes)
 
     def drop(self, flat: FlatGroup) -> None:
-        """Keeps no room for a group any more, of which nothing is there."""
+        """Keep no room for a group any more, of which nothing is there."""
         self.lender.give_back(self.kept.pop(flat), flat.nbytes)
 
     def forget(self, flat: FlatGroup) -> None:
-        """Forgets a group that is packed anew, and of which nothing is on the device."""
+        """Forget a group that is packed anew, and of which nothing is on the device."""
         if flat in self.kept:
             self.drop(flat)
 
     def leave(self, flat: FlatGroup, place: DeviceRange | None) -> None:
-        """Has what a group took be collected later: it goes away, at whatever moment, with its model."""
+        """Queue the place of a group for `collect`: it goes away, at whatever moment, with its model."""
         start = self.kept.pop(flat, None if place is None else place.start)
         if start is not None:
             self.left.append((start, flat.nbytes))
 
     def collect(self) -> None:
-        """Has others lie where groups lay that went away."""
+        """Free the places of groups that went away."""
         while self.left:
             self.lender.give_back(*self.left.pop())
 
@@ -111,7 +111,7 @@ class ArenaAllocator(Allocator):
         return self.size
 
     def take(self, flat: FlatGroup) -> DeviceRange | None:
-        """Finds room for a group; None if there is none."""
+        """Find room for a group; None if there is none."""
         start = self.kept.get(flat)
         if start is None:
             start = self.lender.take(flat.nbytes)
@@ -137,7 +137,7 @@ class ArenaAllocator(Allocator):
         return []
 
     def keep(self, wanted: Iterable[FlatGroup], large: int | None = None) -> None:
-        """Gives groups ranges of their own, and no others; nothing else may be lent.
+        """Give groups ranges of their own, and no others; nothing else may be lent.
 
         Args:
             wanted: The groups, which have room together.
@@ -154,12 +154,12 @@ class ArenaAllocator(Allocator):
         self.lender.large = self.size + 1 if large is None else large
 
     def forget(self, flat: FlatGroup) -> None:
-        """Forgets a group that is packed anew, with its places; nothing of it is on the device."""
+        """Forget a group that is packed anew, with its places; nothing of it is on the device."""
         super().forget(flat)
         self._places.pop(flat, None)
 
     def leave(self, flat: FlatGroup, place: DeviceRange | None) -> None:
-        """Has what a group took be collected later: it goes away, at whatever moment, with its model."""
+        """Queue the place of a group for `collect`: it goes away, at whatever moment, with its model."""
         super().leave(flat, place)
         self._places.pop(flat, None)
 
@@ -185,7 +185,7 @@ class PerGroupAllocator(Allocator):
         return self.lender.lent
 
     def take(self, flat: FlatGroup) -> DeviceRange | None:
-        """Allocates memory for a group; None if that would be too much, or the device has no more."""
+        """Allocate memory for a group; None if that would be too much, or the device has no more."""
         if flat not in self.kept and flat.nbytes > self.lender.free:
             return None
         try:
@@ -197,11 +197,11 @@ class PerGroupAllocator(Allocator):
         return place
 
     def unkept(self, wanted: Collection[FlatGroup]) -> list[FlatGroup]:
-        """Which groups would lose their room if only these had some of their own."""
+        """Return which groups would lose their room if only these had some of their own."""
         return [flat for flat in self.kept if flat not in wanted]
 
     def keep(self, wanted: Iterable[FlatGroup], _large: int | None = None) -> None:
-        """Keeps room for groups, and no others; nothing else may be lent."""
+        """Keep room for groups, and no others; nothing else may be lent."""
         for flat in self.unkept(wanted := dict.fromkeys(wanted)):
             self.drop(flat)
         for flat in wanted:

@@ -80,7 +80,7 @@ class CopyEngine:
         self.staging: Staging | None = None
 
     def replace_allocator(self, nbytes: int, large: int | None = None) -> None:
-        """Allocates other memory; the old one, in which nothing may be lent any more, is freed before.
+        """Allocate other memory; the old one, in which nothing may be lent any more, is freed before.
 
         Args:
             nbytes: Bytes.
@@ -116,12 +116,12 @@ class CopyEngine:
         self.marker = self._times or timeline
 
     def measure(self) -> None:
-        """Times uses and copies from now on."""
+        """Time uses and copies from now on."""
         # What makes the events must not refer to the engine: in a cycle its memory would outlive it.
         self.times = PassTimes(partial(self._module.Event, enable_timing=True))
 
     def begin(self, stream: Any) -> None:
-        """Has a stream compute from now on."""
+        """Compute on a stream from now on."""
         if stream != self._computing:
             stream.wait_stream(self._computing)
             self._computing = stream
@@ -138,7 +138,7 @@ class CopyEngine:
         return self._module.current_stream(self._device)
 
     def take(self, flat: FlatGroup) -> Transfer | None:
-        """Finds room for a group, whose copy is not begun yet; None if there is none."""
+        """Find room for a group, whose copy is not begun yet; None if there is none."""
         allocator = self.allocator
         if flat.nbytes > allocator.lender.free and flat not in allocator.kept:  # most often so
             return None
@@ -150,13 +150,13 @@ class CopyEngine:
         return Transfer(flat, place, flat.copied, self._computing)
 
     def give_back(self, transfer: Transfer) -> None:
-        """Gives back the room of a load that was not used. Its copy may still be under way."""
+        """Give back the room of a transfer that was not used. Its copy may still be under way."""
         if self.allocator.is_shared:  # copies run one after another, but others may have the memory next
             transfer.lent_to.wait_event(transfer.ready)
         self.allocator.give_back(transfer.flat, transfer.place)
 
     def copy(self, transfers: Iterable[Transfer]) -> None:
-        """Begins copies, after all use so far of the memory that they fill."""
+        """Begin copies, after all use so far of the memory that they fill."""
         copying, times, timeline, marker = self._copying, self._times, self._timeline, self.marker
         if self.allocator.is_shared:  # with what was computed until this moment
             self._left.record(self._computing)
@@ -178,18 +178,18 @@ class CopyEngine:
                     timeline.add("copy", flat.name, begun, transfer.ready)
 
     def _staging_for(self, flat: FlatGroup) -> Staging | None:
-        """What a group that isn't locked is copied through, if it has room there."""
+        """Return what a group that isn't locked is copied through, if it has room there."""
         staging = self.staging
         return None if staging is None or staging.nbytes < flat.nbytes else staging
 
     def wait_for(self, transfer: Transfer) -> None:
-        """Has what is computed from now on come after a copy."""
+        """Order what is computed from now on after a copy."""
         self._computing.wait_event(transfer.ready)
         if self.marker is not None:
             transfer.used = self.mark()
 
     def leave(self, transfer: Transfer) -> None:
-        """Has all later copies come after what was computed so far, with this load among others."""
+        """Order all later copies after what was computed so far, with this transfer among others."""
         self._left.record(self._computing)
         if self._times is not None:
             self._times.use(transfer.flat, transfer.asked, transfer.used, self._times.mark(self._computing))
@@ -205,15 +205,15 @@ class CopyEngine:
         return None if self.marker is None else self.marker.mark(self._computing)
 
     def used(self, flat: FlatGroup, begun: Any) -> None:
-        """Takes down, if a timeline is recorded, that a group was used from an event until now."""
+        """Take down, if a timeline is recorded, that a group was used from an event until now."""
         if self.timeline is not None:
             self.timeline.add("compute", flat.name, begun, self.mark())
 
     def end(self) -> None:
-        """Waits until the device is done, before all memory is given back, whatever was lent."""
+        """Wait until the device is done, before all memory is given back, whatever was lent."""
         self.synchronize()
 
     def synchronize(self) -> None:
-        """Has the host wait for all copies and for all that was computed."""
+        """Make the host wait for all copies and for all that was computed."""
         self._copying.synchronize()
         self._computing.synchronize()

@@ -107,11 +107,11 @@ class DevicePool:
         return next(self._numbers)
 
     def expect(self, component: str, mover: StreamMover) -> None:
-        """Is told which mover a component will have."""
+        """Note which mover a component will have."""
         self._expecting[component] = mover
 
     def needs(self, mover: StreamMover) -> dict[str, int]:
-        """What the first call will allocate for all components; the first mover says it.
+        """Return what the first call will allocate for all components; the first mover says it.
 
         Raises:
             BudgetError: The budget is too small.
@@ -126,15 +126,15 @@ class DevicePool:
         return {str(self.device): taken} if mover is movers[0] else {}
 
     def register(self, mover: StreamMover) -> None:
-        """Takes a mover in, which has groups now."""
+        """Take a mover in, which has groups now."""
         self._movers[mover.number] = mover
 
     def unregister(self, mover: StreamMover) -> None:
-        """Lets a mover go, which has no groups any more."""
+        """Let a mover go, which has no groups any more."""
         self._movers.pop(mover.number, None)
 
     def dissolve(self) -> None:
-        """Gives the memory back, since what it is for changes; during a call, when that has ended.
+        """Give the memory back, since what it is for changes; during a call, when that has ended.
 
         Raises:
             ConcurrentCallError: Another thread calls a component that has its weights there.
@@ -151,7 +151,7 @@ class DevicePool:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Has no other thread call or change anything meanwhile."""
+        """Keep other threads from calling or changing anything meanwhile."""
         turn = Turn(get_ident())
         try:
             if not (self._lock.is_ours or self._lock.take(turn)):
@@ -166,7 +166,7 @@ class DevicePool:
             turn.thread = None
 
     def _discard(self) -> None:
-        """Gives all memory on the device back, whatever is there; all weights are in their stores."""
+        """Give all memory on the device back, whatever is there; all weights are in their stores."""
         self.is_sound = False
         if self.engine is not None:
             self.engine.end()
@@ -178,14 +178,14 @@ class DevicePool:
         self.is_sound = True
 
     def forget(self) -> None:
-        """Forgets in which order components were called."""
+        """Forget in which order components were called."""
         self._rounds.forget()
         self._kept.clear()
 
     # Calls
 
     def enter(self, mover: StreamMover) -> None:
-        """Begins an outermost call of a component; it may be within a call of another one.
+        """Begin an outermost call of a component; it may be within a call of another one.
 
         Raises:
             BudgetError: The budget is too small.
@@ -217,7 +217,7 @@ class DevicePool:
         self._running.append((mover, stream))
 
     def leave(self, mover: StreamMover) -> None:
-        """Ends a call, if it had begun."""
+        """End a call, if it had begun."""
         if not self._running or self._running[-1][0] is not mover:
             return
         self._running.pop()
@@ -235,7 +235,7 @@ class DevicePool:
             self._turn.thread = None
 
     def stop_recording(self, recorder: Recorder) -> None:
-        """Is told that a recorder is to be used no more."""
+        """Stop using a recorder."""
         if self.engine is not None and self.engine.timeline is recorder:
             self.engine.timeline = None
 
@@ -245,7 +245,7 @@ class DevicePool:
         return not self.is_shared or self._rounds.is_sure
 
     def following(self, mover: StreamMover) -> StreamMover | None:
-        """Whose weights are needed after a mover's call: perhaps its own; None if they have no room."""
+        """Return the mover whose weights are needed next, perhaps the same one; None if they have no room."""
         if not self.is_shared or len(self._running) > 1:
             return mover
         expected = self._rounds.expected
@@ -257,12 +257,12 @@ class DevicePool:
         return found
 
     def drop_ahead(self) -> None:
-        """Gives up what was copied ahead."""
+        """Give up what was copied ahead."""
         for mover in self._movers.values():
             mover.prefetcher.drop_ahead()
 
     def evict_one(self) -> bool:
-        """Gives up one group that is kept; False if there is none that isn't in use."""
+        """Give up one group that is kept; False if there is none that isn't in use."""
         kept = self.allocator.kept
         flat = next(reversed(kept), None)
         if flat is None or not all(mover.prefetcher.evict([flat]) for mover in self._movers.values()):
@@ -303,7 +303,7 @@ class DevicePool:
         return self.engine
 
     def _make_engine(self) -> CopyEngine:
-        """Allocates the memory, and decides what stays from the start."""
+        """Allocate the memory, and decides what stays from the start."""
         movers = list(self._movers.values())
         self._is_outdated = False
         self.is_shared = len(movers) > 1
@@ -331,7 +331,7 @@ class DevicePool:
         return size - sum(flat.nbytes for flat in kept)
 
     def _divide(self, mover: StreamMover) -> None:
-        """Sees to it that a mover's groups have room."""
+        """Make room for a mover's groups."""
         allocator = self.allocator
         chosen = self._choose()
         if chosen is not None:
@@ -351,7 +351,7 @@ class DevicePool:
         allocator.keep(wanted, None if chosen is None else chosen.large)
 
     def _keepable(self, mover: StreamMover) -> list[FlatGroup]:
-        """What may still be kept, of those that are, while this mover runs."""
+        """Return what may still be kept, of those that are, while this mover runs."""
         left = self._beside(mover.held)
         left -= min(_COMFORT * mover.largest, left)
         found = []
@@ -364,7 +364,7 @@ class DevicePool:
         return found
 
     def _choose(self) -> _Kept | None:
-        """What stays while the last round repeats; None if that isn't known."""
+        """Return what stays while the last round repeats; None if that isn't known."""
         numbers = self._rounds.round
         if not numbers or self.budget is None or any(number not in self._movers for number in numbers):
             return None
@@ -377,12 +377,12 @@ class DevicePool:
         return self._kept[key]
 
     def _packed(self, chosen: _Kept) -> dict[FlatGroup, None]:
-        """What stays, by what it is now."""
+        """Return what stays, by what it is now."""
         every = {number: self._movers[number].all_packed for number, _ in chosen.groups}
         return dict.fromkeys(every[number][index] for number, index in chosen.groups)
 
     def _choose_for(self, movers: Sequence[StreamMover]) -> _Kept | None:
-        """Chooses what stays in a round, in which these run one after another."""
+        """Choose what stays in a round, in which these run one after another."""
         different = list(dict.fromkeys(movers))
         place = {flat: (it.number, at) for it in different for at, flat in enumerate(it.all_packed)}
         held = {flat: None for it in different for flat in it.held}

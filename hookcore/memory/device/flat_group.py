@@ -142,7 +142,7 @@ class FlatGroup:
 
     @torch.inference_mode(False)  # what is made here outlives the mode
     def take(self, host: torch.Tensor) -> None:
-        """Copies the tensors to this memory, from wherever they are, and has them show it."""
+        """Copy the tensors to this memory, from wherever they are, and has them show it."""
         filled: set[int] = set()
         for part in self._parts:
             if part.start not in filled:
@@ -160,30 +160,30 @@ class FlatGroup:
         self.note_versions()
 
     def let_go(self) -> torch.Tensor:
-        """Gives the host memory away; the tensors must be shown elsewhere."""
+        """Give the host memory away; the tensors must be shown elsewhere."""
         host, self.host = self.host, torch.empty(0, dtype=torch.uint8)
         self.homes, self.addresses = [], []
         return host
 
     @torch.inference_mode(False)
     def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
-        """What each tensor is in such memory."""
+        """Return what each tensor is in such memory."""
         flat = {dtype: memory.view(dtype) for dtype in self._dtypes}
         begins = {dtype: int(it.storage_offset()) for dtype, it in flat.items()}
         return [part.view(flat[part.dtype], begins[part.dtype]) for part in self._parts]
 
     def show(self, views: Sequence[torch.Tensor]) -> None:
-        """Has the tensors hold what `views` gave."""
+        """Rebind the tensors to what `views` gave."""
         for tensor, view in zip(self.tensors, views):  # noqa: B905 -- of one length; this is the hot path
             tensor.data = view
 
     def show_host(self) -> None:
-        """Has the tensors hold host memory again."""
+        """Rebind the tensors to host memory."""
         for tensor, home in zip(self.tensors, self.homes):  # noqa: B905
             tensor.data = home
 
     def is_untouched(self, addresses: Sequence[int]) -> bool:
-        """Whether all tensors hold the data at these addresses, and none is changed or replaced."""
+        """Return whether all tensors hold the data at these addresses, and none is changed or replaced."""
         for tensor, address, version in zip(self.tensors, addresses, self._versions):  # noqa: B905
             if tensor.data_ptr() != address or tensor._version != version:
                 return False
@@ -200,7 +200,7 @@ class FlatGroup:
         return False
 
     def note_versions(self) -> None:
-        """Takes down how often torch has counted a change of each tensor."""
+        """Take down how often torch has counted a change of each tensor."""
         self._versions = [tensor._version for tensor in self.tensors]
 
     @property
@@ -227,7 +227,7 @@ class FlatGroup:
 
     @torch.inference_mode(False)  # versions of what is made in the mode cannot be told
     def move_given_buffers(self, device: torch.device) -> bool:
-        """Moves these to a device; says whether there is one.
+        """Move these to a device; return whether there is one.
 
         A call may have returned what it gave, which stays where it is: the module gets a copy.
         """
@@ -237,7 +237,7 @@ class FlatGroup:
         return bool(given)
 
     def come_home(self, views: Sequence[torch.Tensor], addresses: Sequence[int]) -> None:
-        """Has the tensors hold host memory again, with all changes; waits for these to be copied.
+        """Rebind the tensors to host memory, with all changes; wait for these to be copied.
 
         What an exception interrupts can be done again.
 
@@ -254,11 +254,11 @@ class FlatGroup:
         self.move_given_buffers(_CPU)
 
     def _kept(self, at: int, view: torch.Tensor) -> torch.Tensor:
-        """Keeps what a tensor was changed to; returns what it holds in host memory from now on."""
+        """Keep what a tensor was changed to; return what it holds in host memory from now on."""
         return self.homes[at].copy_(view)
 
     def bring_given(self, device: torch.device) -> None:
-        """Moves to a device, where all tensors were, those that were given since."""
+        """Move to a device, where all tensors were, those that were given since."""
         for tensor in self.tensors:
             if tensor.device != device:
                 tensor.data = tensor.data.to(device)

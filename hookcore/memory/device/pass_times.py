@@ -32,22 +32,22 @@ class PassTimes:
     _copies: dict[FlatGroup, tuple[Any, Any]] = field(factory=dict)
 
     def mark(self, stream: Any) -> Any:
-        """Records an event on a stream."""
+        """Record an event on a stream."""
         event = self.make_event()
         event.record(stream)
         return event
 
     def copy(self, group: FlatGroup, begun: Any, ended: Any) -> None:
-        """Takes down the events before and after a group's copy; the first one counts."""
+        """Take down the events before and after a group's copy; the first one counts."""
         self._copies.setdefault(group, (begun, ended))
 
     def use(self, group: FlatGroup, asked: Any, begun: Any, ended: Any) -> None:
-        """Takes down the events before the wait for a group, after it, and after the group's use."""
+        """Take down the events before the wait for a group, after it, and after the group's use."""
         if not self.passes:
             self._uses.append((group, asked, begun, ended))
 
     def end_pass(self) -> None:
-        """Is told that a pass has ended."""
+        """End a pass."""
         self.passes += bool(self._uses)
 
     @property
@@ -61,7 +61,7 @@ class PassTimes:
         return self.passes > 0 and bool(self._uses[-1][-1].query())
 
     def uses(self, groups: Container[FlatGroup]) -> list[Use[FlatGroup]]:
-        """What was measured of the uses of some groups, one after another; seconds."""
+        """Return what was measured of the uses of some groups, one after another; seconds."""
         copies = {
             group: begun.elapsed_time(ended) * _MILLI
             for group, (begun, ended) in self._copies.items()

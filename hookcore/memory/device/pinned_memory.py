@@ -54,7 +54,7 @@ class PinnedMemory:
         self._unlock: dict[int, weakref.finalize[Any, Any]] = {}
 
     def pack(self, flat: FlatGroup) -> None:
-        """Copies a group's tensors to memory of this kind, and has them show it; all of it or nothing."""
+        """Copy a group's tensors to memory of this kind, and has them show it; all of it or nothing."""
         before = [(tensor, tensor.data) for tensor in flat.tensors]
         memory = self.make(flat.nbytes)
         try:
@@ -68,7 +68,7 @@ class PinnedMemory:
             raise
 
     def make(self, nbytes: int) -> torch.Tensor:
-        """Makes memory to be filled and then given to `lock`.
+        """Make memory to be filled and then given to `lock`.
 
         Returns:
             A uint8 tensor, `(nbytes,)`.
@@ -85,7 +85,7 @@ class PinnedMemory:
         return memory
 
     def lock(self, memory: torch.Tensor) -> None:
-        """Locks memory that `make` made, if there is no reason not to."""
+        """Lock memory that `make` made, if there is no reason not to."""
         if self._runtime is not None and self._may_lock(memory.nbytes):
             address = memory.data_ptr()
             if self._runtime.register(address, memory.nbytes):
@@ -110,7 +110,7 @@ class PinnedMemory:
             )
 
     def release(self, memory: torch.Tensor) -> None:
-        """Unlocks memory. Nothing may be copying from it any more."""
+        """Unlock memory. Nothing may be copying from it any more."""
         if memory.nbytes and memory.is_pinned():
             self.locked -= memory.nbytes
             if (unlock := self._unlock.pop(memory.data_ptr(), None)) is not None:
@@ -141,7 +141,7 @@ class _Runtime:
         return cls(device) if hasattr(torch.get_device_module(device), "cudart") else None
 
     def register(self, address: int, nbytes: int) -> bool:
-        """Locks memory; returns False, and warns, if that is not possible."""
+        """Lock memory; return False, and warn, if that is not possible."""
         while self._left and not self._captures:
             runtime, left, pages = self._left.pop()
             runtime.unregister(left, pages)
@@ -160,7 +160,7 @@ class _Runtime:
         return False
 
     def unregister(self, address: int, pages: mmap.mmap) -> None:
-        """Unlocks memory, now or when nobody captures a graph any more; its pages live on until then."""
+        """Unlock memory, now or when nobody captures a graph any more; its pages live on until then."""
         if sys.is_finalizing():
             return
         if self._captures:
@@ -208,14 +208,14 @@ class Staging:
         return self._ranges.size
 
     def take(self, nbytes: int) -> torch.Tensor | None:
-        """Finds a free range; None while there is none. Waits for nothing."""
+        """Find a free range; None while there is none. Waits for nothing."""
         while self._sent and self._sent[0][0].query():
             self._free_oldest()
         start = self._ranges.take(nbytes)
         return None if start is None else self._memory[start : start + nbytes]
 
     def wait(self) -> bool:
-        """Waits for the oldest copy; says whether there was one."""
+        """Wait for the oldest copy; return whether there was one."""
         if not self._sent:
             return False
         self._sent[0][0].synchronize()
@@ -223,17 +223,17 @@ class Staging:
         return True
 
     def fill(self, source: torch.Tensor) -> torch.Tensor:
-        """Copies bytes into a free range, and returns that; waits for the oldest copy while there is none."""
+        """Copy bytes into a free range, and return that; wait for the oldest copy while there is none."""
         while (room := self.take(source.nbytes)) is None:
             self.wait()
         return room.copy_(source)
 
     def sent(self, filled: torch.Tensor, copied: Any) -> None:
-        """Takes down what `take` or `fill` returned, with an event after its copy."""
+        """Take down what `take` or `fill` returned, with an event after its copy."""
         self._sent.append((copied, int(filled.storage_offset()), filled.nbytes))
 
     def give_back(self, room: torch.Tensor) -> None:
-        """Takes back what `take` returned, and what was never copied."""
+        """Take back what `take` returned, and what was never copied."""
         self._ranges.give_back(int(room.storage_offset()), room.nbytes)
 
     def _free_oldest(self) -> None:

@@ -86,7 +86,7 @@ class Prefetcher:
         return None if needs_memory else self._bring_at_once(group, member)
 
     def _bring_at_once(self, group: Group, member: StreamedGroup) -> Transfer | None:
-        """Begins to copy a group that is needed now; None if there is no room."""
+        """Begin to copy a group that is needed now; None if there is no room."""
         if not member.flat.is_home:  # somebody gave a tensor other data, as `weight.data = ...` does
             self.pack_again(member)
         transfer = self._make_room_for(member.flat)
@@ -99,21 +99,21 @@ class Prefetcher:
         return transfer
 
     def count_demand(self, nbytes: int) -> None:
-        """Counts a group that was copied only when it was needed."""
+        """Count a group that was copied only when it was needed."""
         counts = self.counts
         counts.on_demand += 1
         counts.copies += 1
         counts.moved_bytes += nbytes
 
     def pack_again(self, member: StreamedGroup) -> None:
-        """Takes the data over that tensors were given."""
+        """Take the data over that tensors were given."""
         if member.flat.copied is not None:
             member.flat.copied.synchronize()
         self.engine.allocator.forget(member.flat)
         member.flat = self._members.store.take_again(member.flat)
 
     def _make_room_for(self, flat: FlatGroup) -> Transfer | None:
-        """Finds room for a group that is needed now; None if all else is in use."""
+        """Find room for a group that is needed now; None if all else is in use."""
         transfer = self.engine.take(flat)
         if transfer is None:
             self._pool.drop_ahead()
@@ -125,7 +125,7 @@ class Prefetcher:
     # Ahead of use
 
     def prefetch(self, *, wraps: bool = True, is_guess: bool = False) -> bool:
-        """Begins to copy what is used next, as far as there is room; says whether that was all of a pass.
+        """Begin to copy what is used next, as far as there is room; return whether that was all of a pass.
 
         Args:
             wraps: Whether another pass like this one follows.
@@ -162,29 +162,29 @@ class Prefetcher:
     # Dropping
 
     def give_back(self, group: Group, transfer: Transfer) -> None:
-        """Drops a group's copy, which nobody uses."""
+        """Drop a group's copy, which nobody uses."""
         self.ahead.pop(group, None)
         self.kept.pop(group, None)
         self._reach = 0
         self.engine.give_back(transfer)
 
     def drop(self, groups: Iterable[Group]) -> None:
-        """Drops the copies that there are of some groups."""
+        """Drop the copies that there are of some groups."""
         for group in groups:
             transfer = self.get(group)
             if transfer is not None:
                 self.give_back(group, transfer)
 
     def drop_ahead(self) -> None:
-        """Drops what was copied ahead of use."""
+        """Drop what was copied ahead of use."""
         self.drop(list(self.ahead))
 
     def drop_all(self) -> None:
-        """Drops all that is there, used or not."""
+        """Drop all that is there, used or not."""
         self.drop([*self.ahead, *self.kept])
 
     def forget(self) -> list[Transfer]:
-        """Forgets all that is there, as the memory is given back; returns what that was."""
+        """Forget all that is there, as the memory is given back; return what that was."""
         forgotten = [*self.ahead.values(), *self.kept.values()]
         self.ahead.clear()
         self.kept.clear()
@@ -192,7 +192,7 @@ class Prefetcher:
         return forgotten
 
     def evict(self, leaving: Collection[FlatGroup]) -> bool:
-        """Drops what is kept of these groups, but for what is in use; says whether nothing is."""
+        """Drop what is kept of these groups, but for what is in use; return whether nothing is."""
         found = [group for group, transfer in self.kept.items() if transfer.flat in leaving]
         if any(self._members.groups[group].in_use for group in found):
             return False
@@ -200,7 +200,7 @@ class Prefetcher:
         return True
 
     def _drop_unexpected(self, used: Group) -> None:
-        """Keeps, of what was copied ahead, only what is still expected next."""
+        """Keep, of what was copied ahead, only what is still expected next."""
         expected = {used}
         distance = 0
         while (group := self.order.ahead(distance)) is not None and (

@@ -1,7 +1,7 @@
 """Groups copied ahead of use, on a stream of their own, into device memory that is allocated once.
 
 Weights lie in a store (see `store`), which is host memory or files, and are never copied back. The order of
-use is learned; whatever is expected next is copied as soon as there is room for it (see `loads`).
+use is learned; whatever is expected next is copied as soon as there is room for it (see `prefetcher`).
 
 Once a pass has shown the order and the times of use, the memory that streaming doesn't need goes to groups
 that stay (see `layout`). Of a component that has the memory for itself, these have their home on the device
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether a device runs copies and computing side by side, and lets one wait for the other."""
+    """Return whether a device runs copies and computing side by side, and lets one wait for the other."""
     if device.type in ("cpu", "meta"):
         return False
     module = torch.get_device_module(device)
@@ -70,7 +70,7 @@ class StreamMover(GroupMover):
         pool: The memory, with a budget of its own, that it has in turn with others; None for one of its own.
 
     Attributes:
-        number: Its number in the room.
+        number: Its number in the pool.
         per_group: As given.
         allowed_ahead: `most_ahead`, as given.
         recorder: Times what it does; None for nothing.
@@ -117,26 +117,26 @@ class StreamMover(GroupMover):
     # Between calls
 
     def attach(self, group: Group, *, resident: bool) -> None:
-        """Gives a group's weights to the store, and its buffers to the device."""
+        """Give a group's weights to the store, and its buffers to the device."""
         self._dissolve()
         self._own.attach(group, resident=resident)
         self._pool.register(self)
 
     def detach(self, group: Group) -> None:
-        """Puts a group back where it came from."""
+        """Put a group back where it came from."""
         self._dissolve()
         self._own.detach(group)
         if not self._own.fixed:
             self._pool.unregister(self)
 
     def _dissolve(self) -> None:
-        """Gives the memory on the device back, since what it is for changes."""
+        """Give the memory on the device back, since what it is for changes."""
         self._pool.dissolve()
         if self._pool.engine is not None:  # others are being called
             self._drop_all()
 
     def _drop_all(self) -> None:
-        """Drops what is on the device of groups that come and go."""
+        """Drop what is on the device of groups that come and go."""
         pool = self._pool
         if pool.is_sound:
             pool.is_sound = False
@@ -146,11 +146,11 @@ class StreamMover(GroupMover):
             pool.left += self.prefetcher.forget()
 
     def finalize(self, group: Group) -> None:
-        """Is told that the group was detached for good."""
+        """Finalize a group that was detached for good."""
         self._own.store.finalize(group.divided(self._own.store.moves)[0])
 
     def reset(self) -> None:
-        """Forgets the order of use and what was counted; all that others don't use is copied anew."""
+        """Forget the order of use and what was counted; all that others don't use is copied anew."""
         self.prefetcher.counts = StreamReport()
         self.prefetcher.order.forget()
         self._pool.forget()
@@ -159,20 +159,20 @@ class StreamMover(GroupMover):
         self._drop_all()
 
     def train(self) -> None:
-        """Lets no more groups get their home on the device."""
+        """Let no more groups get their home on the device."""
         self._is_trained = True
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
-        """Where the bytes of the group lie."""
+        """Return where the bytes of the group lie."""
         return self._own.report(group, resident=resident)
 
     def expect(self, needed: ComponentGroups) -> None:
-        """Takes down what a component needs."""
+        """Record what a component needs."""
         self._own.expect(needed)
         self._pool.expect(needed.component, self)
 
     def needs(self) -> dict[str, int]:
-        """What the first call will allocate, said by the first of those in a room: memory that stays or not.
+        """What the first call will allocate, said by the first of those in a pool: memory that stays or not.
 
         What autograd keeps comes besides, as does what is used outside of the calls that hold it.
 
@@ -182,7 +182,7 @@ class StreamMover(GroupMover):
         return self._pool.needs(self)
 
     def run_report(self) -> StreamReport:
-        """What was counted since the last reset, with the bytes that are taken now."""
+        """Return what was counted since the last reset, with the bytes that are taken now."""
         resident, ring, staged = self._own.staying_bytes, 0, 0
         if (engine := self._pool.engine) is not None:
             kept = engine.allocator.kept
@@ -199,7 +199,7 @@ class StreamMover(GroupMover):
 
     @contextlib.contextmanager
     def recording(self, timeline: Timeline) -> Iterator[None]:
-        """Times copies, uses and stalls until the end of the block."""
+        """Time copies, uses and stalls until the end of the block."""
         recorder = self.recorder = Recorder(self._device)
         timeline.recorders.append(recorder)
         passes = self.prefetcher.counts.passes
@@ -214,7 +214,7 @@ class StreamMover(GroupMover):
             counts.stalled_seconds = (counts.stalled_seconds or 0.0) + recorder.stalled
 
     def invalidate(self, group: Group) -> None:
-        """Sees to it that a group's tensors can be changed: no copy reads them, and none has read them."""
+        """Make a group's tensors safe to change: no copy reads them, and none has read them."""
         member = self._own.groups.get(group)
         if member is not None and not member.stays:
             self._own.store.check_readable(member.flat)
@@ -227,7 +227,7 @@ class StreamMover(GroupMover):
     # Calls
 
     def begin(self) -> None:
-        """Begins an outermost call.
+        """Begin an outermost call.
 
         Raises:
             BudgetError: The budget is too small.
@@ -246,7 +246,7 @@ class StreamMover(GroupMover):
             pool.is_sound = True
 
     def end(self) -> None:
-        """Ends an outermost call; what the next one needs first is copied meanwhile.
+        """End an outermost call; what the next one needs first is copied meanwhile.
 
         Raises:
             CheckpointError: A file has changed, so that the call may have used wrong weights.
@@ -257,7 +257,7 @@ class StreamMover(GroupMover):
         self._verify()
 
     def onload(self, group: Group) -> None:
-        """Has the group's parameters hold their values on the device, once its stream gets there."""
+        """Put the group's values on the device, once its stream gets there."""
         member = self._own.groups.get(group)
         if member is None:
             self._own.plain.onload(group)
@@ -288,7 +288,7 @@ class StreamMover(GroupMover):
         self.prefetcher.count_demand(member.flat.nbytes)
 
     def offload(self, group: Group) -> None:
-        """Has the group's parameters show host memory again, and copies what is used next."""
+        """Show host memory in the group's parameters again, and copy what is used next."""
         member = self._own.groups.get(group)
         if member is None:
             self._own.plain.offload(group)
@@ -322,19 +322,19 @@ class StreamMover(GroupMover):
         pool.is_sound = True
 
     def _leave_in_memory(self, member: StreamedGroup, transfer: Transfer) -> None:
-        """Ends a use of memory in which nothing is sure any more."""
+        """End a use of memory in which nothing is sure any more."""
         self._wait_unless_sound()
         member.flat.come_home(transfer.place.views, transfer.place.addresses)
         self._pool.left.append(transfer)
         member.in_use = None
 
     def _wait_unless_sound(self) -> None:
-        """Waits for copies of which no event may tell, before what they read is changed."""
+        """Wait for copies of which no event may tell, before what they read is changed."""
         engine = self._pool.engine
         if engine is not None and not self._pool.is_sound:
             engine.synchronize()
 
-    # What the room asks
+    # What the pool asks
 
     @property
     def what(self) -> str:
@@ -376,7 +376,7 @@ class StreamMover(GroupMover):
     def move_in(
         self, staying: Collection[Group], share: BudgetShare[Group], *, lingers: bool, one_by_one: bool
     ) -> None:
-        """Has groups stay from the start, and all others come and go in new memory.
+        """Keep groups from the start; all others come and go in new memory.
 
         Args:
             staying: Groups that stay, of all movers.
@@ -393,7 +393,7 @@ class StreamMover(GroupMover):
         self._is_divided = False
 
     def begin_measuring(self, engine: CopyEngine) -> bool:
-        """Times this pass if there is a use for that, and none has been; says whether it does."""
+        """Time this pass if there is a use for that, and none has been; return whether it does."""
         if self._times is not None or self._pool.budget is None or self.prefetcher.most_ahead == 0:
             return False
         if not self.largest:
@@ -404,7 +404,7 @@ class StreamMover(GroupMover):
         return True
 
     def end_measuring(self, engine: CopyEngine) -> None:
-        """Is told that a pass has ended."""
+        """End a pass."""
         if self._times is None:
             return
         self._times.end_pass()
@@ -419,12 +419,12 @@ class StreamMover(GroupMover):
         return self._times is not None and self._times.is_known
 
     def measured_uses(self) -> list[Use[FlatGroup]]:
-        """What was measured of groups that come and go."""
+        """Return what was measured of groups that come and go."""
         held = set(self.held)
         return [] if self._times is None else self._times.uses({it for it in self.coming if it not in held})
 
     def learn_layout(self) -> None:
-        """Divides memory that it has for itself by what the first pass has shown."""
+        """Divide memory that it has for itself by what the first pass has shown."""
         if self._is_divided or self._is_trained or not self.is_measured:
             return
         self._is_divided = True
@@ -447,7 +447,7 @@ class StreamMover(GroupMover):
             self.prefetcher.order.leave_out({passing[flat] for flat in layout.resident})
 
     def discard(self) -> None:
-        """Has all groups be in the store only: all memory on the device is given back."""
+        """Leave all groups in the store only, and give back all memory on the device."""
         for member in self._own.groups.values():
             if member.in_use is not None:
                 self._leave_in_memory(member, member.in_use)
@@ -455,7 +455,7 @@ class StreamMover(GroupMover):
         self._exposed.clear()
 
     def drop_exposed(self) -> None:
-        """Drops what may be other than it is in its home by now."""
+        """Drop what may be other than it is in its home by now."""
         self.prefetcher.drop(self._exposed)
         self._exposed.clear()
 
@@ -466,7 +466,7 @@ class StreamMover(GroupMover):
         return self.prefetcher.engine
 
     def _verify(self) -> None:
-        """Has the store look whether all is as it was; if not, what was copied ahead isn't used either."""
+        """Verify the store; if that fails, discard what was copied ahead."""
         try:
             self._own.store.verify()
         except BaseException:
@@ -474,7 +474,7 @@ class StreamMover(GroupMover):
             raise
 
     def _prefetch(self) -> None:
-        """Begins to copy what is used next, as far as there is room."""
+        """Begin to copy what is used next, as far as there is room."""
         if torch.is_grad_enabled():
             return
         if not self._pool.is_shared:

@@ -81,7 +81,7 @@ class StreamedGroups:
         return ", ".join(filter(None, self._expected)) or "the model"
 
     def attach(self, group: Group, *, resident: bool) -> None:
-        """Gives a group's weights to the store, and its buffers to the device, as far as it hasn't yet."""
+        """Give a group's weights to the store, and its buffers to the device, as far as it hasn't yet."""
         if resident:
             self.plain.attach(group, resident=True)
             self.fixed[group] = group.nbytes
@@ -98,7 +98,7 @@ class StreamedGroups:
             member.stays = not member.flat.tensors
 
     def detach(self, group: Group) -> None:
-        """Puts a group back where it came from, as far as it isn't there."""
+        """Put a group back where it came from, as far as it isn't there."""
         member = self.groups.get(group)
         if member is None:
             self.plain.detach(group)
@@ -112,7 +112,7 @@ class StreamedGroups:
         self.fixed.pop(group, None)
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
-        """Where the bytes of a group lie."""
+        """Return where the bytes of a group lie."""
         here = f"resident on {self._device}"
         if (member := self.groups.get(group)) is None:
             return self.plain.report(group, resident=resident)
@@ -122,7 +122,7 @@ class StreamedGroups:
         return found
 
     def keep_on_device(self, groups: Iterable[Group]) -> None:
-        """Has groups stay on the device, in memory of their own."""
+        """Keep groups on the device, in memory of their own."""
         for group in groups:
             member = self.groups[group]
             member.stays = True  # so that it is taken anew if this fails
@@ -143,11 +143,11 @@ class StreamedGroups:
     # What they take of the device
 
     def expect(self, needed: ComponentGroups) -> None:
-        """Takes down what a component needs."""
+        """Record what a component needs."""
         self._expected[needed.component] = needed
 
     def share(self) -> BudgetShare[Group]:
-        """What they need from now on; nothing stays as yet."""
+        """Return what they need from now on; nothing stays as yet."""
         for member in self.groups.values():
             # It stays since other groups were there, or is wanted in another dtype than then.
             if member.flat.tensors and (member.stays or member.flat.is_outdated):
@@ -158,7 +158,7 @@ class StreamedGroups:
         return BudgetShare(self.what, sizes, self.spanning, sum(self.fixed.values()), self._prefetch)
 
     def expected_share(self) -> BudgetShare[Group]:
-        """What they will need, before anything is attached."""
+        """Return what they will need, before anything is attached."""
         parts = {group: group.divided(self.store.moves) for group in self._expected_groups()}
         fixed = sum(planned_nbytes(buffers.slots) for _, buffers in parts.values())
         resident = [group for needed in self._expected.values() for group in needed.resident]

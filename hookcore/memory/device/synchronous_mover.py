@@ -75,7 +75,7 @@ class SynchronousMover(GroupMover):
         self._expected: dict[str, ComponentGroups] = {}
 
     def attach(self, group: Group, *, resident: bool) -> None:
-        """Moves a group to where it lies between calls, as far as it isn't there."""
+        """Move a group to where it lies between calls, as far as it isn't there."""
         device = self._onload_device if resident else self._offload_device
         found = {slot: tensors for slot in group.slots if (tensors := current_tensors(slot))}
         for slot, tensors in found.items():
@@ -83,14 +83,14 @@ class SynchronousMover(GroupMover):
         _move((tensors, device) for tensors in found.values())
 
     def detach(self, group: Group) -> None:
-        """Moves a group back to the device that it came from, as far as it isn't there."""
+        """Move a group back to the device that it came from, as far as it isn't there."""
         homes = {slot: self._homes[slot] for slot in group.slots if slot in self._homes}
         _move((tensors_left(slot, self._onload_device), device) for slot, device in homes.items())
         for slot in homes:
             del self._homes[slot]
 
     def onload(self, group: Group) -> None:
-        """Gives the group's tensors a copy of their memory; a real one even on the same device."""
+        """Give the group's tensors a copy of their memory; a real one even on the same device."""
         brought: list[_Brought] = []
         views: list[torch.Tensor] = []
         for slot in group.slots:
@@ -114,7 +114,7 @@ class SynchronousMover(GroupMover):
             tensor.data = view
 
     def offload(self, group: Group) -> None:
-        """Gives the group's tensors their own memory back, with what a call changed in place."""
+        """Give the group's tensors their own memory back, with what a call changed in place."""
         if group not in self._brought:
             return
         for one in self._brought[group]:
@@ -132,11 +132,11 @@ class SynchronousMover(GroupMover):
         return {where: group.nbytes}
 
     def expect(self, needed: ComponentGroups) -> None:
-        """Takes down what a component needs."""
+        """Record what a component needs."""
         self._expected[needed.component] = needed
 
     def needs(self) -> dict[str, int]:
-        """What stays, and the most that calls nested in each other hold at once."""
+        """Return what stays, and the most that calls nested in each other hold at once."""
         most = nbytes = 0
         for needed in self._expected.values():
             sizes = {group: planned_nbytes(group.slots) for group in needed.groups}
@@ -150,7 +150,7 @@ class SynchronousMover(GroupMover):
 
     @staticmethod
     def _is_changed(brought: _Brought) -> bool:
-        """Whether a call may have changed the copy in place."""
+        """Return whether a call may have changed the copy in place."""
         of_each = zip(brought.tensors, brought.addresses, brought.versions, strict=True)
         there = [(tensor, version) for tensor, at, version in of_each if tensor.data_ptr() == at]
         if brought.slot.is_buffer and any(module.training for module, _ in brought.slot.owners):
@@ -162,7 +162,7 @@ class SynchronousMover(GroupMover):
         )
 
     def _rebind(self, brought: _Brought) -> None:
-        """Gives tensors their own memory back."""
+        """Give tensors their own memory back."""
         of_each = zip(brought.tensors, brought.sources, brought.addresses, strict=True)
         for tensor, source, address in of_each:
             if tensor.data_ptr() == address:
@@ -171,7 +171,7 @@ class SynchronousMover(GroupMover):
                 tensor.data = moved_as_made(tensor.data, self._offload_device)
 
     def _keep_new_tensors(self, slot: TensorSlot) -> None:
-        """Moves tensors that a call put in the place of the slot's own to the offload device."""
+        """Move tensors that a call put in the place of the slot's own to the offload device."""
         for module, name in slot.owners:
             tensor = tensor_at(module, name)
             if tensor is None or is_on(tensor, self._offload_device):
@@ -184,5 +184,5 @@ class SynchronousMover(GroupMover):
 
 
 def _move(devices: Iterable[tuple[list[torch.Tensor], torch.device]]) -> None:
-    """Moves the tensors of slots that are elsewhere to a device; all of them or, if it raises, none."""
+    """Move the tensors of slots that are elsewhere to a device; all of them or, if it raises, none."""
     move_to_copies(([it for it in of_slot if not is_on(it, device)], device) for of_slot, device in devices)

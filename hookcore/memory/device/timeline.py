@@ -78,17 +78,17 @@ class Recorder:
         self._began = self.mark(self._module.current_stream(self.device))
 
     def mark(self, stream: Any) -> Any:
-        """Records an event on a stream."""
+        """Record an event on a stream."""
         event = self._module.Event(enable_timing=True)
         event.record(stream)
         return event
 
     def add(self, kind: Kind, group: str, began: Any, ended: Any) -> None:
-        """Takes down the events before and after something."""
+        """Take down the events before and after something."""
         self._marks.append((kind, group, began, ended))
 
     def close(self) -> None:
-        """Waits for the device, and reads the events."""
+        """Wait for the device, and read the events."""
         self._module.synchronize(self.device)
         for kind, group, *events in self._marks:
             start, stop = (self._began.elapsed_time(event) * _MILLI for event in events)
@@ -124,7 +124,7 @@ class Timeline:
         return sum(recorder.stalled for recorder in self.recorders)
 
     def draw(self, path: str | Path | None = None) -> Figure:
-        """Draws copies above computing, a colour for each group, and stalls in red; needs matplotlib.
+        """Draw copies above computing, a colour for each group, and stalls in red; needs matplotlib.
 
         Args:
             path: Where to save the picture, if at all; the ending says how (".svg", ".png").
@@ -175,12 +175,12 @@ class Recorded(Protocol):
     """A hook that can time what it streams."""
 
     def recording(self, timeline: Timeline) -> AbstractContextManager[None]:
-        """Adds a recorder to the timeline, and closes it at the end."""
+        """Add a recorder to the timeline, and closes it at the end."""
 
 
 @contextmanager
 def record_timeline(target: Any) -> Iterator[Timeline]:
-    """Times copies and computing of the calls inside the block, for what streams on a target.
+    """Time copies and computing of the calls inside the block, for what streams on a target.
 
     The host waits for the device at the block's beginning and end, and not in between; events cost a few
     microseconds for each group. The stalls are in the run report, too.
@@ -208,7 +208,7 @@ def record_timeline(target: Any) -> Iterator[Timeline]:
 
 
 def _write(axes: Axes, span: Span, row: int, end: float) -> None:
-    """Writes the group's name into its bar, along or across, where there is room."""
+    """Write the group's name into its bar, along or across, where there is room."""
     width = span.seconds / end * _WIDTH * 0.85 * _INCH
     length = len(span.group) * _FONT * 0.6
     if width < 1.3 * _FONT:

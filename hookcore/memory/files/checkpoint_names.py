@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def find_entries(component: Component, checkpoint: Checkpoint) -> dict[TensorSlot, TensorEntry]:
-    """Finds where each tensor lies that a checkpoint of this model has to hold.
+    """Find where each tensor lies that a checkpoint of this model has to hold.
 
     One of the names of a tied tensor is enough. Buffers that no state dict has are not looked for.
 
@@ -60,7 +60,7 @@ def find_entries(component: Component, checkpoint: Checkpoint) -> dict[TensorSlo
 def _look_up(
     component: Component, entries: Mapping[str, TensorEntry]
 ) -> tuple[dict[TensorSlot, TensorEntry], list[str]]:
-    """Finds each tensor by one of its names; returns those that there are, and the names of the others."""
+    """Find each tensor by one of its names; return those that there are, and the names of the others."""
     stored = set(component.module.state_dict(keep_vars=True))
     found: dict[TensorSlot, TensorEntry] = {}
     missing = []

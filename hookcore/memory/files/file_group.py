@@ -68,7 +68,7 @@ class Transfer:
     done: Task[None] = field(init=False)
 
     def wait(self) -> None:
-        """Waits until it is in memory; raises what reading it raised."""
+        """Wait until it is in memory; raise what reading it raised."""
         self.done.result()
 
     @property
@@ -86,14 +86,14 @@ class Transfer:
         )
 
     def unbind(self) -> None:
-        """Has parameters show their homes again. A method, as its names would keep buffers in use."""
+        """Show host memory in parameters again. A method, as its names would keep buffers in use."""
         self.keep_edits(compare=False)
         for weight, _, _ in self.shown:
             weight.show(weight.homes)
         self.shown.clear()
 
     def keep_edits(self, *, compare: bool) -> None:
-        """Gives what was edited in memory to a home.
+        """Give what was edited in memory to a home.
 
         Args:
             compare: Whether to look for changes that torch does not count, too.

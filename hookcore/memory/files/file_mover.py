@@ -46,7 +46,7 @@ class FileMover(GroupMover):
     What a user edits between calls is kept: a mapping copies the pages written, and these are never let go.
     A file that changes is found before its weights are used, and again when the outermost call ends.
 
-    Several components have the memory in turn (see `disk_room`). What stays of one is shown to its parameters
+    Several components have the memory in turn (see `host_pool`). What stays of one is shown to its parameters
     until it is given up for another.
 
     Args:
@@ -58,7 +58,7 @@ class FileMover(GroupMover):
         what: The component, for messages.
 
     Attributes:
-        number: Its number in the room.
+        number: Its number in the pool.
         costs: As given.
         whole: Bytes that all groups would take together.
         least: The most bytes that one call holds at once.
@@ -105,11 +105,11 @@ class FileMover(GroupMover):
         )
 
     def expect(self, needed: ComponentGroups) -> None:
-        """Tells the room of the component."""
+        """Tell the pool of the component."""
         self._pool.expect(needed.component, self)
 
     def attach(self, group: Group, *, resident: bool) -> None:
-        """Has the group's parameters show the checkpoint's tensors; a resident one is read by the next call.
+        """Show the checkpoint's tensors in the group's parameters; the next call reads a resident one.
 
         Raises:
             CheckpointError: A parameter in memory differs from the checkpoint.
@@ -129,7 +129,7 @@ class FileMover(GroupMover):
 
     @torch.inference_mode(False)  # what is made here outlives the mode
     def detach(self, group: Group) -> None:
-        """Gives each parameter back as it was found: in memory, or showing the checkpoint's tensor.
+        """Give each parameter back as it was found: in memory, or showing the checkpoint's tensor.
 
         Raises:
             CheckpointError: Values have to be read, and a file has changed.
@@ -170,7 +170,7 @@ class FileMover(GroupMover):
             self._pool.unregister(self)
 
     def finalize(self, group: Group) -> None:
-        """Has parameters lie in memory, or simply show the checkpoint's tensor, after the last `detach`.
+        """Leave parameters in memory, or showing the checkpoint's tensor, after the last `detach`.
 
         Raises:
             CheckpointError: Values have to be converted, and a file has changed.
@@ -187,7 +187,7 @@ class FileMover(GroupMover):
         return {str(self._device): nbytes} if nbytes else {}
 
     def begin(self) -> None:
-        """Begins an outermost call.
+        """Begin an outermost call.
 
         Raises:
             CheckpointError: A file has changed.
@@ -206,7 +206,7 @@ class FileMover(GroupMover):
         self.read_ahead()
 
     def end(self) -> None:
-        """Ends an outermost call; what the next one needs first is read meanwhile.
+        """End an outermost call; what the next one needs first is read meanwhile.
 
         Raises:
             CheckpointError: A file has changed, so that the call may have used wrong weights.
@@ -226,7 +226,7 @@ class FileMover(GroupMover):
             self._pool.leave()
 
     def onload(self, group: Group) -> None:
-        """Has the group's parameters hold their values on the execution device, in the dtype wanted.
+        """Put the group's values on the execution device, in the dtype wanted.
 
         Raises:
             CheckpointError: A file has changed, or cannot be read.
@@ -243,7 +243,7 @@ class FileMover(GroupMover):
         self.read_ahead()
 
     def offload(self, group: Group) -> None:
-        """Has the group's parameters show the checkpoint's tensors again, unless it is to stay."""
+        """Show the checkpoint's tensors in the group's parameters again, unless it is to stay."""
         transfer = self._in_use.pop(group, None)
         if transfer is None:
             return
@@ -254,19 +254,19 @@ class FileMover(GroupMover):
             self.read_ahead()
 
     def reset(self) -> None:
-        """Forgets the order of use."""
+        """Forget the order of use."""
         self._order.forget()
         self._pool.forget()
 
     def report(self, group: Group, *, resident: bool) -> dict[str, int]:
-        """Where the bytes of the group lie."""
+        """Return where the bytes of the group lie."""
         there = resident or group in self._kept
         return file_weights.report(
             self._streamed[group].weights, f"resident on {self._device}" if there else None
         )
 
     def invalidate(self, group: Group) -> None:
-        """Sees to it that a group can be read: to read a mapping beyond its file's end would end the process.
+        """See to it that a group can be read: to read a mapping beyond its file's end would end the process.
 
         Raises:
             CheckpointError: A file is cut short.
@@ -274,7 +274,7 @@ class FileMover(GroupMover):
         for weight in self._streamed[group].weights:
             weight.check_readable()
 
-    # What the room asks
+    # What the pool asks
 
     @property
     def kept(self) -> dict[Group, int]:
@@ -287,13 +287,13 @@ class FileMover(GroupMover):
         return sum(transfer.nbytes for transfer in self._ahead.values())
 
     def keep(self, groups: Collection[Group]) -> None:
-        """Is told what is to stay from now on: of the groups of all components."""
+        """Set which groups, of those of all components, stay from now on."""
         self._to_keep = frozenset(group for group in self.costs if group in groups)
         for group in [group for group in self._kept if group not in self._to_keep]:
             self._evict(group)
 
     def evict_one(self) -> bool:
-        """Gives up a group that is kept and not in use; False if there is none that can be."""
+        """Give up a group that is kept and not in use; False if there is none that can be."""
         return any(self._evict(group) for group in reversed(list(self._kept)))
 
     @torch.inference_mode(False)  # what was edited outlives the mode
@@ -313,7 +313,7 @@ class FileMover(GroupMover):
     # How it is done
 
     def _bring(self, group: Group, transfer: Transfer) -> Transfer:
-        """Waits for a load and shows it."""
+        """Wait for a transfer and shows it."""
         try:
             transfer.wait()
             if transfer.positions and transfer.during_call != self._calls and was_written(transfer.ranges):
@@ -330,7 +330,7 @@ class FileMover(GroupMover):
 
     @torch.inference_mode(False)  # as parameters take over from data whether it was made in the mode
     def _show(self, group: Group, transfer: Transfer) -> None:
-        """Rebinds the parameters of a group that is in memory."""
+        """Rebind the parameters of a group that is in memory."""
         copies = self._device.type != "cpu"
         weights = self._streamed[group].weights
         for weight in weights:
@@ -364,7 +364,7 @@ class FileMover(GroupMover):
 
     @torch.inference_mode(False)
     def _let_go(self, transfer: Transfer) -> None:
-        """Unbinds a group and gives back its memory."""
+        """Unbind a group and give back its memory."""
         if any(weight.versions != versions for weight, _, versions in transfer.shown):
             self._pool.wait_for_leaving()  # what is written must not be let go at that moment
         transfer.unbind()
@@ -374,7 +374,7 @@ class FileMover(GroupMover):
             transfer.converted = None
 
     def _release_read(self, transfer: Transfer) -> None:
-        """Gives back the memory of what was read, once it is not needed any more."""
+        """Give back the memory of what was read, once it is not needed any more."""
         if transfer.read is not None:
             if transfer.positions or transfer.done.cancelled():
                 self._pool.give_back(transfer.read)
@@ -386,7 +386,7 @@ class FileMover(GroupMover):
         transfer.ranges = ()
 
     def _load_of(self, group: Group) -> Transfer:
-        """The load that was begun ahead, or one that begins now: also if what was begun has failed."""
+        """The transfer that was begun ahead, or one that begins now: also if what was begun has failed."""
         transfer = self._ahead.pop(group, None)
         if transfer is not None and transfer.done.done() and transfer.done.exception() is not None:
             self._let_go(transfer)
@@ -394,7 +394,7 @@ class FileMover(GroupMover):
         return self._start(group) if transfer is None else transfer
 
     def _start(self, group: Group) -> Transfer:
-        """Has a worker bring a group that is needed now, after making room for it."""
+        """Start reading a group that is needed now, after making room for it."""
         streamed = self._streamed[group]
         sizes = (streamed.read_bytes, streamed.converted_bytes)
         while (page_ranges := self._pool.take(sizes)) is None:
@@ -409,7 +409,7 @@ class FileMover(GroupMover):
         return self._submit(streamed, page_ranges)
 
     def _start_ahead(self, group: Group) -> bool:
-        """Has a worker bring a group that is needed later, if there is room."""
+        """Start reading a group that is needed later, if there is room."""
         if group not in self._ahead:
             streamed = self._streamed[group]
             page_ranges = self._pool.take((streamed.read_bytes, streamed.converted_bytes))
@@ -425,19 +425,19 @@ class FileMover(GroupMover):
         return transfer
 
     def _discard(self) -> None:
-        """Gives up what was read farthest ahead."""
+        """Give up what was read farthest ahead."""
         _, transfer = self._ahead.popitem()
         if not transfer.done.cancel():
             transfer.done.exception()  # waits for it
         self._let_go(transfer)
 
     def discard_ahead(self) -> None:
-        """Gives up all that was read ahead."""
+        """Give up all that was read ahead."""
         while self._ahead:
             self._discard()
 
     def _verify(self, path: Path | None = None) -> None:
-        """Checks a file, or all; what was read ahead may be of one changed, even if it is put back later."""
+        """Check a file, or all; what was read ahead may be of one changed, even if it is put back later."""
         try:
             if path is None:
                 for checkpoint in set(self._files.values()):
@@ -449,7 +449,7 @@ class FileMover(GroupMover):
             raise
 
     def read_ahead(self) -> None:
-        """Starts reading what is used next, as far as there is room."""
+        """Start reading what is used next, as far as there is room."""
         ahead = self.ahead_bytes
         wraps = self._pool.following(self) is self
         for group in self._order.upcoming(wraps=wraps):
@@ -462,7 +462,7 @@ class FileMover(GroupMover):
                 break
 
     def _fetch(self, transfer: Transfer) -> None:
-        """Brings a group's bytes into memory, the faster way. Runs in a worker."""
+        """Bring a group's bytes into memory, the faster way. Runs in a worker."""
         if transfer.read is None:
             return
         if not transfer.aligned or is_cached(transfer.ranges) or was_written(transfer.ranges):

@@ -56,12 +56,12 @@ def cost(origins: Sequence[Origin]) -> int:
 
 
 def are_aligned(origins: Sequence[Origin]) -> bool:
-    """Whether views of read bytes can be tensors; files of old writers do not align them."""
+    """Return whether views of read bytes can be tensors; files of old writers do not align them."""
     return all(it.entry.offset % it.entry.dtype.itemsize == 0 for it in origins)
 
 
 def is_cached(ranges: Sequence[FileRange]) -> bool:
-    """Whether nearly all of it is in memory already."""
+    """Return whether nearly all of it is in memory already."""
     for it in ranges:
         fraction = it.mapping.cached_fraction(it.start, it.nbytes)
         if fraction is not None and fraction < _CACHED:
@@ -70,11 +70,11 @@ def is_cached(ranges: Sequence[FileRange]) -> bool:
 
 
 def was_written(ranges: Sequence[FileRange]) -> bool:
-    """Whether memory may differ from the file."""
+    """Return whether memory may differ from the file."""
     return any(it.mapping.was_written(it.start, it.nbytes) for it in ranges)
 
 
 def drop(ranges: Sequence[FileRange]) -> None:
-    """Lets the pages go that were never written."""
+    """Let the pages go that were never written."""
     for it in ranges:
         it.mapping.drop(it.start, it.nbytes)

@@ -64,13 +64,13 @@ class FileReader:
     def submit(
         self, targets: Sequence[Target], ranges: Sequence[FileRange], memory: torch.Tensor
     ) -> Task[tuple[bool, float]]:
-        """Has a worker `read`; gives what that returns."""
+        """Call `read` in a worker thread; return its task."""
         return self._workers.submit(self.read, targets, ranges, memory)
 
     def read(
         self, targets: Sequence[Target], ranges: Sequence[FileRange], memory: torch.Tensor
     ) -> tuple[bool, float]:
-        """Brings all values to their places, in the dtypes wanted. Blocks, mostly without the GIL.
+        """Bring all values to their places, in the dtypes wanted. Blocks, mostly without the GIL.
 
         Args:
             targets: What is wanted where.
@@ -105,7 +105,7 @@ class FileReader:
     def _read_range(
         self, wanted: FileRange, targets: Sequence[Target], memory: torch.Tensor, *, cached: bool
     ) -> None:
-        """Reads a range of a file piece by piece, and scatters each."""
+        """Read a range of a file piece by piece, and scatters each."""
         reader = self._workers.reader(wanted.mapping.path, cached=cached)
         inside = [
             (it, it.origin.entry)
@@ -134,7 +134,7 @@ class FileReader:
             begin = end
 
     def _buffer(self) -> PageRange:
-        """A piece of memory of this thread's own."""
+        """A range of pages of memory of this thread's own."""
         if not hasattr(self._local, "buffer"):
             self._local.buffer = separate_pages(_CHUNK_BYTES)
         buffer: PageRange = self._local.buffer

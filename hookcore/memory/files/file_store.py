@@ -64,7 +64,7 @@ class FileStore(Store):
 
     @torch.inference_mode(False)  # what is made here outlives the mode
     def take(self, group: Group) -> FlatFileGroup:
-        """Has parameters show the checkpoint's tensors.
+        """Show the checkpoint's tensors in parameters.
 
         Raises:
             CheckpointError: A parameter in memory differs from the checkpoint.
@@ -80,7 +80,7 @@ class FileStore(Store):
 
     @torch.inference_mode(False)
     def take_again(self, flat: FlatGroup) -> FlatFileGroup:
-        """Takes the data that tensors were given for what is to be copied from now on."""
+        """Take the data that tensors were given for what is to be copied from now on."""
         own = self._own(flat)
         own.adopt()
         again = FlatFileGroup(own.weights, own.name)
@@ -91,7 +91,7 @@ class FileStore(Store):
 
     @torch.inference_mode(False)
     def give_back(self, flat: FlatGroup) -> None:
-        """Gives parameters back as they were found: in memory, or showing the checkpoint's tensors.
+        """Give parameters back as they were found: in memory, or showing the checkpoint's tensors.
 
         Raises:
             CheckpointError: Values have to be read, and a file has changed.
@@ -109,7 +109,7 @@ class FileStore(Store):
             self._reader.close()
 
     def check_readable(self, flat: FlatGroup) -> None:
-        """Checks that no file is cut short: to read a mapping beyond its file's end would end the process.
+        """Check that no file is cut short: to read a mapping beyond its file's end would end the process.
 
         Raises:
             CheckpointError: One is.
@@ -118,7 +118,7 @@ class FileStore(Store):
             weight.check_readable()
 
     def finalize(self, group: Group) -> None:
-        """Has parameters lie in memory, or simply show the checkpoint's tensors.
+        """Leave parameters in memory, or showing the checkpoint's tensors.
 
         Raises:
             CheckpointError: Values have to be converted, and a file has changed.
@@ -126,12 +126,12 @@ class FileStore(Store):
         self._origins.finalize(group.slots)
 
     def keep_on(self, flat: FlatGroup, device: torch.device) -> None:
-        """Reads parameters into memory on the device."""
+        """Read parameters into memory on the device."""
         self.bring(flat, device)
 
     @torch.inference_mode(False)
     def bring(self, flat: FlatGroup, device: torch.device) -> None:
-        """Reads parameters into memory on the device, and waits.
+        """Read parameters into memory on the device, and wait.
 
         Raises:
             CheckpointError: A file has changed, or cannot be read.
@@ -148,7 +148,7 @@ class FileStore(Store):
 
     @torch.inference_mode(False)
     def drop(self, flat: FlatGroup) -> None:
-        """Has parameters show their homes again; what was changed is kept."""
+        """Show host memory in parameters again; keep what was changed."""
         own = self._own(flat)
         if own.brought is not None:
             now, views = own.brought
@@ -158,7 +158,7 @@ class FileStore(Store):
     def make_engine(
         self, device: torch.device, nbytes: int, sources: Sequence[FlatGroup], *, per_group: bool
     ) -> CopyEngine:
-        """Makes what copies from files, through a little page-locked memory."""
+        """Make what copies from files, through a little page-locked memory."""
         sizes = [flat.nbytes for flat in sources]
         room = min(sum(sizes), max(sizes, default=0) + self._read_ahead)
         return FileEngine(device, nbytes, self._reader, Staging(device, room), per_group=per_group)
@@ -173,7 +173,7 @@ class FileStore(Store):
         return any(flat.is_outdated for flat in self._taken)
 
     def verify(self) -> None:
-        """Checks all files.
+        """Check all files.
 
         Raises:
             CheckpointError: One has changed.

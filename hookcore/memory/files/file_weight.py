@@ -41,7 +41,7 @@ class FileWeight:
 
     @classmethod
     def compare(cls, slot: TensorSlot, origin: Origin) -> FileWeight:
-        """Compares a parameter with the checkpoint, unless it shows the checkpoint's own tensor.
+        """Compare a parameter with the checkpoint, unless it shows the checkpoint's own tensor.
 
         Raises:
             CheckpointError: It differs.
@@ -90,7 +90,7 @@ class FileWeight:
         return self.origin.dtype != self.origin.entry.dtype
 
     def take_over(self) -> None:
-        """Has the parameter show the checkpoint's tensor from now on."""
+        """Show the checkpoint's tensor in the parameter."""
         for tensor in self.tensors:
             set_origin(tensor, self.origin)
         self.as_in_calls = partial(_as_in_calls, origin=self.origin)
@@ -99,7 +99,7 @@ class FileWeight:
         self.show(self.homes)
 
     def give_back(self, values: Sequence[torch.Tensor]) -> None:
-        """Has the parameter hold `values_to_give_back` again."""
+        """Put `values_to_give_back` into the parameter."""
         self.show(values)
         if self.as_in_calls is not None:
             for tensor in self.tensors:
@@ -107,7 +107,7 @@ class FileWeight:
         self.origin.paused = self.origin.strides is not None
 
     def values_to_give_back(self) -> list[torch.Tensor]:
-        """What each object held before, with the values it has now.
+        """Return what each object held before, with the values it has now.
 
         Raises:
             CheckpointError: Values have to be read, and the file has changed.
@@ -135,7 +135,7 @@ class FileWeight:
             ) from error
 
     def check_readable(self) -> None:
-        """Checks that the file is not cut short.
+        """Check that the file is not cut short.
 
         Raises:
             CheckpointError: It is.
@@ -144,18 +144,18 @@ class FileWeight:
             self.origin.mapping.check_size()
 
     def show(self, data: Sequence[torch.Tensor]) -> None:
-        """Has each object hold its data."""
+        """Rebind each object to its data."""
         for tensor, value in zip(self.tensors, data, strict=True):
             tensor.data = value
 
     def adopt(self) -> None:
-        """Takes data that somebody gave an object since it was last shown its home for its new home."""
+        """Take data that somebody gave an object since it was last shown its home for its new home."""
         for index, tensor in enumerate(self.tensors):
             if not holds(tensor, self.homes[index]):
                 self.homes[index] = tensor.data = tensor.data.to(_CPU)
 
     def keep_edits(self, data: Sequence[torch.Tensor], versions: list[int], *, compare: bool) -> None:
-        """Gives what was edited in memory to a home.
+        """Give what was edited in memory to a home.
 
         Args:
             data: What each object was shown.
@@ -172,7 +172,7 @@ class FileWeight:
             versions[index] = tensor._version
 
     def keep_edit(self, index: int, value: torch.Tensor) -> None:
-        """Keeps what was changed in place: at its home, if that can hold it."""
+        """Keep what was changed in place: at its home, if that can hold it."""
         if self.homes[index].dtype == value.dtype:
             self.homes[index].copy_(value)
         else:
@@ -181,7 +181,7 @@ class FileWeight:
 
 @torch.inference_mode(False)  # what is made here outlives the mode
 def finalize(slots: Iterable[TensorSlot]) -> None:
-    """Has parameters lie in memory, or simply show the checkpoint's tensor, for good.
+    """Leave parameters in memory, or showing the checkpoint's tensor, for good.
 
     Raises:
         CheckpointError: Values have to be converted, and a file has changed.
@@ -211,7 +211,7 @@ def forget_paused(mappings: Collection[MappedFile]) -> None:
 
 
 def report(weights: Iterable[FileWeight], on_device: str | None = None) -> dict[str, int]:
-    """Where the bytes of parameters lie.
+    """Return where the bytes of parameters lie.
 
     Args:
         weights: The parameters.
@@ -230,7 +230,7 @@ def report(weights: Iterable[FileWeight], on_device: str | None = None) -> dict[
 
 
 def holds(tensor: torch.Tensor, data: torch.Tensor) -> bool:
-    """Whether a tensor object holds exactly these data."""
+    """Return whether a tensor object holds exactly these data."""
     return (
         tensor.data_ptr() == data.data_ptr()
         and tensor.dtype == data.dtype
@@ -240,7 +240,7 @@ def holds(tensor: torch.Tensor, data: torch.Tensor) -> bool:
 
 
 def is_as_stored(data: torch.Tensor, origin: Origin) -> bool:
-    """Whether it is in the checkpoint's dtype, and that is not the one that calls find."""
+    """Return whether it is in the checkpoint's dtype, and that is not the one that calls find."""
     return data.dtype == origin.entry.dtype != origin.dtype
 
 

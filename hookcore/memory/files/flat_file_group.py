@@ -60,7 +60,7 @@ class FlatFileGroup(FlatGroup):
         self.note_versions()
 
     def _give_places(self, weight: FileWeight) -> None:
-        """Gives each home a place: tied objects share memory until one is given other data."""
+        """Give each home a place: tied objects share memory until one is given other data."""
         origin = weight.origin
         places: dict[int, int] = {}
         for home in weight.homes:
@@ -83,7 +83,7 @@ class FlatFileGroup(FlatGroup):
         )
 
     def verify(self) -> None:
-        """Checks the files that hold them.
+        """Check the files that hold them.
 
         Raises:
             CheckpointError: One has changed.
@@ -93,13 +93,13 @@ class FlatFileGroup(FlatGroup):
 
     @torch.inference_mode(False)
     def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
-        """What each tensor is in such memory."""
+        """Return what each tensor is in such memory."""
         made = [target.view(memory) for target in self.targets]
         return [made[index] for index in self._target_of]
 
     @torch.inference_mode(False)
     def _kept(self, at: int, view: torch.Tensor) -> torch.Tensor:
-        """Keeps it in memory: a mapping copies the pages written."""
+        """Keep it in memory: a mapping copies the pages written."""
         if self.tensors[at]._version == self._versions[at]:
             return self.homes[at]
         weight, index = self._weight_of[at]
@@ -108,7 +108,7 @@ class FlatFileGroup(FlatGroup):
 
     @torch.inference_mode(False)
     def adopt(self) -> None:
-        """Takes data that tensors were given, or that were changed on the device, for their homes."""
+        """Take data that tensors were given, or that were changed on the device, for their homes."""
         if self.brought is None:
             for weight in self.weights:
                 weight.adopt()

@@ -70,7 +70,7 @@ class HostPool:
         return next(self._numbers)
 
     def expect(self, component: str, mover: FileMover) -> None:
-        """Is told which mover a component will have."""
+        """Note which mover a component will have."""
         self._expecting[component] = mover
 
     def needs(self, mover: FileMover) -> int:
@@ -90,14 +90,14 @@ class HostPool:
         return min(self.budget, sum(it.whole for it in movers))
 
     def register(self, mover: FileMover) -> None:
-        """Takes a mover in, which has groups now."""
+        """Take a mover in, which has groups now."""
         with self._registering:
             if mover.number not in self._movers:
                 self._movers[mover.number] = mover
                 self._chosen_for = None
 
     def unregister(self, mover: FileMover) -> None:
-        """Lets a mover go, which has no groups any more; the last one gives the memory back."""
+        """Let a mover go, which has no groups any more; the last one gives the memory back."""
         with self._registering:
             self._movers.pop(mover.number, None)
             self._chosen_for = None
@@ -106,7 +106,7 @@ class HostPool:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Keeps calls out while what they use is changed.
+        """Keep calls out while what they use is changed.
 
         Raises:
             ConcurrentCallError: Another thread calls a component that has its weights there.
@@ -122,17 +122,17 @@ class HostPool:
             self._lock.release()
 
     def forget(self) -> None:
-        """Forgets in which order components were called."""
+        """Forget in which order components were called."""
         self._rounds.forget()
 
     def leave_behind(self, page_ranges: Iterable[PageRange]) -> None:
-        """Takes over what a mover had that goes away, from whichever thread."""
+        """Take over what a mover had that goes away, from whichever thread."""
         self._left_behind.extend(page_ranges)
 
     # Calls
 
     def enter(self, mover: FileMover) -> None:
-        """Begins an outermost call of a component; it may be within a call of another one.
+        """Begin an outermost call of a component; it may be within a call of another one.
 
         Raises:
             ConcurrentCallError: Another thread calls a component that has its weights there.
@@ -150,12 +150,12 @@ class HostPool:
         self._running.append(mover)
 
     def leave(self) -> None:
-        """Ends the call that was entered last."""
+        """End the call that was entered last."""
         self._running.pop()
         self._lock.release()
 
     def following(self, mover: FileMover) -> FileMover:
-        """Whose weights are needed after a mover's call: perhaps its own."""
+        """Return whose weights are needed after a mover's call: perhaps its own."""
         if not self.is_shared:
             return mover
         if len(self._running) > 1:
@@ -164,7 +164,7 @@ class HostPool:
         return mover if expected is None else self._movers.get(expected, mover)
 
     def evict_one(self) -> bool:
-        """Has one group given up that is kept and not in use, if there is any."""
+        """Evict one cached group that is not in use, if there is any."""
         current = self._running[-1] if self._running else None
         others = [it for it in self._all() if it is not current]
         return any(it.evict_one() for it in (*others, *self._running[-1:]))
@@ -172,7 +172,7 @@ class HostPool:
     # Memory
 
     def take(self, sizes: Sequence[int]) -> list[PageRange | None] | None:
-        """Lends pieces of these sizes, none for a size of 0; None if there is no room for all of them."""
+        """Lend pieces of these sizes, none for a size of 0; None if there is no room for all of them."""
         arena = self.arena
         self._collect()
         page_ranges: list[PageRange | None] = []
@@ -187,12 +187,12 @@ class HostPool:
         return page_ranges
 
     def give_back(self, pages: PageRange) -> None:
-        """Takes a piece back, as soon as nobody looks at it."""
+        """Take a range of pages back, as soon as nobody looks at it."""
         if self._arena is not None:
             self._arena.give_back(pages)
 
     def give_back_after(self, done: Task[None], pages: PageRange) -> None:
-        """Takes a piece back when the pages that it stands for were let go."""
+        """Take a range of pages back when the pages that it stands for were let go."""
         self._leaving.append((done, pages))
 
     @property
@@ -201,7 +201,7 @@ class HostPool:
         return bool(self._leaving)
 
     def wait_for_leaving(self) -> None:
-        """Waits for pages to be let go: until then nobody may write to them."""
+        """Wait for pages to be let go: until then nobody may write to them."""
         for task, _ in self._leaving:
             task.exception()
         self._collect()
@@ -222,7 +222,7 @@ class HostPool:
             return list(self._movers.values())
 
     def _collect(self) -> None:
-        """Takes back what was let go in the meantime."""
+        """Take back what was let go in the meantime."""
         still = []
         for future, pages in self._leaving:
             if future.done():
@@ -252,7 +252,7 @@ class HostPool:
         return min(mover.least + self.read_ahead, mover.whole)
 
     def _see_to_room_for(self, mover: FileMover) -> None:
-        """Has groups of others make way for those that will come and go."""
+        """Evict groups of other movers for those that will come and go."""
         arena = self.arena
         wanted = min(self._wanted_for(mover), mover.whole - sum(mover.kept.values())) - mover.ahead_bytes
         self._collect()
@@ -262,7 +262,7 @@ class HostPool:
             self._collect()
 
     def _choose(self, budget: int) -> None:
-        """Chooses what stays: of what repeats, most often first, or all if there is room for that."""
+        """Choose what stays: of what repeats, most often first, or all if there is room for that."""
         movers = {it.number: it for it in self._all()}
         times = Counter(self._rounds.round)
         if len(movers) == 1 or sum(it.whole for it in movers.values()) <= budget:

@@ -60,7 +60,7 @@ _ORIGINS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def origin_of(tensor: torch.Tensor, *, paused: bool = False) -> Origin | None:
-    """Where the tensor's values are to be taken from; None for one that is simply in memory.
+    """Return where the tensor's values are to be taken from; None for one that is simply in memory.
 
     Args:
         tensor: The tensor.
@@ -83,7 +83,7 @@ def wanted_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def set_origin(tensor: torch.Tensor, origin: Origin | None) -> None:
-    """Notes where a tensor's values are to be taken from, or, with None, that it is simply in memory."""
+    """Note where a tensor's values are to be taken from, or, with None, that it is simply in memory."""
     if origin is not None:
         _ORIGINS[tensor] = origin
     elif tensor in _ORIGINS:

@@ -51,7 +51,7 @@ class FileOrigins(Mapping["TensorSlot", Origin]):
         self._mappings: set[MappedFile] = set()  # of those that are settled
 
     def __getitem__(self, slot: TensorSlot) -> Origin:
-        """Where a parameter lies.
+        """Return where a parameter lies.
 
         Raises:
             CheckpointError: It has to be written, and cannot be.
@@ -95,7 +95,7 @@ class FileOrigins(Mapping["TensorSlot", Origin]):
 
 
 def known_origins(slots: Iterable[TensorSlot], *, again: bool) -> dict[TensorSlot, Origin]:
-    """Where parameters lie that are streamed, or that `hookcore.load` made to be.
+    """Return where parameters lie that are streamed, or that `hookcore.load` made to be.
 
     Args:
         slots: The parameters.
@@ -114,7 +114,7 @@ def known_origins(slots: Iterable[TensorSlot], *, again: bool) -> dict[TensorSlo
 def origins_in(
     component: Component, slots: Iterable[TensorSlot], checkpoint: Checkpoint
 ) -> dict[TensorSlot, Origin]:
-    """Where parameters lie in a checkpoint, by name.
+    """Return where parameters lie in a checkpoint, by name.
 
     Raises:
         CheckpointError: One is missing there, or is of another shape, or a file cannot be mapped.
@@ -128,7 +128,7 @@ def origins_in(
 
 
 def origins_of_mapped(slots: Iterable[TensorSlot]) -> dict[TensorSlot, Origin]:
-    """Where parameters lie that show whole tensors of a mapped safetensors file, as `hookcore.load` makes."""
+    """Find origins of parameters that show whole tensors of a mapped file, as `hookcore.load` makes them."""
     checkpoints: dict[Path, Checkpoint] = {}
     found = {}
     for slot in slots:
@@ -158,7 +158,7 @@ def _is_whole(tensor: torch.Tensor, origin: Origin) -> bool:
 
 
 def check_ties(component: Component, parameters: Iterable[TensorSlot]) -> None:
-    """Refuses parameters that share memory other than wholly: a checkpoint holds each on its own.
+    """Refuse parameters that share memory other than wholly: a checkpoint holds each on its own.
 
     Raises:
         UnsupportedModelError: There are some.
@@ -184,7 +184,7 @@ _OTHER_DTYPE = (
 
 
 def dtype_hooks(component: Component, origins: Mapping[TensorSlot, Origin]) -> Iterator[Binding]:
-    """Has models tell the dtype that calls find, where their weights show another one between calls."""
+    """Make models answer the dtype that calls find, where their weights show another one between calls."""
     converted: set[nn.Module] = {
         owner
         for slot, origin in origins.items()

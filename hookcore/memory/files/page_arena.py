@@ -1,7 +1,7 @@
 """One stretch of memory, lent in pieces and lent again.
 
 Weights that come and go are of many sizes. Memory taken from the system for each would be cleared by it each
-time, which costs a core more than reading does; pieces of one stretch are only written over.
+time, which costs a core more than reading does; ranges of one stretch are only written over.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class PageRange:
         return _use_count(self.tensor.untyped_storage()._cdata) > self._unused
 
     def forget(self) -> None:
-        """Lets the system have what the piece held; it is zeros again, and takes no memory."""
+        """Let the system have what the range of pages held; it is zeros again, and takes no memory."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED, self.start, self.nbytes)
 
 
 class PageArena:
-    """Lends pieces of one stretch of memory, the first that fits.
+    """Lends ranges of one stretch of memory, the first that fits.
 
     It takes as much memory as was ever written to, and no piece is lent while anybody still looks at it.
     Not for several threads at once.
@@ -72,14 +72,14 @@ class PageArena:
         self._looked_at: list[PageRange] = []
 
     def take(self, nbytes: int) -> PageRange | None:
-        """Lends a piece of at least this size; None if there is no room for it."""
+        """Lend a range of pages of at least this size; None if there is no room for it."""
         self._return_what_nobody_looks_at()
         size = rounded(max(nbytes, 1))
         start = self._ranges.take(size)
         return None if start is None else PageRange(self._memory, start, size)
 
     def give_back(self, pages: PageRange) -> None:
-        """Takes a piece back, as soon as nobody looks at it."""
+        """Take a range of pages back, as soon as nobody looks at it."""
         self._looked_at.append(pages)
         self._return_what_nobody_looks_at()
 

@@ -73,14 +73,14 @@ class FileEngine(CopyEngine):
         self._given_up: list[tuple[Read, torch.Tensor]] = []  # while they are still being read
 
     def begin(self, stream: Any) -> None:
-        """Has a stream compute from now on."""
+        """Compute on a stream from now on."""
         self._left = self._module.Event()
         super().begin(stream)
         self._calls += 1
         self._go_on()
 
     def copy(self, transfers: Iterable[Transfer]) -> None:
-        """Has these read and then copied, after all use so far of the memory that they fill."""
+        """Read these and then copy them, after all use so far of the memory that they fill."""
         if self.allocator.is_shared:  # with what was computed until this moment
             self._left = self._module.Event()
             self._left.record(self._computing)
@@ -92,7 +92,7 @@ class FileEngine(CopyEngine):
         self._go_on()
 
     def wait_for(self, transfer: Transfer) -> None:
-        """Has what is computed from now on come after a copy.
+        """Order what is computed from now on after a copy.
 
         Raises:
             CheckpointError: A file has changed, or cannot be read.
@@ -108,7 +108,7 @@ class FileEngine(CopyEngine):
         self._go_on()
 
     def leave(self, transfer: Transfer) -> None:
-        """Has all later copies come after what was computed so far, with this load among others."""
+        """Order all later copies after what was computed so far, with this transfer among others."""
         self._left = self._module.Event()  # what was asked for earlier goes on waiting for the last one
         super().leave(transfer)
         if transfer.flat not in self.allocator.kept:  # what is kept is used again
@@ -116,7 +116,7 @@ class FileEngine(CopyEngine):
         self._go_on()
 
     def give_back(self, transfer: Transfer) -> None:
-        """Gives back a load's room. What was begun may go on."""
+        """Give back a transfer's room. What was begun may go on."""
         super().give_back(transfer)
         request = self._requests.pop(transfer)
         if request in self._waiting:
@@ -124,14 +124,14 @@ class FileEngine(CopyEngine):
         self._forget_read(request)
 
     def end(self) -> None:
-        """Waits until the device is done; nothing is read any more that nobody has begun to."""
+        """Wait until the device is done; nothing is read any more that nobody has begun to."""
         for request in self._requests.values():
             if request.read is not None:
                 request.read.cancel()
         super().end()
 
     def _go_on(self) -> None:
-        """Copies what has been read, and has more read as far as there is room."""
+        """Copy what has been read, and has more read as far as there is room."""
         self._free_given_up()
         waiting = self._waiting
         while waiting and (read := waiting[0].read) is not None and read.done():
@@ -141,7 +141,7 @@ class FileEngine(CopyEngine):
                 return
 
     def _copy_now(self, request: _Request) -> None:
-        """Has a request that is needed now read and copied before all others."""
+        """Read and copy a request that is needed now before all others."""
         if request in self._waiting:
             self._waiting.remove(request)
         if request.read is not None and request.read.exception() is not None:
@@ -156,7 +156,7 @@ class FileEngine(CopyEngine):
         self._begin_copy(request)
 
     def _begin_read(self, request: _Request) -> bool:
-        """Has a request read, if there is room for it."""
+        """Read a request, if there is room for it."""
         nbytes = request.flat.nbytes
         # Larger than all that there was at first it can only be if it was given other data.
         room = torch.empty(nbytes, dtype=torch.uint8) if self._is_beside(nbytes) else self._ring.take(nbytes)
@@ -167,14 +167,14 @@ class FileEngine(CopyEngine):
         return True
 
     def _copy_or_forget(self, request: _Request, read: Read) -> None:
-        """Copies what has been read; what could not be is tried again when it is needed."""
+        """Copy what has been read; what could not be is tried again when it is needed."""
         if read.exception() is None:
             self._begin_copy(request)
         else:
             self._forget_read(request)
 
     def _begin_copy(self, request: _Request) -> None:
-        """Copies what has been read."""
+        """Copy what has been read."""
         transfer, copying, times, timeline = request.transfer, self._copying, self.times, self.timeline
         marker = times or timeline
         room = cast("torch.Tensor", request.room)
@@ -194,7 +194,7 @@ class FileEngine(CopyEngine):
         request.is_copied = True
 
     def _make_room(self) -> None:
-        """Waits for the oldest copy; if there is none, for what is read, and not needed now."""
+        """Wait for the oldest copy; if there is none, for what is read, and not needed now."""
         if self._ring.wait():
             return
         if self._given_up:
@@ -217,7 +217,7 @@ class FileEngine(CopyEngine):
         return from_files and was_written(request.flat.ranges)
 
     def _forget_read(self, request: _Request) -> None:
-        """Gives back the room that a request was read into, at once or when the reading has ended."""
+        """Give back the room that a request was read into, at once or when the reading has ended."""
         if request.room is not None and request.read is not None:
             request.read.cancel()
             self._given_up.append((request.read, request.room))
@@ -234,5 +234,5 @@ class FileEngine(CopyEngine):
         self._given_up = still
 
     def _is_beside(self, nbytes: int) -> bool:
-        """Whether something is read into memory beside the ring, as that is too small for it."""
+        """Return whether something is read into memory beside the ring, as that is too small for it."""
         return nbytes > self._ring.nbytes

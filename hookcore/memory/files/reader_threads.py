@@ -37,11 +37,11 @@ class Task(Generic[T]):
         return not self._is_lost and self._future.cancel()
 
     def cancelled(self) -> bool:
-        """Whether the work was cancelled before it began."""
+        """Return whether the work was cancelled before it began."""
         return not self._is_lost and self._future.cancelled()
 
     def done(self) -> bool:
-        """Whether the work has ended, in whichever way."""
+        """Return whether the work has ended, in whichever way."""
         return self._is_lost or self._future.done()
 
     def exception(self) -> BaseException | None:

@@ -106,7 +106,7 @@ class FileStamp:
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
     def is_like(self, other: Self) -> bool:
-        """Whether nothing but the time of a file's last change of any kind is another.
+        """Return whether nothing but the time of a file's last change of any kind is another.
 
         So it is where it was moved, linked, given other rights or put back, and where it was written to and
         given its old times. Samples tell which.
@@ -220,12 +220,12 @@ def _entry(path: Path, key: str, fields: object, data_start: int) -> TensorEntry
 
 
 def _is_sizes(value: object) -> TypeGuard[list[int]]:
-    """Whether it is a list of non-negative whole numbers (JSON's `true` is an int to Python)."""
+    """Return whether it is a list of non-negative whole numbers (JSON's `true` is an int to Python)."""
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _is_countable(shape: list[int]) -> bool:
-    """Whether torch can count the elements of a shape, and of its parts."""
+    """Return whether torch can count the elements of a shape, and of its parts."""
     elements = 1
     for size in shape:
         elements *= size or 1

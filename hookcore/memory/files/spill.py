@@ -60,7 +60,7 @@ def can_be_written(slot: TensorSlot) -> bool:
 
 
 def spill(slots: Iterable[TensorSlot], folder: Path) -> dict[TensorSlot, Origin]:
-    """Writes parameters to a new file, and says where in it each lies.
+    """Write parameters to a new file, and say where in it each lies.
 
     Args:
         slots: The parameters; the objects in a slot hold the same values.
@@ -79,7 +79,7 @@ def spill(slots: Iterable[TensorSlot], folder: Path) -> dict[TensorSlot, Origin]
 
 
 def settled(origin: Origin) -> None:
-    """Is told that a parameter doesn't take its values from there any more; the last one removes the file."""
+    """Release an origin that a parameter no longer uses; the last one removes the file."""
     file = _FILES.get(origin.entry.path)
     if file is not None:
         file.remaining.discard(origin.entry.key)
@@ -88,7 +88,7 @@ def settled(origin: Origin) -> None:
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes a safetensors file, one tensor after another, so that it takes the memory of one."""
+    """Write a safetensors file, one tensor after another, so that it takes the memory of one."""
     # Those of the widest elements first, so that all of them are aligned; safetensors itself does the same.
     ordered = sorted(tensors.items(), key=lambda it: (-it[1].element_size(), it[0]))
     header = {}
@@ -127,7 +127,7 @@ def _create(path: Path) -> int:
 
 
 def _write_bytes(tensor: torch.Tensor, file: BinaryIO) -> None:
-    """Writes a tensor's bytes from where they lie; torch's own way there needs numpy."""
+    """Write a tensor's bytes from where they lie; torch's own way there needs numpy."""
     flat = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8)
     file.write((ctypes.c_char * flat.numel()).from_address(flat.data_ptr()))
 

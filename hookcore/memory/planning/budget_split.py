@@ -61,7 +61,7 @@ class BudgetShare(Generic[T]):
         return self.always + max((sum(coming[at : at + count]) for at in range(len(coming))), default=0)
 
     def has_room_for_two(self, ring: int) -> bool:
-        """Whether something can be copied while the largest group is used.
+        """Return whether something can be copied while the largest group is used.
 
         Otherwise what is copied early would lie beside the activations of others, and gain little.
         """
@@ -69,7 +69,7 @@ class BudgetShare(Generic[T]):
         return not coming or ring - self.always >= max(coming) + min(coming)
 
     def comes_in_pieces(self, ring: int) -> bool:
-        """Whether memory is best allocated for each group by itself, as gaps between few would cost more."""
+        """Return whether to allocate each group by itself, as gaps between few would cost more."""
         if not self.has_room_for_two(ring):
             return True
         coming = self.coming
@@ -94,7 +94,7 @@ class BudgetSplit(Generic[T]):
 def split_budget(
     shares: Sequence[BudgetShare[T]], *, budget: int | None, device: torch.device
 ) -> BudgetSplit[T]:
-    """Divides memory.
+    """Divide memory.
 
     All groups stay if there is room for all. Else, of one component, those stay that calls hold while others
     come and go, and what is left is the ring. Several components, of which one runs at a time, have the whole

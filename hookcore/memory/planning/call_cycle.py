@@ -22,14 +22,14 @@ class CallCycle(Generic[T]):
         self.forget()
 
     def forget(self) -> None:
-        """Begins anew."""
+        """Begin anew."""
         self._calls: deque[T] = deque(maxlen=2 * _LONGEST)
         self._after: dict[T, T] = {}  # what followed each the last time
         self._round: tuple[T, ...] = ()
         self._position: int | None = None  # in the round, of what is expected next; None if there is none
 
     def note(self, called: T) -> None:
-        """Takes down a call that begins."""
+        """Take down a call that begins."""
         if self._calls:
             self._after[self._calls[-1]] = called
         self._calls.append(called)

@@ -33,7 +33,7 @@ class FreeList:
         return self.size - self.free
 
     def take(self, size: int) -> int | None:
-        """Lends a range, and returns where it starts; None where no free one is long enough."""
+        """Lend a range, and return where it starts; None where no free one is long enough."""
         free = self._free
         if size >= self.large:
             for index in range(len(free) - 1, -1, -1):
@@ -51,14 +51,14 @@ class FreeList:
         return None
 
     def take_from(self, start: int) -> None:
-        """Lends what is free from somewhere on, up to where something else is lent."""
+        """Lend what is free from somewhere on, up to where something else is lent."""
         index = bisect.bisect(self._free, (start, self.size)) - 1
         first, stop = self._free[index]
         self.free -= stop - start
         self._free[index : index + 1] = [(first, start)] if first < start else []
 
     def give_back(self, start: int, size: int) -> None:
-        """Takes a range back that was lent."""
+        """Take a range back that was lent."""
         self.free += size
         stop = start + size
         index = bisect.bisect(self._free, (start, stop))
@@ -92,12 +92,12 @@ class ByteQuota:
         return self.size - self.free
 
     def take(self, size: int) -> int | None:
-        """Lends so much, and returns 0; None where less is left."""
+        """Lend so much, and return 0; None where less is left."""
         if size > self.free:
             return None
         self.free -= size
         return 0
 
     def give_back(self, _start: int, size: int) -> None:
-        """Takes back what was lent."""
+        """Take back what was lent."""
         self.free += size

@@ -33,14 +33,14 @@ class LearnedOrder(Generic[T]):
         self.forget()
 
     def forget(self) -> None:
-        """Goes back to the guess."""
+        """Go back to the guess."""
         self.misses = 0
         self._order = self._guess
         self._known: list[tuple[T, ...]] = []  # the one learned last is the last
         self._start()
 
     def note(self, used: T) -> bool:
-        """Takes down what is used now, and says whether it was expected."""
+        """Record what is used now; return whether it was expected."""
         self._recorded.append(used)
         order, position = self._order, self._position
         if order and order[position] == used:
@@ -54,7 +54,7 @@ class LearnedOrder(Generic[T]):
         return False
 
     def end_pass(self) -> None:
-        """Ends a pass: what it used is what the next one is expected to use."""
+        """End a pass: what it used is what the next one is expected to use."""
         if self._recorded:
             self._order = tuple(self._recorded)
             if self._order in self._known:
@@ -63,7 +63,7 @@ class LearnedOrder(Generic[T]):
         self._start()
 
     def upcoming(self, *, wraps: bool = True) -> Iterator[T]:
-        """What is expected next, on into the next pass, once round; nothing after misses in a row.
+        """Return what is expected next, on into the next pass, once round; nothing after misses in a row.
 
         Args:
             wraps: Whether the next pass is expected to be like this one; if not, its end is an end, too.
@@ -75,7 +75,7 @@ class LearnedOrder(Generic[T]):
             yield from self._order[: self._position]
 
     def ahead(self, distance: int, *, wraps: bool = True) -> T | None:
-        """What is expected after so many others; None where `upcoming` has come to an end before it.
+        """Return what is expected after so many others; None where `upcoming` has come to an end before it.
 
         Args:
             distance: How many others.
@@ -101,14 +101,14 @@ class LearnedOrder(Generic[T]):
         return not self._known
 
     def leave_out(self, things: Container[T]) -> None:
-        """Expects these no more. To be called between two passes."""
+        """Expect these no more. To be called between two passes."""
         self._guess, self._order, *self._known = (
             tuple(it for it in order if it not in things)
             for order in (self._guess, self._order, *self._known)
         )
 
     def _find_place(self, used: T) -> None:
-        """Goes on, after a surprise, where the pass can be in an order that is known."""
+        """Go on, after a surprise, where the pass can be in an order that is known."""
         made = tuple(self._recorded)
         for known in reversed(self._known):
             if len(known) > len(made) and known[: len(made)] == made:

@@ -61,7 +61,7 @@ def choose_layout(
     ahead: int | None = None,
     anywhere: bool = False,
 ) -> Layout[T] | None:
-    """Chooses what stays in memory; None if the budget is too small for the largest group.
+    """Choose what stays in memory; None if the budget is too small for the largest group.
 
     The smallest stay, as each would be a copy that takes longer to begin than to make. Of the others the
     largest stay, down to a size, as room for what comes and goes is a multiple of its largest group. The rest
@@ -115,7 +115,7 @@ class _Search(Generic[T]):
         self.best: Layout[T] | None = None
 
     def judge(self, resident: Collection[T], share: float | None) -> float | None:
-        """Follows a choice, and keeps it if none before was faster.
+        """Follow a choice, and keep it if none before was faster.
 
         Args:
             resident: The groups that would stay.
@@ -137,7 +137,7 @@ class _Search(Generic[T]):
         return seconds
 
     def improve(self, tries: int) -> None:
-        """Tries small changes of the best; an equally fast one is a step to elsewhere."""
+        """Try small changes of the best; an equally fast one is a step to elsewhere."""
         numbers = random.Random(0)  # noqa: S311 - no secrets here, and the same choice each time
         groups = list(self._sizes)
         alike: dict[int, list[T]] = {}
@@ -195,12 +195,12 @@ def _some(sizes: list[int]) -> list[int]:
 
 
 def _evenly_by_bytes(uses: Sequence[Use[T]], staying: Collection[T], quota: int) -> set[T]:
-    """Takes groups all along the pass."""
+    """Take groups all along the pass."""
     return set(spread_evenly({use.group: use.nbytes for use in uses if use.group not in staying}, quota))
 
 
 def _evenly_in_time(uses: Sequence[Use[T]], staying: Collection[T], quota: int) -> set[T]:
-    """Leaves out whatever can be copied, at a steady pace, in the time that computing takes."""
+    """Leave out whatever can be copied, at a steady pace, in the time that computing takes."""
 
     def chosen_at(pace: float) -> dict[T, int]:
         allowed = 0.0
@@ -220,7 +220,7 @@ def _evenly_in_time(uses: Sequence[Use[T]], staying: Collection[T], quota: int) 
 def _largest_within(
     quota: int, chosen_at: Callable[[float], dict[T, int]], *, steps: int = 30
 ) -> dict[T, int]:
-    """Bisects for the slowest pace at which what is chosen keeps to a quota of bytes."""
+    """Bisect for the slowest pace at which what is chosen keeps to a quota of bytes."""
     low, high = 0.0, 1024.0
     best: dict[T, int] = {}
     for _ in range(steps):

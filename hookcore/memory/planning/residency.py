@@ -44,7 +44,7 @@ def largest_held(costs: Mapping[Group, int]) -> tuple[int, str]:
 def choose_residents(
     costs: Mapping[Group, int], budget: int | None, read_ahead: int, what: str
 ) -> list[Group]:
-    """Chooses the groups that stay in memory, as many as the budget has room for beside the streamed ones.
+    """Choose the groups that stay in memory, as many as the budget has room for beside the streamed ones.
 
     They are spread evenly over the order of the groups, by bytes: while a resident is used, the next streamed
     one is read. (Spaced residents beat the first N: DESIGN 5.6.) Groups that are tiny stay first of all, as
@@ -69,7 +69,7 @@ def choose_residents(
 
 
 def check_budget(budget: int, least: int, fqn: str, what: str) -> None:
-    """Refuses a budget that is less than one call holds at once.
+    """Refuse a budget that is less than one call holds at once.
 
     Args:
         budget: Bytes for all weights together.
@@ -88,7 +88,7 @@ def check_budget(budget: int, least: int, fqn: str, what: str) -> None:
 
 
 def spread_residents(costs: Mapping[Group, int], spare: int) -> list[Group]:
-    """Chooses as many groups as there is room for; see `choose_residents`.
+    """Choose as many groups as there is room for; see `choose_residents`.
 
     Args:
         costs: Bytes that each group takes in memory, in the order of their use.
@@ -112,7 +112,7 @@ def _fill(groups: Sequence[Group], costs: Mapping[Group, int], spare: int) -> li
 
 
 def spread_evenly(sizes: Mapping[T, int], quota: int) -> list[T]:
-    """Takes one of them whenever its share of the quota has been saved up.
+    """Take one of them whenever its share of the quota has been saved up.
 
     Args:
         sizes: Bytes of each, in the order over which what is taken is spread.

@@ -104,7 +104,7 @@ class _Run(Generic[T]):
         self._copied = 0.0  # when the last copy ends
 
     def seconds(self) -> float:
-        """Follows passes until they repeat: what is lent where, and how far copies are ahead."""
+        """Follow passes until they repeat: what is lent where, and how far copies are ahead."""
         ends: list[float] = []
         seen: list[tuple[list[tuple[T, int]], float]] = []
         self._issue()
@@ -137,7 +137,7 @@ class _Run(Generic[T]):
             self._now += step.after
 
     def _evict_for(self, step: _Step[T]) -> None:
-        """Brings a group that is used now and was not copied ahead."""
+        """Bring a group that is used now and was not copied ahead."""
         if not self._copy(step):
             for nbytes, start, _ in self._ahead.values():
                 self._ring.give_back(start, nbytes)
@@ -145,7 +145,7 @@ class _Run(Generic[T]):
             self._copy(step)
 
     def _issue(self, in_use: T | None = None) -> None:
-        """Begins the copies of what is used next, as far as there is room."""
+        """Begin the copies of what is used next, as far as there is room."""
         steps, ahead, count = self._steps, self._ahead, len(self._steps)
         while len(ahead) < self._most:
             step = steps[(self._position + len(ahead)) % count]
@@ -153,7 +153,7 @@ class _Run(Generic[T]):
                 return
 
     def _copy(self, step: _Step[T]) -> bool:
-        """Begins a copy, if there is room for it."""
+        """Begin a copy, if there is room for it."""
         start = self._ring.take(step.nbytes)
         if start is None:
             return False

@@ -35,7 +35,7 @@ REFUSALS = (PlanError, UnsupportedModelError, BudgetError, CheckpointError)
 
 
 def on_random_models(test: _TestT) -> _TestT:
-    """Runs a test with `data` to draw from, for every subclass with a setting that suits slow techniques."""
+    """Run a test with `data` to draw from, for every subclass with a setting that suits slow techniques."""
 
     @functools.wraps(test)
     def checked(self: Promises, data: st.DataObject) -> None:
@@ -80,7 +80,7 @@ class Promises(Twins):
     _refusal: str | None = None  # what the technique said to the last model that it refused
 
     def make(self) -> Technique:
-        """Makes the technique with the options to test; equal ones at each call."""
+        """Make the technique with the options to test; equal ones at each call."""
         raise NotImplementedError(f"{type(self).__name__} has to define make()")
 
     def models(self) -> st.SearchStrategy[ModelCase]:
@@ -94,7 +94,7 @@ class Promises(Twins):
     # Devices
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Has each test run on each device."""
+        """Run each test on each device."""
         metafunc.parametrize("_device", self.devices, indirect=True)
 
     @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ class Promises(Twins):
         self.prepare(request)
 
     def prepare(self, request: pytest.FixtureRequest) -> None:
-        """Sees to the device before a test, or skips the test."""
+        """Prepare the device before a test, or skip the test."""
         if self.on_simulator:
             request.getfixturevalue("sim")
         elif torch.device(self.device).type != "cpu" and not torch.accelerator.is_available():
@@ -115,7 +115,7 @@ class Promises(Twins):
         return self.device.partition(":")[0] == "sim"
 
     def check_device(self) -> None:
-        """Fails for what the simulator finds late."""
+        """Fail for what the simulator finds late."""
         if self.on_simulator:
             from hookcore.testing import simulator
 
@@ -129,15 +129,15 @@ class Promises(Twins):
     # Models
 
     def draw(self, data: st.DataObject) -> ModelCase:
-        """Draws a case."""
+        """Draw a case."""
         return data.draw(self.models(), label="model")
 
     def pair(self, case: ModelCase) -> tuple[nn.Module, nn.Module]:
-        """Builds the model, at home, and the bare one, on the device."""
+        """Build the model, at home, and the bare one, on the device."""
         return self.build(case).to(self.home), self.build(case).to(self.device)
 
     def draw_pair(self, data: st.DataObject) -> tuple[ModelCase, nn.Module, nn.Module]:
-        """Draws a case and builds both of it."""
+        """Draw a case and builds both of it."""
         case = self.draw(data)
         return case, *self.pair(case)
 
@@ -147,7 +147,7 @@ class Promises(Twins):
         return case, model, bare, self.apply(model)
 
     def apply(self, model: nn.Module, technique: Technique | None = None) -> Applied:
-        """Applies the technique; a refusal has to leave the model alone, and passes it over."""
+        """Apply the technique; a refusal has to leave the model alone, and passes it over."""
         before = ModelSnapshot.take(model)
         try:
             return hookcore.apply(model, [self.make() if technique is None else technique])
@@ -155,13 +155,13 @@ class Promises(Twins):
             self.pass_over(model, before, error)
 
     def pass_over(self, model: nn.Module, before: ModelSnapshot, refusal: BaseException) -> NoReturn:
-        """Goes on to the next model after a refusal, which has to leave this one alone."""
+        """Go on to the next model after a refusal, which has to leave this one alone."""
         before.assert_restored(model, same_storage=True)
         self._refusal = str(refusal)
         reject()
 
     def remove(self, applied: Applied, model: nn.Module) -> None:
-        """Removes the technique, and remembers whether that lost bits."""
+        """Remove the technique, and remembers whether that lost bits."""
         self._lost = self.take_off(applied, model)
 
     def is_restored(self, before: ModelSnapshot, model: nn.Module) -> None:
@@ -185,7 +185,7 @@ class Promises(Twins):
         when: str = "at the next call",
         home: str | None = None,
     ) -> None:
-        """Calls each entry of both, without gradients; the outputs have to be the same."""
+        """Call each entry of both, without gradients; the outputs have to be the same."""
         for entry in self.entries(case, model):
             self.call_one(case, model, bare, entry, SEED, when=when, home=home)
 

@@ -184,7 +184,7 @@ class _Parts(nn.Module):
         self.parts = nn.ModuleList(parts)
 
     def forward(self, route: tuple[int, ...], *args: Any, **kwargs: Any) -> list[Any]:
-        """Returns the result of each step."""
+        """Return the result of each step."""
         return [self.parts[step](*_copied(args), **_copied(kwargs)) for step in route]
 
 
@@ -222,7 +222,7 @@ def _copied(value: Any) -> Any:
 
 
 def _arguments_of_calls(case: ModelCase, model: nn.Module, fqn: str, device: str) -> list[Arguments]:
-    """What a submodule is called with in calls of a model."""
+    """Return what a submodule is called with in calls of a model."""
     calls: list[Arguments] = []
 
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -241,7 +241,7 @@ _HIDDEN = "hidden"
 def _call_failing(
     case: ModelCase, model: nn.Module, entry: str, fqn: str, device: str, *, hidden: bool = False
 ) -> str:
-    """Calls with a module that raises, as far inside as can be, and tells what came of it.
+    """Call with a module that raises, as far inside as can be, and tells what came of it.
 
     Args:
         case: What the model was built from.

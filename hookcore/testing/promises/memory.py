@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """What earlier tests left in cycles is not freed while memory is counted."""
+    """Return what earlier tests left in cycles is not freed while memory is counted."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -49,7 +49,7 @@ class MemoryPromises(Promises):
         return None
 
     def prepare(self, request: pytest.FixtureRequest) -> None:
-        """Skips what there is nothing to count for."""
+        """Skip what there is nothing to count for."""
         test = request.function.__name__
         if test in _COUNTING and not self.on_simulator:
             pytest.skip('memory is counted on the simulator: have devices = ("cpu", "sim")')

@@ -50,7 +50,7 @@ class _RecordingHook(Hook):
 
 
 def make_recording(in_phase: Phase) -> Callable[[set[str]], Technique]:
-    """Makes a technique class that hooks every entry of every module, at a phase."""
+    """Make a technique class that hooks every entry of every module, at a phase."""
 
     @attrs.frozen
     class Recording(Technique):
@@ -70,7 +70,7 @@ def make_recording(in_phase: Phase) -> Callable[[set[str]], Technique]:
 def calls_of(
     case: ModelCase, model: nn.Module, make: Callable[[set[str]], Technique], device: str
 ) -> set[str]:
-    """Where hooks are called in a model that has no other technique."""
+    """Return where hooks are called in a model that has no other technique."""
     calls: set[str] = set()
     hookcore.apply(model, [make(calls)])
     with torch.no_grad():
@@ -110,7 +110,7 @@ class Raising(Technique):
     error: DeliberateError = attrs.field(eq=False)
 
     def bind(self, component: Component) -> Iterator[Binding]:
-        """Lists one hook for each entry of the module."""
+        """List one hook for each entry of the module."""
         for entry in entries_of(component.modules[self.fqn]):
             yield Binding(self.fqn, _RaisingHook(self.error), entry)
 
@@ -119,7 +119,7 @@ class Raising(Technique):
 
 
 def make_rival(technique: Technique, model: nn.Module, *, claims: bool) -> Technique | None:
-    """Makes a technique that cannot be on the model beside the given one; None if there is nothing to hook.
+    """Make a technique that cannot be on the model beside the given one; None if there is nothing to hook.
 
     Args:
         technique: The other.

@@ -115,7 +115,7 @@ def _bound(technique: Technique, component: Component) -> list[Binding | Skipped
 
 
 def _essence(item: Binding | Skipped) -> tuple[object, ...]:
-    """What a binding is, without its hook."""
+    """Return what a binding is, without its hook."""
     if isinstance(item, Skipped):
         return "skipped", item.fqn, item.reason
     return item.fqn, item.entry, item.claims, item.forbids_below, type(item.hook)

@@ -16,7 +16,7 @@ class Addresses:
         self._next = 1 << 60  # beyond what a process can map
 
     def take(self, nbytes: int) -> int:
-        """Gives out the first of so many, which never lie side by side with those of another call."""
+        """Give out the first of so many, which never lie side by side with those of another call."""
         address = self._next
         self._next += (nbytes // ALIGNMENT + 2) * ALIGNMENT
         return address

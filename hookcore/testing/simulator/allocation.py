@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def allocate(machine: Machine, stream: StreamState, block: Block) -> None:
-    """Gives a new block memory of a stream's device, on that stream; see `make_room`, which goes first."""
+    """Give a new block memory of a stream's device, on that stream; see `make_room`, which goes first."""
     device = stream.key[0]
     machine.devices[device].memory.take(block)
     machine.blocks[block.address] = block
@@ -31,7 +31,7 @@ def allocate(machine: Machine, stream: StreamState, block: Block) -> None:
 
 
 def make_room(machine: Machine, stream: StreamState, nbytes: int) -> None:
-    """Sees to it that so many bytes can be allocated on a stream.
+    """Ensure that so many bytes can be allocated on a stream.
 
     Raises:
         torch.OutOfMemoryError: They cannot, even when all that is held or cached has come back.
@@ -57,7 +57,7 @@ def make_room(machine: Machine, stream: StreamState, nbytes: int) -> None:
 
 
 def empty_cache(machine: Machine, device: int) -> None:
-    """Gives the segments that nobody uses back to the device; the host waits for it, as CUDA has it."""
+    """Give the segments that nobody uses back to the device; the host waits for it, as CUDA has it."""
     cache = machine.devices[device].memory.cache
     if cache is not None:
         machine.synchronize(device)
@@ -65,7 +65,7 @@ def empty_cache(machine: Machine, device: int) -> None:
 
 
 def pin(machine: Machine, nbytes: int, address: int, keeper: object) -> Block:
-    """Counts an allocation of page-locked host memory.
+    """Count an allocation of page-locked host memory.
 
     Raises:
         torch.AcceleratorError: The system doesn't let so much be page-locked.
@@ -81,7 +81,7 @@ def pin(machine: Machine, nbytes: int, address: int, keeper: object) -> Block:
 
 
 def register(machine: Machine, device: int, address: int, nbytes: int) -> CudaError:
-    """Page-locks a range of host addresses where it is; see `HostMemory.registration_error`."""
+    """Page-lock a range of host addresses where it is; see `HostMemory.registration_error`."""
     machine.settle()
     error = _forbidden(machine) or machine.host_memory.registration_error(
         address, nbytes, machine.devices[device].profile
@@ -92,7 +92,7 @@ def register(machine: Machine, device: int, address: int, nbytes: int) -> CudaEr
 
 
 def unregister(machine: Machine, address: int) -> CudaError:
-    """Unlocks the range that was registered at an address.
+    """Unlock the range that was registered at an address.
 
     A finalizer may call it at any moment, and the memory may be gone when it returns. So copies that are
     under way end here, and its bytes are given back later.

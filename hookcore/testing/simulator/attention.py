@@ -31,7 +31,7 @@ def attention(  # noqa: PLR0917 -- torch's own signature
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What `scaled_dot_product_attention` does with simulated tensors; all as there."""
+    """Return what `scaled_dot_product_attention` does with simulated tensors; all as there."""
     # As torch.compile looks what would come of a call, there are no numbers; the choice needs none.
     with unset_fake_temporarily():
         mask = None if attn_mask is None else _stand_in(attn_mask)

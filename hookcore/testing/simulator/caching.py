@@ -64,7 +64,7 @@ class Chunk:
     after: Chunk | None = None
 
     def free(self) -> None:
-        """Gives it back to its stream, joined with the free chunks beside it."""
+        """Give it back to its stream, joined with the free chunks beside it."""
         self.allocator.free(self)
 
 
@@ -87,7 +87,7 @@ class CachingAllocator:
         return 0 if self._fitting(stream, size) is not None else segment_size(size)
 
     def allocate(self, stream: int, nbytes: int) -> Chunk:
-        """Takes the smallest free chunk that fits, or a part of it, or of a new segment."""
+        """Take the smallest free chunk that fits, or a part of it, or of a new segment."""
         size = rounded(nbytes)
         pool = (stream, size <= SMALL)
         index = self._fitting(stream, size)
@@ -107,7 +107,7 @@ class CachingAllocator:
         return chunk
 
     def free(self, chunk: Chunk) -> None:
-        """Gives a chunk back to its stream, joined with the free ones beside it."""
+        """Give a chunk back to its stream, joined with the free ones beside it."""
         chunk.is_free = True
         self.allocated -= chunk.size
         if chunk.before is not None and chunk.before.is_free:
@@ -126,7 +126,7 @@ class CachingAllocator:
         return first
 
     def release(self) -> None:
-        """Gives the segments that nobody uses back to the device."""
+        """Give the segments that nobody uses back to the device."""
         for (stream, _), free in self._free.items():
             whole = [it for *_, it in free if it.before is None and it.after is None]
             free[:] = [it for it in free if it[2].before is not None or it[2].after is not None]

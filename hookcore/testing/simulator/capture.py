@@ -26,7 +26,7 @@ class Captures:
         self._running: list[Capture] = []
 
     def begin(self, stream: StreamState, mode: str) -> None:
-        """Begins to capture what a stream is given.
+        """Begin to capture what a stream is given.
 
         Raises:
             ValueError: There is no such mode.
@@ -47,7 +47,7 @@ class Captures:
         self._running.append(capture)
 
     def end(self, stream: StreamState) -> None:
-        """Ends the capture that began on a stream.
+        """End the capture that began on a stream.
 
         Raises:
             RuntimeError: It began on another stream, or not at all; torch's own words.
@@ -64,7 +64,7 @@ class Captures:
             raise cuda_error(CudaError.streamCaptureUnjoined)
 
     def abandon(self) -> None:
-        """Ends all captures."""
+        """End all captures."""
         for capture in list(self._running):
             self._close(capture)
 
@@ -80,7 +80,7 @@ class Captures:
         return bool(self._running)
 
     def check(self, stream: StreamState) -> None:
-        """Sees that a stream can be given something.
+        """Check that a stream can be given work.
 
         Raises:
             torch.AcceleratorError: It is captured, and an error has broken the capture.
@@ -89,7 +89,7 @@ class Captures:
             raise cuda_error(CudaError.streamCaptureInvalidated)
 
     def waits(self, stream: StreamState, source: Capture | None) -> None:
-        """Sees that a stream can wait for work; it is captured, too, if that work is.
+        """Check that a stream can wait for work; it is captured, too, if that work is.
 
         Args:
             stream: The stream.
@@ -113,7 +113,7 @@ class Captures:
             source.add(stream)
 
     def host_waits_for(self, stream: StreamState) -> None:
-        """Sees that the host can wait for a stream, or ask whether it is done.
+        """Check that the host can wait for a stream, or ask whether it is done.
 
         Raises:
             torch.AcceleratorError: The stream is captured, or a capture forbids it.
@@ -123,7 +123,7 @@ class Captures:
         self.forbid_unsafe()
 
     def host_waits_for_event(self, source: Capture | None) -> None:
-        """Sees that the host can wait for an event, or ask whether it is done.
+        """Check that the host can wait for an event, or ask whether it is done.
 
         Args:
             source: The capture in which it was recorded.
@@ -136,7 +136,7 @@ class Captures:
         self.forbid_unsafe()
 
     def forbid_unsafe(self) -> None:
-        """Breaks the captures that this thread's waiting or page-locking breaks.
+        """Break the captures that this thread's waiting or page-locking breaks.
 
         Raises:
             torch.AcceleratorError: There are some.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def install(
     devices: int = 2, *, memory: int | str | None = None, profile: DeviceProfile | None = None
 ) -> None:
-    """Adds the simulated devices "sim:0", "sim:1", ... to this process, for as long as it runs.
+    """Add the simulated devices "sim:0", "sim:1", ... to this process, for as long as it runs.
 
     A second call with the same number of devices only sets the memory and the profile that it names.
 
@@ -64,7 +64,7 @@ def install(
 
 
 def _set_limits(machine: Machine, profile: DeviceProfile | None, memory: int | str | None) -> None:
-    """Sets the profile and the memory of all devices; None leaves them as they are."""
+    """Set the profile and the memory of all devices; None leaves them as they are."""
     for device in machine.devices:
         if profile is not None:
             device.set_profile(profile)
@@ -81,7 +81,7 @@ def limited(
     profile: DeviceProfile | None = None,
     strict: bool | None = None,
 ) -> Iterator[None]:
-    """Sets limits within a `with` block; what is left out stays as it is.
+    """Set limits within a `with` block; what is left out stays as it is.
 
     Args:
         memory: Bytes of each device.
@@ -128,7 +128,7 @@ def traced() -> Iterator[Trace]:
 
 @contextlib.contextmanager
 def counting() -> Iterator[Counter[Request]]:
-    """Counts what all threads ask of the devices inside a `with` block.
+    """Count what all threads ask of the devices inside a `with` block.
 
     Yields:
         The counts so far, by kind of request.
@@ -141,7 +141,7 @@ def counting() -> Iterator[Counter[Request]]:
 def fail_at(
     request: Request, nth: int, error: BaseException | type[BaseException]
 ) -> Iterator[Counter[Request]]:
-    """Fails one request inside a `with` block, before it has any effect. Blocks may be nested.
+    """Fail one request inside a `with` block, before it has any effect. Blocks may be nested.
 
     Count the requests of a program with `counting`, fail each of them in turn, and see that what the program
     worked on is whole afterwards.
@@ -180,7 +180,7 @@ def _watching(watch: Watch) -> Iterator[Counter[Request]]:
 
 
 def violations() -> tuple[Violation, ...]:
-    """What was found and not raised: what is found late in strict mode, and all otherwise."""
+    """Return what was found and not raised: what is found late in strict mode, and all otherwise."""
     machine = state.get_machine()
     with machine.lock:
         machine.settle()
@@ -188,7 +188,7 @@ def violations() -> tuple[Violation, ...]:
 
 
 def check() -> None:
-    """Waits for everything, and raises what was found, also when not in strict mode.
+    """Wait for everything, and raise what was found, also when not in strict mode.
 
     Raises:
         RaceError: Something was found.
@@ -201,7 +201,7 @@ def check() -> None:
 
 
 def reset() -> None:
-    """Waits for everything, forgets what was found, and begins at time 0 with new peaks.
+    """Wait for everything, forgets what was found, and begins at time 0 with new peaks.
 
     What is allocated stays so. The calling thread is at the default streams and at the first device again.
     """

@@ -37,7 +37,7 @@ TO_PEER = "copy to another device"
 
 
 def copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """Copies a tensor into another one; one of them at least lies on a simulated device.
+    """Copy a tensor into another one; one of them at least lies on a simulated device.
 
     Returns:
         The target.
@@ -69,7 +69,7 @@ def to_copy(
     non_blocking: bool = False,
     memory_format: torch.memory_format | None = None,
 ) -> torch.Tensor:
-    """What `tensor.to(...)` does with a simulated tensor.
+    """Return what `tensor.to(...)` does with a simulated tensor.
 
     Raises:
         UnsupportedOperationError: A sparse layout is wanted, or a device that is neither this nor the CPU.
@@ -188,7 +188,7 @@ def _touch(
 
 
 def _complete_earlier(locked: Block, span: tuple[int, int], *, writes: bool) -> None:
-    """Completes the copies that this one must come after: the stream waited for them, if not the host."""
+    """Complete the copies that this one must come after: the stream waited for them, if not the host."""
     start, stop = span
     for copy in locked.copies:
         if (writes or copy.writes) and copy.start < stop and start < copy.stop:
@@ -201,18 +201,18 @@ def _send(machine: Machine, copy: LockedCopy) -> None:
 
 
 def pin_memory(tensor: torch.Tensor, _device: torch.device | None = None) -> torch.Tensor:
-    """What `tensor.pin_memory()` does while the simulator is installed: a page-locked copy."""
+    """Return what `tensor.pin_memory()` does while the simulator is installed: a page-locked copy."""
     return new_pinned(tensor).copy_(tensor.detach())
 
 
 def is_pinned(tensor: torch.Tensor, _device: torch.device | None = None) -> bool:
-    """What `tensor.is_pinned()` says while the simulator is installed."""
+    """Return what `tensor.is_pinned()` says while the simulator is installed."""
     host_memory, address = state.get_machine().host_memory, tensor.untyped_storage().data_ptr()
     return address in host_memory.allocated or host_memory.registered_at(address, address + 1) is not None
 
 
 def record_stream(tensor: torch.Tensor, stream: torch.Stream) -> None:
-    """Keeps a tensor's memory, once it is freed, until a stream has done what it was given by then."""
+    """Keep a tensor's memory, once it is freed, until a stream has done what it was given by then."""
     block = block_of(tensor)
     if block is not None:
         block.recorded |= {(stream.device_index, stream.stream_id)}

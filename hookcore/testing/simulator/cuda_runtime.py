@@ -17,14 +17,14 @@ class CudaRuntime:
 
     @staticmethod
     def cudaHostRegister(address: int, nbytes: int, _flags: int) -> CudaError:  # noqa: N802
-        """Page-locks memory where it is, in the context of the current device."""
+        """Page-lock memory where it is, in the context of the current device."""
         machine = state.get_machine()
         with machine.lock:
             return register(machine, state.current.device, address, nbytes)
 
     @staticmethod
     def cudaHostUnregister(address: int) -> CudaError:  # noqa: N802
-        """Unlocks memory that was registered; no copy from or to it may be under way."""
+        """Unlock memory that was registered; no copy from or to it may be under way."""
         machine = state.get_machine()
         with machine.lock:
             return unregister(machine, address)

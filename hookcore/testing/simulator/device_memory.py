@@ -59,14 +59,14 @@ class DeviceMemory:
         return self.cache.reserved.total() + self.count.allocated - self.cache.allocated
 
     def fits(self, stream: int, nbytes: int) -> bool:
-        """Whether a stream can have so many bytes more."""
+        """Return whether a stream can have so many bytes more."""
         if self.capacity is None:
             return True
         missing = nbytes if self.cache is None else self.cache.missing(stream, nbytes)
         return self.reserved + missing <= self.capacity
 
     def take(self, block: Block) -> None:
-        """Counts a new block, and gives it addresses."""
+        """Count a new block, and give it addresses."""
         stream = block.stream[1]
         if self.cache is None or not block.nbytes:
             block.address = ADDRESSES.take(block.nbytes)
@@ -83,7 +83,7 @@ class DeviceMemory:
             self.most_reserved = max(self.most_reserved, self.reserved)
 
     def give_back(self, block: Block) -> None:
-        """Counts a freed block."""
+        """Count a freed block."""
         taken = block.taken
         self.count.give_back(taken)
         self.by_stream[block.stream[1]].give_back(taken)
@@ -91,11 +91,11 @@ class DeviceMemory:
             block.chunk.free()
 
     def hold(self, block: Block, until: float, clock: Clock) -> None:
-        """Counts a free that takes effect at a later time."""
+        """Count a free that takes effect at a later time."""
         self._held.append(_Held(block, until, clock))
 
     def release(self, now: float) -> None:
-        """Gives back the blocks that were held until now or earlier."""
+        """Give back the blocks that were held until now or earlier."""
         if self._held:
             for it in self._held:
                 if it.until <= now:
@@ -103,7 +103,7 @@ class DeviceMemory:
             self._held = [it for it in self._held if it.until > now]
 
     def all_held(self) -> tuple[Clock, float] | None:
-        """What has to be waited for until nothing is held any more; None if nothing is."""
+        """Return what has to be waited for until nothing is held any more; None if nothing is."""
         if not self._held:
             return None
         clock: Clock = {}
@@ -112,7 +112,7 @@ class DeviceMemory:
         return clock, max(it.until for it in self._held)
 
     def reset_peaks(self) -> None:
-        """Begins new peaks from what is in use."""
+        """Begin new peaks from what is in use."""
         for count in (self.count, *self.by_stream.values()):
             count.reset_peak()
         self.most_reserved = self.reserved

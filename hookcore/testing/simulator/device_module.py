@@ -55,12 +55,12 @@ __all__ = [
 
 
 def is_available() -> bool:
-    """Whether there is a device."""
+    """Return whether there is a device."""
     return True
 
 
 def is_initialized() -> bool:
-    """Whether it can be used."""
+    """Return whether it can be used."""
     return True
 
 
@@ -69,7 +69,7 @@ def _is_in_bad_fork() -> bool:
 
 
 def device_count() -> int:
-    """How many devices there are."""
+    """Return how many devices there are."""
     return len(state.get_machine().devices)
 
 
@@ -79,7 +79,7 @@ def current_device() -> int:
 
 
 def set_device(device: AnyDevice) -> None:
-    """Makes a device the calling thread's current one."""
+    """Make a device the calling thread's current one."""
     state.current.device = state.device_index(device)
 
 
@@ -110,12 +110,12 @@ def default_stream(device: AnyDevice = None) -> Stream:
 
 
 def set_stream(stream: torch.Stream) -> None:
-    """Makes a stream the current one of its device."""
+    """Make a stream the current one of its device."""
     state.current.streams[stream.device_index] = stream.stream_id
 
 
 def stream(stream: Stream | None) -> contextlib.AbstractContextManager[Any]:
-    """Makes a stream and its device current within a `with` block; None changes nothing."""
+    """Make a stream and its device current within a `with` block; None changes nothing."""
     return contextlib.nullcontext() if stream is None else stream
 
 
@@ -125,7 +125,7 @@ def cudart() -> CudaRuntime:
 
 
 def synchronize(device: AnyDevice = None) -> None:
-    """Lets the host wait for all streams of a device."""
+    """Let the host wait for all streams of a device."""
     machine = state.get_machine()
     with machine.lock:
         machine.reach("synchronize")
@@ -134,7 +134,7 @@ def synchronize(device: AnyDevice = None) -> None:
 
 
 def _sleep(cycles: int) -> None:
-    """Runs a kernel on the current stream that takes a number of cycles at 1 GHz, and touches no memory."""
+    """Run a kernel on the current stream that takes a number of cycles at 1 GHz, and touch no memory."""
     machine = state.get_machine()
     stream = state.current_stream_state(state.current.device)
     with machine.lock:
@@ -172,7 +172,7 @@ def max_memory_reserved(device: AnyDevice = None) -> int:
 
 
 def reset_peak_memory_stats(device: AnyDevice = None) -> None:
-    """Begins new peaks from what is in use now."""
+    """Begin new peaks from what is in use now."""
     _memory(device).reset_peaks()
 
 
@@ -184,7 +184,7 @@ def mem_get_info(device: AnyDevice = None) -> tuple[int, int]:
 
 
 def empty_cache() -> None:
-    """Gives memory that torch's cache keeps back to the devices, where it is simulated."""
+    """Give memory that torch's cache keeps back to the devices, where it is simulated."""
     machine = state.get_machine()
     with machine.lock:
         for device in machine.devices:
@@ -219,11 +219,11 @@ def get_device_properties(device: AnyDevice = None) -> Any:
 
 
 def manual_seed(seed: int) -> None:
-    """Does nothing: random numbers come from the CPU's generator."""
+    """Do nothing: random numbers come from the CPU's generator."""
 
 
 def manual_seed_all(seed: int) -> None:
-    """Does nothing: random numbers come from the CPU's generator."""
+    """Do nothing: random numbers come from the CPU's generator."""
 
 
 def get_rng_state(device: AnyDevice = None) -> torch.Tensor:  # noqa: ARG001 -- one generator for all
@@ -232,5 +232,5 @@ def get_rng_state(device: AnyDevice = None) -> torch.Tensor:  # noqa: ARG001 -- 
 
 
 def set_rng_state(new_state: torch.Tensor, device: AnyDevice = None) -> None:  # noqa: ARG001
-    """Sets the state of the CPU's generator."""
+    """Set the state of the CPU's generator."""
     torch.set_rng_state(new_state)

@@ -45,7 +45,7 @@ class StreamState:
         return self.key[1] == 0
 
     def queue(self, limit: int) -> float:
-        """Queues the last operation; returns when there was room for it, if no more than so many wait."""
+        """Queue the last operation; return when there was room for it, if no more than so many wait."""
         self.queued.append(self.end)
         begun = 0.0
         while len(self.queued) > limit:
@@ -74,12 +74,12 @@ class Capture:
     is_over: bool = False
 
     def add(self, stream: StreamState) -> None:
-        """Captures one more stream."""
+        """Capture one more stream."""
         stream.capture = self
         self.streams.append(stream)
 
     def is_joined(self) -> bool:
-        """Whether the origin waits for all that the other streams were given."""
+        """Return whether the origin waits for all that the other streams were given."""
         return all(self.origin.clock.get(it.key, 0) >= it.tick for it in self.streams)
 
 
@@ -108,14 +108,14 @@ class Device:
         self.set_profile(self.profile)
 
     def set_profile(self, profile: DeviceProfile) -> None:
-        """Makes it another device, with empty caches; what is allocated stays."""
+        """Make it another device, with empty caches; what is allocated stays."""
         self.profile = profile
         self.memory.capacity = profile.memory
         self.memory.cache = CachingAllocator() if profile.caching else None
         self.loaded = set()
 
     def add_stream(self) -> StreamState:
-        """Makes a stream; the first, of number 0, is the default stream."""
+        """Make a stream; the first, of number 0, is the default stream."""
         number = len(self.streams)
         self.streams[number] = StreamState((self.index, number))
         return self.streams[number]
@@ -142,4 +142,4 @@ class HostCopy(Protocol):
     operation: Operation
 
     def land(self) -> None:
-        """Is told that it is done, if it has not been told before."""
+        """Note that it is done, unless that is noted already."""

@@ -41,7 +41,7 @@ class UnsupportedOperationError(SimulatorError, NotImplementedError):
 
 
 def describe_stream(stream: StreamKey) -> str:
-    """Names a stream for people: `"stream 3 of sim:0"`."""
+    """Name a stream for people: `"stream 3 of sim:0"`."""
     return f"stream {stream[1]} of sim:{stream[0]}"
 
 

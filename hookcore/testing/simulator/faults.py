@@ -49,7 +49,7 @@ class Watch:
     error: BaseException | type[BaseException] = Exception
 
     def reach(self, request: Request) -> None:
-        """Counts a request before it has any effect.
+        """Count a request before it has any effect.
 
         Raises:
             BaseException: This is the request that fails.

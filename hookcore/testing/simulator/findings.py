@@ -40,7 +40,7 @@ class Findings:
         return f"{part}{block}", self.name_of(block, start, stop)
 
     def add(self, rule: str, block: Block, earlier: Access, by: By, *, now: bool) -> None:
-        """Notes that an operation does not wait for an earlier access.
+        """Note that an operation does not wait for an earlier access.
 
         Args:
             rule: What is broken.
@@ -69,7 +69,7 @@ class Findings:
         self.violations.append(violation)
 
     def raise_found(self) -> None:
-        """Raises what was found and not yet raised, if it is to be raised.
+        """Raise what was found and not yet raised, if it is to be raised.
 
         Raises:
             RaceError: There is something.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def install_generic_names() -> None:
-    """Replaces the names. Once is enough for the process."""
+    """Replace the names. Once is enough for the process."""
     setattr(torch, "Stream", _generic(NativeStream, Stream))  # noqa: B010 -- mypy knows it as a class
     setattr(torch, "Event", _generic(NativeEvent, Event))  # noqa: B010
     for name, function in _ACCELERATOR.items():

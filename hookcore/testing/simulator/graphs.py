@@ -13,7 +13,7 @@ class CUDAGraph:
     """A graph. Kernels compute while it is captured, too, and take no virtual time."""
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
-        """Begins to capture what the current stream is given.
+        """Begin to capture what the current stream is given.
 
         Args:
             pool: Taken and ignored: a graph has no memory of its own.
@@ -24,7 +24,7 @@ class CUDAGraph:
             machine.captures.begin(_current(), capture_error_mode)
 
     def capture_end(self) -> None:
-        """Ends it."""
+        """End it."""
         machine = state.get_machine()
         with machine.lock:
             machine.captures.end(_current())
@@ -82,7 +82,7 @@ class graph:  # noqa: N801 -- torch.cuda's name
 
 
 def is_current_stream_capturing() -> bool:
-    """Whether what the current stream is given is captured."""
+    """Return whether what the current stream is given is captured."""
     return _current().capture is not None
 
 

@@ -31,7 +31,7 @@ class HostWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Checks an operator's CPU tensors before it runs."""
+        """Check an operator's CPU tensors before it runs."""
         kwargs = kwargs or {}
         if state.get_machine().in_flight:
             _check(func, args, kwargs)

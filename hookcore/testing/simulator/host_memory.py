@@ -31,7 +31,7 @@ class HostMemory:
     registered: tuple[Block, ...] = ()
 
     def registration_error(self, address: int, nbytes: int, profile: DeviceProfile) -> CudaError:
-        """Why a range cannot be registered; `success` if it can.
+        """Return why a range cannot be registered; `success` if it can.
 
         CUDA locks whole pages, so two ranges may not share one.
         """
@@ -50,16 +50,16 @@ class HostMemory:
         return CudaError.success
 
     def can_lock(self, nbytes: int, profile: DeviceProfile) -> bool:
-        """Whether the system lets so many more bytes be page-locked."""
+        """Return whether the system lets so many more bytes be page-locked."""
         return profile.lockable is None or self.count.allocated + nbytes <= profile.lockable
 
     def add(self, block: Block) -> None:
-        """Adds a range that is registered now."""
+        """Add a range that is registered now."""
         self.registered = tuple(sorted((*self.registered, block), key=lambda it: it.address))
         self.count.take(block.nbytes)
 
     def remove(self, address: int) -> Block | None:
-        """Takes out the range that begins at an address; None if there is none. Its bytes still count."""
+        """Take out the range that begins at an address; None if there is none. Its bytes still count."""
         found = next((it for it in self.registered if it.address == address), None)
         self.registered = tuple(it for it in self.registered if it is not found)
         return found

@@ -54,7 +54,7 @@ class LockedCopy:
     landed: bool = field(default=False, init=False)
 
     def land(self) -> None:
-        """Completes it, unless that has been done."""
+        """Complete it, unless that has been done."""
         if self.landed:
             return
         self.landed = True
@@ -88,7 +88,7 @@ class FromLocked(LockedCopy):
         return zlib.crc32((ctypes.c_ubyte * (self.stop - self.start)).from_address(self._address))
 
     def _complete(self) -> None:
-        """Compares the source with what it was."""
+        """Compare the source with what it was."""
         if self._checksum() == self._before:
             return
         memory, tensors = self.findings.describe(self.block, self.start, self.stop)
@@ -118,12 +118,12 @@ class ToLocked(LockedCopy):
     writes = True
 
     def _complete(self) -> None:
-        """Writes the data there."""
+        """Write the data there."""
         over(self._address, self.stop - self.start, self.data).copy_(self.data)
 
 
 def _is_mapped(address: int, nbytes: int) -> bool:
-    """Whether all pages of a range of addresses are there."""
+    """Return whether all pages of a range of addresses are there."""
     first = address // mmap.PAGESIZE * mmap.PAGESIZE
     nbytes += address - first
     pages = ctypes.create_string_buffer(-(-nbytes // mmap.PAGESIZE))

@@ -50,7 +50,7 @@ class StreamPool:
 
 
 def stream_pools(device: torch.device | str | int | None = None) -> tuple[StreamPool, ...]:
-    """Says which stream's pool holds how much of a device's memory, by the streams' numbers.
+    """State which stream's pool holds how much of a device's memory, by the streams' numbers.
 
     The sum of all `reserved` is what a device needs whose streams don't use each other's freed memory.
 
@@ -93,7 +93,7 @@ class Holding:
 
 
 def snapshot() -> tuple[Holding, ...]:
-    """Says who holds what: all blocks in use, the largest first."""
+    """State who holds what: all blocks in use, the largest first."""
     machine = state.get_machine()
     with machine.lock:
         machine.settle()

@@ -127,7 +127,7 @@ class _Call:
 
 
 def run_operator(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """Runs an operator with at least one simulated tensor, or one that is to be made on the device.
+    """Run an operator with at least one simulated tensor, or one that is to be made on the device.
 
     Raises:
         RuntimeError: Tensors lie on different devices; or what the CPU's kernel raises.
@@ -201,7 +201,7 @@ def _results(call: _Call, out: Any, device: int | None) -> Any:
 
 
 def _take_device(call: _Call, host_kwargs: dict[str, Any]) -> int | None:
-    """Puts the CPU in the place of a simulated device that is asked for; says where results belong."""
+    """Put the CPU in the place of a simulated device that is asked for; say where results belong."""
     wanted = host_kwargs.get("device")
     if wanted is None:
         return call.device
@@ -216,7 +216,7 @@ def _take_device(call: _Call, host_kwargs: dict[str, Any]) -> int | None:
 
 
 def _follow_resizing(call: _Call, device: int) -> None:
-    """Gives an `out=` tensor the size that the CPU's kernel gave its stand-in."""
+    """Give an `out=` tensor the size that the CPU's kernel gave its stand-in."""
     for i, (tensor, host, is_written, block) in enumerate(call.uses):
         if is_written and (host.shape != tensor.shape or host.stride() != tensor.stride()):
             if block is None:

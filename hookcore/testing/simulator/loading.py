@@ -14,7 +14,7 @@ _native_open = safetensors.safe_open
 
 
 def install_safetensors() -> None:
-    """Lets `safe_open` and `load_file` take a simulated device."""
+    """Let `safe_open` and `load_file` take a simulated device."""
     for module in (safetensors, safetensors.torch):
         setattr(module, "safe_open", _open)  # noqa: B010 -- mypy knows it as a class
 
@@ -56,14 +56,14 @@ class _File(_Copying):
         self._native.__exit__(*error)
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """Reads a tensor and copies it to the device."""
+        """Read a tensor and copy it to the device."""
         tensor: torch.Tensor = self._native.get_tensor(name)
         return tensor.to(self._device)
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
-        """Reads all tensors and copies them to the device."""
+        """Read all tensors and copy them to the device."""
         return {name: self.get_tensor(name) for name in self._native.keys()}  # noqa: SIM118 -- no mapping
 
     def get_slice(self, name: str) -> _Slice:
-        """Gives access to parts of a tensor, which are copied to the device."""
+        """Give access to parts of a tensor, which are copied to the device."""
         return _Slice(self._native.get_slice(name), self._device)

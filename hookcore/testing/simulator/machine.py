@@ -71,7 +71,7 @@ class Machine:
     # Operations
 
     def reach(self, request: Request) -> None:
-        """Lets those who watch count a request before it has any effect, the innermost first.
+        """Let those who watch count a request before it has any effect, the innermost first.
 
         Raises:
             BaseException: One of them fails it.
@@ -80,7 +80,7 @@ class Machine:
             watch.reach(request)
 
     def launch(self, stream: StreamState, name: str) -> Operation:
-        """Issues a kernel on a stream.
+        """Issue a kernel on a stream.
 
         Raises:
             RaceError: Something was found since the last operation.
@@ -97,7 +97,7 @@ class Machine:
         return self.begin(stream, name)
 
     def begin(self, stream: StreamState, name: str) -> Operation:
-        """Issues an operation on a stream.
+        """Issue an operation on a stream.
 
         Raises:
             RaceError: Something was found since the last operation.
@@ -123,7 +123,7 @@ class Machine:
         *,
         writes: bool,
     ) -> None:
-        """Notes that an operation reads or writes a span of bytes of a block.
+        """Note that an operation reads or writes a span of bytes of a block.
 
         Raises:
             RaceError: Another operation that it races with is not ordered before it.
@@ -137,7 +137,7 @@ class Machine:
             self.trace.touch(operation, block.address + span[0])
 
     def finish(self, operation: Operation, stream: StreamState, engine: str, seconds: float) -> None:
-        """Says which engine runs an operation, and how long it takes; what is captured does not run."""
+        """State which engine runs an operation, and how long it takes; what is captured does not run."""
         if stream.capture is not None:
             return
         device = self.devices[stream.key[0]]
@@ -153,7 +153,7 @@ class Machine:
     # What waits for what
 
     def wait(self, stream: StreamState, mark: Mark) -> None:
-        """Has a stream wait for another one to reach a mark.
+        """Make a stream wait until another one reaches a mark.
 
         Raises:
             torch.AcceleratorError: One of them is captured, and the other not or by another capture.
@@ -164,7 +164,7 @@ class Machine:
         stream.free_at = max(stream.free_at, mark.time)
 
     def mark(self, stream: StreamState) -> Mark:
-        """Marks the end of what the stream was given so far.
+        """Mark the end of what the stream was given so far.
 
         Raises:
             torch.AcceleratorError: The stream is captured, and an error has broken the capture.
@@ -174,7 +174,7 @@ class Machine:
         return Mark(dict(stream.clock), max(stream.free_at, self.host_time), stream.capture)
 
     def host_waits(self, clock: Clock, time: float) -> None:
-        """Has the host wait for all that a clock knows, which is done at a time."""
+        """Make the host wait for all that a clock knows, which is done at a time."""
         self.settle()
         join(self.host_clock, clock)
         self.host_waits_count += 1
@@ -189,7 +189,7 @@ class Machine:
             device.memory.release(self.host_time)
 
     def host_asks(self, clock: Clock, time: float) -> bool:
-        """Whether it is done. Asking takes time, so that a loop ends; a yes is as good as a wait."""
+        """Return whether it is done. Asking takes time, so that a loop ends; a yes is as good as a wait."""
         self.host_time += self.devices[0].profile.launch_latency
         if time > self.host_time:
             self.pending_error = CudaError.success  # as torch then clears "not ready", the last error
@@ -198,7 +198,7 @@ class Machine:
         return True
 
     def synchronize(self, device: int) -> None:
-        """Has the host wait for all streams of a device.
+        """Make the host wait for all streams of a device.
 
         Raises:
             torch.AcceleratorError: One of them is captured, or a capture forbids it.
@@ -213,11 +213,11 @@ class Machine:
     # Memory
 
     def drop(self, block: Block) -> None:
-        """Queues a block to which nothing refers any more; may be called at any moment."""
+        """Queue a block to which nothing refers any more; may be called at any moment."""
         self._freed.append(block)
 
     def settle(self) -> None:
-        """Gives back the blocks that were dropped."""
+        """Give back the blocks that were dropped."""
         while self._freed:
             block = self._freed.popleft()
             if block.device is None:
@@ -251,14 +251,14 @@ class Machine:
         self.trace_memory(device)
 
     def trace_memory(self, device: Device) -> None:
-        """Notes in the trace, if there is one, how much of a device's memory is in use."""
+        """Note in the trace, if there is one, how much of a device's memory is in use."""
         if self.trace is not None:
             self.trace.note_memory(device.index, self.host_time - self.origin, device.memory.allocated)
 
     # What was found
 
     def host_touches(self, block: Block, start: int, stop: int, writes: bool, name: str) -> None:
-        """Checks that the host may read or write bytes of pinned memory now.
+        """Check that the host may read or write bytes of pinned memory now.
 
         Raises:
             RaceError: A copy from or to it may still run.
@@ -269,7 +269,7 @@ class Machine:
             self.findings.add(rule, block, earlier, (name, None, HOST_FIRST), now=True)
 
     def reset(self) -> None:
-        """Waits for everything, and starts anew at time 0; what is allocated stays.
+        """Wait for everything, and starts anew at time 0; what is allocated stays.
 
         All is done now and everybody knows, so nothing has to be remembered. Time itself goes on, as events
         from before may be waited for.

@@ -62,7 +62,7 @@ class Block:
         return self.nbytes if self.chunk is None else self.chunk.size
 
     def fill(self, start: int, stop: int, source: int) -> None:
-        """Notes from where a range of bytes was filled."""
+        """Note from where a range of bytes was filled."""
         kept = {(low, high): it for (low, high), it in self.sources.items() if high <= start or stop <= low}
         self.sources = kept | {(start, stop): source}
 
@@ -84,15 +84,15 @@ class ByteCount:
     peak: int = 0
 
     def take(self, nbytes: int) -> None:
-        """Counts an allocation."""
+        """Count an allocation."""
         self.allocated += nbytes
         if self.allocated > self.peak:  # noqa: PLR1730 -- max() takes three times as long, at each allocation
             self.peak = self.allocated
 
     def give_back(self, nbytes: int) -> None:
-        """Counts a free."""
+        """Count a free."""
         self.allocated -= nbytes
 
     def reset_peak(self) -> None:
-        """Begins a new peak from what is in use."""
+        """Begin a new peak from what is in use."""
         self.peak = self.allocated

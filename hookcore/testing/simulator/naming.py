@@ -21,7 +21,7 @@ _models: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def name_tensors(model: nn.Module, name: str = "") -> None:
-    """Has errors and snapshots say the names of a model's parameters and buffers.
+    """Name a model's parameters and buffers in errors and snapshots.
 
     A copy of a tensor that lies on the host has the tensor's name too.
 

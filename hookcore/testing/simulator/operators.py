@@ -70,7 +70,7 @@ class OperatorFacts:
 
 @functools.cache
 def facts_of(operator: OpOverload) -> OperatorFacts:
-    """Reads an operator's schema."""
+    """Read an operator's schema."""
     schema = operator._schema
     written = [it for it in schema.arguments if it.alias_info is not None and it.alias_info.is_write]
     is_indexing = schema.name.startswith(_INDEXING)

@@ -22,7 +22,7 @@ Clock = dict[StreamKey, int]
 
 
 def join(clock: Clock, other: Clock) -> None:
-    """Adds to a clock all that another one knows."""
+    """Add to a clock all that another one knows."""
     for stream, tick in other.items():
         if clock.get(stream, 0) < tick:
             clock[stream] = tick
@@ -43,7 +43,7 @@ class Operation:
     tick: int
 
     def is_before(self, clock: Clock) -> bool:
-        """Whether what has this clock comes after the operation."""
+        """Return whether what has this clock comes after the operation."""
         return clock.get(self.stream, 0) >= self.tick
 
 
@@ -81,7 +81,7 @@ class History:
         return None
 
     def record(self, access: Access, known: Clock) -> None:
-        """Adds an access, and forgets those that no later one can race with.
+        """Add an access, and forgets those that no later one can race with.
 
         Whatever comes after a write also comes after all that the write itself came after, so a write
         replaces the accesses of its bytes, and a read replaces reads of its bytes by its own stream.
@@ -97,7 +97,7 @@ class History:
         self._accesses.append(access)
 
     def forget(self) -> None:
-        """Forgets all accesses: they are done and everybody knows."""
+        """Forget all accesses: they are done and everybody knows."""
         self._accesses = []
 
 

@@ -55,7 +55,7 @@ class _Hooks(torch._C._acc.PrivateUse1Hooks):
 
 
 def register() -> None:
-    """Registers the device, its kernels and its names. To be called once."""
+    """Register the device, its kernels and its names. To be called once."""
     module = _public_module
     module.__dict__["_is_in_bad_fork"] = device_module._is_in_bad_fork
     _setup_privateuseone_for_python_backend(state.DEVICE_TYPE, module, _Hooks())
@@ -70,7 +70,7 @@ def register() -> None:
 
 
 def offer_names(lacks: frozenset[str]) -> None:
-    """Gives the device module all names but some.
+    """Give the device module all names but some.
 
     Args:
         lacks: Those that it doesn't have.

@@ -33,7 +33,7 @@ _CAN_PIN = (
 
 
 def replace_functions() -> None:
-    """Replaces the functions of torch that make storages or pinned memory without a dispatcher."""
+    """Replace the functions of torch that make storages or pinned memory without a dispatcher."""
     from torch.utils._device import _device_constructors
 
     _device_constructors()  # it remembers the originals, by which `with torch.device(...)` knows them
@@ -57,7 +57,7 @@ def _replace_storage_constructor() -> None:
 
 
 def _let_pin(name: str) -> None:
-    """Gives a constructor its `pin_memory=True`, which torch asks a C++ allocator for."""
+    """Give a constructor its `pin_memory=True`, which torch asks a C++ allocator for."""
     make = getattr(torch, name)
 
     @functools.wraps(make)
@@ -81,7 +81,7 @@ def _let_pin(name: str) -> None:
 
 
 def _run_backward_on_this_thread() -> None:
-    """Has backward run on the calling thread.
+    """Run backward on the calling thread.
 
     Otherwise torch hands it to a thread of the device. It makes these at the process' first backward, which
     may be before the devices are added, and makes none for a Python device but the first.

@@ -28,7 +28,7 @@ class _Current(threading.local):
         self.reset()
 
     def reset(self) -> None:
-        """Makes current what is so in a new thread."""
+        """Make current what is so in a new thread."""
         self.device = 0
         self.streams: dict[int, int] = {}
 
@@ -38,13 +38,13 @@ _machine: Machine | None = None
 
 
 def set_machine(machine: Machine) -> None:
-    """Makes the machine; done once, by `install`."""
+    """Make the machine; done once, by `install`."""
     global _machine  # noqa: PLW0603 -- torch has one PrivateUse1 device, so the process has one machine
     _machine = machine
 
 
 def is_installed() -> bool:
-    """Whether `install` was called in this process."""
+    """Return whether `install` was called in this process."""
     return _machine is not None
 
 

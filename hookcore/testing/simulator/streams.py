@@ -35,7 +35,7 @@ class Stream(torch.Stream):
         *,
         number: int | None = None,
     ) -> Self:
-        """Makes a stream, or a further object for one that there is.
+        """Make a stream, or a further object for one that there is.
 
         Raises:
             RuntimeError: The device has no streams; torch's own words.
@@ -58,7 +58,7 @@ class Stream(torch.Stream):
         return _state_of(self)
 
     def synchronize(self) -> None:
-        """Lets the host wait for all that the stream was given."""
+        """Let the host wait for all that the stream was given."""
         machine = state.get_machine()
         with machine.lock:
             machine.reach("synchronize")
@@ -67,29 +67,29 @@ class Stream(torch.Stream):
             machine.findings.raise_found()
 
     def query(self) -> bool:
-        """Whether all is done that the stream was given."""
+        """Return whether all is done that the stream was given."""
         machine = state.get_machine()
         with machine.lock:
             machine.captures.host_waits_for(self.state)
             return machine.host_asks(self.state.clock, self.state.free_at)
 
     def wait_event(self, event: torch.Event) -> None:
-        """Lets what the stream is given from now on wait for an event."""
+        """Let what the stream is given from now on wait for an event."""
         event.wait(self)
 
     def wait_stream(self, stream: torch.Stream) -> None:
-        """Lets what this stream is given from now on wait for all that another one was given so far."""
+        """Let what this stream is given from now on wait for all that another one was given so far."""
         machine = state.get_machine()
         with machine.lock:
             machine.reach("wait_stream")
             machine.wait(self.state, machine.mark(_state_of(stream)))
 
     def is_capturing(self) -> bool:
-        """Whether what the stream is given is captured."""
+        """Return whether what the stream is given is captured."""
         return self.state.capture is not None
 
     def record_event(self, event: torch.Event | None = None) -> torch.Event:
-        """Marks the end of what the stream was given so far."""
+        """Mark the end of what the stream was given so far."""
         event = Event() if event is None else event
         event.record(self)
         return event
@@ -136,7 +136,7 @@ class Event(torch.Event):
         blocking: bool = False,  # noqa: ARG004
         interprocess: bool = False,
     ) -> Self:
-        """Makes an event that is not recorded yet.
+        """Make an event that is not recorded yet.
 
         Raises:
             SimulatorError: It is to be shared between processes.
@@ -151,7 +151,7 @@ class Event(torch.Event):
         self._mark: Mark | None = None
 
     def record(self, stream: torch.Stream | None = None) -> None:
-        """Marks the end of what a stream, or the current one, was given so far.
+        """Mark the end of what a stream, or the current one, was given so far.
 
         Raises:
             RuntimeError: The device has no events; torch's own words.
@@ -164,7 +164,7 @@ class Event(torch.Event):
             self._mark = machine.mark(_state_of(stream))
 
     def wait(self, stream: torch.Stream | None = None) -> None:
-        """Lets what a stream, or the current one, is given from now on wait for the event."""
+        """Let what a stream, or the current one, is given from now on wait for the event."""
         machine = state.get_machine()
         with machine.lock:
             machine.reach("wait_event")
@@ -172,7 +172,7 @@ class Event(torch.Event):
                 machine.wait(_state_of(stream), self._mark)
 
     def query(self) -> bool:
-        """Whether all is done that comes before the event; so too before it is recorded."""
+        """Return whether all is done that comes before the event; so too before it is recorded."""
         if self._mark is None:
             return True
         machine = state.get_machine()
@@ -180,7 +180,7 @@ class Event(torch.Event):
             return _is_done(machine, self._mark)
 
     def synchronize(self) -> None:
-        """Lets the host wait for the event."""
+        """Let the host wait for the event."""
         machine = state.get_machine()
         with machine.lock:
             machine.reach("synchronize")

@@ -121,7 +121,7 @@ def strided(
 
 
 def new_on_device(host: torch.Tensor, device: int, made_by: str) -> torch.Tensor:
-    """Makes host memory the memory of a simulated device.
+    """Make host memory the memory of a simulated device.
 
     Args:
         host: A CPU tensor that nobody will use any more but through the result.
@@ -155,7 +155,7 @@ def _adopt(
 
 
 def new_pinned(like: torch.Tensor) -> torch.Tensor:
-    """Makes page-locked host memory for a tensor of this size, stride and type; its values are arbitrary.
+    """Make page-locked host memory for a tensor of this size, stride and type; its values are arbitrary.
 
     Where the device's profile has none, it is ordinary memory.
     """
@@ -214,7 +214,7 @@ def on_cpu(tensor: torch.Tensor, block: Block | None, *, may_resize: bool = True
 
 
 def rebind(tensor: torch.Tensor, other: torch.Tensor) -> None:
-    """Gives a simulated tensor the storage, size and stride of another one."""
+    """Give a simulated tensor the storage, size and stride of another one."""
     _set_storage(
         CPU_KEYS, tensor, other.untyped_storage(), other.storage_offset(), other.size(), other.stride()
     )
@@ -244,7 +244,7 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def poison(host: torch.Tensor) -> None:
-    """Fills CPU memory with what no program should see: NaN, -1, or True."""
+    """Fill CPU memory with what no program should see: NaN, -1, or True."""
     if host.is_contiguous():
         ctypes.memset(host.data_ptr(), 0xFF if host.dtype is not torch.bool else 1, host.nbytes)
     elif host.dtype.is_floating_point or host.dtype.is_complex:

@@ -68,16 +68,16 @@ class Trace:
     _alignments: dict[Operation, int] = field(factory=dict, init=False, repr=False)
 
     def add(self, operation: Operation, engine: str, ready: float, start: float, end: float) -> None:
-        """Notes an operation, after what it touches."""
+        """Note an operation, after what it touches."""
         alignment = self._alignments.pop(operation, ALIGNMENT)
         self.spans.append(Span(operation.name, operation.stream, engine, ready, start, end, alignment))
 
     def touch(self, operation: Operation, address: int) -> None:
-        """Notes an address on a device that an operation reads or writes from."""
+        """Note an address on a device that an operation reads or writes from."""
         self._alignments[operation] = math.gcd(self._alignments.get(operation, ALIGNMENT), address)
 
     def note_memory(self, device: int, time: float, nbytes: int) -> None:
-        """Notes how much memory is in use."""
+        """Note how much memory is in use."""
         self.memory.append((device, time, nbytes))
 
     @property
@@ -92,7 +92,7 @@ class Trace:
         return sum(it.stall for it in self.spans if it.engine == engine)
 
     def to_chrome(self, path: str | Path) -> Path:
-        """Writes the timeline as Chrome trace JSON: a process a device, a thread a stream; microseconds.
+        """Write the timeline as Chrome trace JSON: a process a device, a thread a stream; microseconds.
 
         Returns:
             The path.
@@ -118,7 +118,7 @@ class Trace:
         return path
 
     def draw(self, path: str | Path | None = None) -> Figure:
-        """Draws the streams over time, with stalls in red; needs matplotlib.
+        """Draw the streams over time, with stalls in red; needs matplotlib.
 
         Args:
             path: Where to save the picture, if at all; the ending says how (".svg", ".png").

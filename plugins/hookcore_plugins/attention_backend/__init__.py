@@ -19,19 +19,19 @@ __all__ = ["AttentionBackend", "AttentionError", "AttentionReport", "chunked_att
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Technique]]:
-    """Registers `AttentionBackend`."""
+    """Register `AttentionBackend`."""
     return [AttentionBackend]
 
 
 @hookimpl
 def hookcore_register_attention_functions() -> tuple[AttentionFunction, ...]:
-    """Registers torch's kernels, those of optional packages, and hookcore's own."""
+    """Register torch's kernels, those of optional packages, and hookcore's own."""
     return BACKENDS
 
 
 @hookimpl
 def hookcore_review_plan(plan: Plan) -> None:
-    """Refuses an attention backend that no component uses.
+    """Refuse an attention backend that no component uses.
 
     Raises:
         PlanError: All components were left alone.

@@ -37,7 +37,7 @@ _aten = torch.ops.aten
 
 
 def _with_torchs_signature(kernel: Callable[[AttentionCall], Tensor]) -> Callable[..., Tensor]:
-    """Gives a kernel the signature of `torch.nn.functional.scaled_dot_product_attention`."""
+    """Give a kernel the signature of `torch.nn.functional.scaled_dot_product_attention`."""
 
     @functools.wraps(kernel)
     def function(*args: Any, **kwargs: Any) -> Tensor:
@@ -51,7 +51,7 @@ def _with_torchs_signature(kernel: Callable[[AttentionCall], Tensor]) -> Callabl
 
 @_with_torchs_signature
 def _math(call: AttentionCall) -> Tensor:
-    """Computes plain products and a softmax; all scores are in memory at once."""
+    """Compute plain products and a softmax; all scores are in memory at once."""
     mask, is_causal = call.attn_mask, call.is_causal
     if mask is not None:
         mask = _additive(mask, call.query)
@@ -70,7 +70,7 @@ def _math_kernel(*args: Any, **kwargs: Any) -> Tensor:
 
 @_with_torchs_signature
 def _flash(call: AttentionCall) -> Tensor:
-    """Runs torch's FlashAttention."""
+    """Run torch's FlashAttention."""
     query, mask = call.query, call.attn_mask
     output: Tensor
     if query.device.type == "cpu":
@@ -102,7 +102,7 @@ def _flash(call: AttentionCall) -> Tensor:
 
 
 def _flash_of_cpu_can(call: AttentionCall) -> bool:
-    """Repeats torch's conditions for its flash kernel on the CPU, which compiled code cannot ask for.
+    """Repeat torch's conditions for its flash kernel on the CPU, which compiled code cannot ask for.
 
     They are those of `use_flash_attention_cpp` in aten/src/ATen/native/transformers/sdp_utils_cpp.cpp.
     """
@@ -121,7 +121,7 @@ def _flash_of_cpu_can(call: AttentionCall) -> bool:
 
 @_with_torchs_signature
 def _efficient(call: AttentionCall) -> Tensor:
-    """Runs torch's memory-efficient attention, whose kernels come from xformers."""
+    """Run torch's memory-efficient attention, whose kernels come from xformers."""
     if not can_use_efficient_attention(_params(call)):
         raise NotImplementedError(_unsupported("efficient", call))
     mask = None if call.attn_mask is None else _aligned(_additive(call.attn_mask, call.query), call)
@@ -140,7 +140,7 @@ def _efficient(call: AttentionCall) -> Tensor:
 
 @_with_torchs_signature
 def _cudnn(call: AttentionCall) -> Tensor:
-    """Runs cuDNN's attention."""
+    """Run cuDNN's attention."""
     if not can_use_cudnn_attention(_params(call)):
         raise NotImplementedError(_unsupported("cudnn", call))
     output: Tensor = _aten._scaled_dot_product_cudnn_attention(
@@ -159,7 +159,7 @@ def _cudnn(call: AttentionCall) -> Tensor:
 
 @_with_torchs_signature
 def _flex(call: AttentionCall) -> Tensor:
-    """Runs torch's FlexAttention, compiled except on the CPU."""
+    """Run torch's FlexAttention, compiled except on the CPU."""
     query, key = call.query, call.key
     _require_four_dimensions(query)
     on_cpu = query.device.type == "cpu"
@@ -194,7 +194,7 @@ def _params(call: AttentionCall) -> SDPAParams:
 
 
 def _additive(mask: Tensor, query: Tensor) -> Tensor:
-    """Returns a mask as numbers to add to scores."""
+    """Return a mask as numbers to add to scores."""
     if mask.dtype is not torch.bool:
         return mask
     zeros = torch.zeros_like(mask, dtype=query.dtype)
@@ -202,7 +202,7 @@ def _additive(mask: Tensor, query: Tensor) -> Tensor:
 
 
 def _aligned(mask: Tensor, call: AttentionCall) -> Tensor:
-    """Expands a mask to all scores, with rows that begin where the kernel can load 16 numbers at a time."""
+    """Expand a mask to all scores, with rows that begin where the kernel can load 16 numbers at a time."""
     length = call.key.shape[-2]
     if length % 16:
         mask = F.pad(mask, (0, -length % 16))[..., :length]
@@ -220,7 +220,7 @@ def _unsupported(kernel: str, call: AttentionCall) -> str:
 
 
 def _requires(module: str, package: str) -> Callable[[], Objection | None]:
-    """Makes an `unavailable` that objects when a package is missing or cannot be imported."""
+    """Make an `unavailable` that objects when a package is missing or cannot be imported."""
 
     def unavailable() -> Objection | None:
         try:
@@ -243,7 +243,7 @@ def _requires(module: str, package: str) -> Callable[[], Objection | None]:
 
 @_with_torchs_signature
 def _xformers(call: AttentionCall) -> Tensor:
-    """Runs the memory-efficient attention of xformers, which chooses among several kernels."""
+    """Run the memory-efficient attention of xformers, which chooses among several kernels."""
     query, key, value = call[:3]
     _require_four_dimensions(query)
     ops: Any = importlib.import_module("xformers.ops")
@@ -265,7 +265,7 @@ def _xformers(call: AttentionCall) -> Tensor:
 
 @_with_torchs_signature
 def _flash_attn(call: AttentionCall) -> Tensor:
-    """Runs FlashAttention 2 of the package flash-attn, which always takes fewer heads of key and value."""
+    """Run FlashAttention 2 of the package flash-attn, which always takes fewer heads of key and value."""
     _require_four_dimensions(call.query)
     _require_equal_lengths_if_causal(call)
     function: Any = importlib.import_module("flash_attn").flash_attn_func
@@ -278,7 +278,7 @@ def _flash_attn(call: AttentionCall) -> Tensor:
 
 @_with_torchs_signature
 def _sage(call: AttentionCall) -> Tensor:
-    """Runs SageAttention, which rounds to eight bits and always takes fewer heads of key and value."""
+    """Run SageAttention, which rounds to eight bits and always takes fewer heads of key and value."""
     _require_four_dimensions(call.query)
     _require_equal_lengths_if_causal(call)
     function: Any = importlib.import_module("sageattention").sageattn
@@ -292,7 +292,7 @@ def _require_four_dimensions(query: Tensor) -> None:
 
 
 def _require_equal_lengths_if_causal(call: AttentionCall) -> None:
-    """Refuses causal attention of unequal lengths: these packages align the last positions, not the first."""
+    """Refuse causal attention of unequal lengths: these packages align the last positions, not the first."""
     queries, keys = call.query.shape[-2], call.key.shape[-2]
     if call.is_causal and queries != keys:
         raise NotImplementedError(

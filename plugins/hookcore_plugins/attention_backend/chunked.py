@@ -96,7 +96,7 @@ class _Shape(NamedTuple):  # torch.compile can make a NamedTuple, and no frozen 
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool) -> _Shape:
-        """Broadcasts the leading dimensions.
+        """Broadcast the leading dimensions.
 
         Raises:
             ValueError: The shapes do not fit each other.
@@ -124,7 +124,7 @@ class _Shape(NamedTuple):  # torch.compile can make a NamedTuple, and no frozen 
         return cls(lead, math.prod(lead[:-1]), (lead[-1] if lead else 1) // group, group)
 
     def arrange(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views them as `(batch, heads, group, L, E)`, `(batch, heads, S, E)` and `(batch, heads, S, Ev)`."""
+        """View them as `(batch, heads, group, L, E)`, `(batch, heads, S, E)` and `(batch, heads, S, Ev)`."""
         shared = (*self.lead[:-1], self.heads) if self.lead else ()
         q = query.expand(*self.lead, *query.shape[-2:])
         k, v = (tensor.expand(*shared, *tensor.shape[-2:]) for tensor in (key, value))
@@ -135,7 +135,7 @@ class _Shape(NamedTuple):  # torch.compile can make a NamedTuple, and no frozen 
         )
 
     def arrange_mask(self, mask: Tensor) -> Tensor:
-        """Returns a view of a mask with five dimensions, each of the size of the scores' or 1."""
+        """Return a view of a mask with five dimensions, each of the size of the scores' or 1."""
         if mask.dim() < 2:
             raise ValueError(f"attn_mask has the shape {tuple(mask.shape)}; expected (..., L, S)")
         lead = (1,) * (len(self.lead) + 2 - mask.dim()) + tuple(mask.shape[:-2])
@@ -151,7 +151,7 @@ class _Shape(NamedTuple):  # torch.compile can make a NamedTuple, and no frozen 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes attention.
+    """Compute attention.
 
     Args:
         q: `(B, H, G, L, E)`.
@@ -192,7 +192,7 @@ def _forward(
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, tile: Tile, options: Options) -> Tensor:
-    """Returns the masked scores of one tile, `(B, H, G * L, S)`; `query` is scaled already."""
+    """Return the masked scores of one tile, `(B, H, G * L, S)`; `query` is scaled already."""
     scores = query @ key.mT
     grouped = tile.by_head(scores)
     if mask is not None:
@@ -233,7 +233,7 @@ class _Attention(torch.autograd.Function):
 def _backward(
     grad: Tensor, saved: tuple[Tensor, ...], options: Options, *, mask_is_learned: bool
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of `_forward` by query, key, value and, if it is learned, mask.
+    """Return the gradients of `_forward` by query, key, value and, if it is learned, mask.
 
     Args:
         grad: The gradient of the output, `(B, H, G, L, Ev)`.

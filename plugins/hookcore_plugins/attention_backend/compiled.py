@@ -42,7 +42,7 @@ class TraceableMethods:
         self._made: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def method(self, module: nn.Module, entry: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the method that replaces another one in compiled code.
+        """Return the method that replaces another one in compiled code.
 
         Args:
             module: The module.
@@ -75,7 +75,7 @@ def _redirecting(function: Callable[..., Any], compute: Callable[..., Tensor]) -
 
 
 def multi_head_attention_with(attend: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Returns `torch.nn.functional.multi_head_attention_forward` with another attention function.
+    """Return `torch.nn.functional.multi_head_attention_forward` with another attention function.
 
     While a mode handles a function of torch's that is written in Python, it doesn't see what that calls. So
     the same code runs with other names: of the attention function, and of the function by which torch would
@@ -86,7 +86,7 @@ def multi_head_attention_with(attend: Callable[..., Tensor]) -> Callable[..., An
 
 
 def _unfused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells a method that may call one fused kernel that a mode is on, so that it calls none.
+    """Tell a method that may call one fused kernel that a mode is on, so that it calls none.
 
     torch.compile does not tell of modes.
     """
@@ -103,7 +103,7 @@ class _TorchWithMode:
 
 
 def _with_names(function: Any, names: dict[str, Any]) -> Callable[..., Any]:
-    """Copies a function and replaces some of the global names that its code uses."""
+    """Copy a function and replaces some of the global names that its code uses."""
     known = {**function.__globals__, **names}
     del known["__name__"]  # by which torch.compile would find torch's own names again
     return FunctionType(function.__code__, known, function.__name__, function.__defaults__)
@@ -124,7 +124,7 @@ class _TracedAttentionMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Calls the function that was asked for, unless it computes attention."""
+        """Call the function that was asked for, unless it computes attention."""
         if func is _ATTENTION:
             func = self._attend
         elif func is _MULTI_HEAD:

@@ -12,7 +12,7 @@ Function = TypeVar("Function", bound="Callable[..., Any]")
 
 
 def constant_result(function: Function) -> Function:
-    """Marks a function as `torch.compiler.assume_constant_result` does.
+    """Mark a function as `torch.compiler.assume_constant_result` does.
 
     That decorator imports the whole compiler, which takes a second, wherever plugins are looked for.
     """

@@ -50,13 +50,13 @@ class AttentionCounts:
         self.clear()
 
     def clear(self) -> None:
-        """Sets all counts to zero."""
+        """Set all counts to zero."""
         with self._lock:
             self._numbers: Counter[str] = Counter()
             self._reasons: Counter[str] = Counter()
 
     def count(self, what: str, reason: str = "") -> None:
-        """Adds one.
+        """Add one.
 
         Args:
             what: A field of `AttentionReport`.
@@ -68,12 +68,12 @@ class AttentionCounts:
                 self._reasons[reason] += 1
 
     def note(self, reason: str) -> None:
-        """Records a reason as given once, however often it is noted."""
+        """Record a reason as given once, however often it is noted."""
         with self._lock:
             self._reasons[reason] = 1
 
     def report(self) -> AttentionReport:
-        """Returns the counts so far."""
+        """Return the counts so far."""
         with self._lock:
             return AttentionReport(self._backend, **self._numbers, reasons=dict(self._reasons))
 
@@ -92,7 +92,7 @@ class CompiledCounts(AttentionCounts):
         self._counts = counts
 
     def count(self, what: str, reason: str = "") -> None:
-        """Adds one, or notes the reason while code is traced."""
+        """Add one, or note the reason while code is traced."""
         if not torch.compiler.is_compiling():
             self._counts.count(what, reason)
         elif reason:

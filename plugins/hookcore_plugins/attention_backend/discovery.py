@@ -65,7 +65,7 @@ class AttentionModule:
 def find_attention(
     component: Component, patterns: tuple[str, ...] | None
 ) -> Iterator[AttentionModule | Skipped]:
-    """Yields the modules that compute attention, and those whose attention cannot be redirected.
+    """Yield the modules that compute attention, and those whose attention cannot be redirected.
 
     Args:
         component: Where to look.
@@ -103,7 +103,7 @@ def find_attention(
 
 
 def _related(one: str, other: str) -> bool:
-    """Whether one of two modules is inside the other, or both are the same."""
+    """Return whether one of two modules is inside the other, or both are the same."""
     return not one or not other or f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
@@ -126,7 +126,7 @@ def _described(
 
 
 def set_backend(module: nn.Module) -> str | None:
-    """Returns why attention that reads which of diffusers' backends is set cannot be redirected now."""
+    """Return why attention that reads which of diffusers' backends is set cannot be redirected now."""
     dispatch = sys.modules["diffusers.models.attention_dispatch"]
     backend: Any = module.processor._attention_backend  # type: ignore[union-attr]
     if backend is None:
@@ -149,7 +149,7 @@ class _Reader:
         self._known: dict[object, frozenset[str]] = {}
 
     def names(self, module: nn.Module, entry: str) -> frozenset[str]:
-        """Returns the names of attention that a module's method reaches."""
+        """Return the names of attention that a module's method reaches."""
         key = type(module), entry, *(type(it) for it in _callables(module).values())
         if key not in self._known:
             method = getattr(type(module), entry, None)
@@ -158,7 +158,7 @@ class _Reader:
 
 
 def _callables(module: nn.Module) -> dict[str, Any]:
-    """Returns the attributes of a module that have a `__call__` of their own.
+    """Return the attributes of a module that have a `__call__` of their own.
 
     diffusers' attention processors are such attributes, and some of them are modules.
     """
@@ -171,12 +171,12 @@ def _callables(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_written(function: object) -> bool:
-    """Whether a function is Python code outside of torch and hookcore."""
+    """Return whether a function is Python code outside of torch and hookcore."""
     return isinstance(function, FunctionType) and not function.__module__.startswith(("torch.", "hookcore."))
 
 
 def _reached(function: object, owner: object, seen: set[CodeType], depth: int) -> Iterator[str]:
-    """Yields the names of attention in a function, and in the functions that it names.
+    """Yield the names of attention in a function, and in the functions that it names.
 
     Args:
         function: The function.
@@ -223,7 +223,7 @@ def _names_in(code: CodeType) -> Iterable[str]:
 
 
 def _of_transformers(component: Component, fqn: str, module: nn.Module) -> ChangedPart | Skipped | None:
-    """Returns the change that a module needs whose function comes from transformers' table."""
+    """Return the change that a module needs whose function comes from transformers' table."""
     chosen = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
     if chosen in {None, "sdpa"}:
         return None
@@ -254,7 +254,7 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _of_diffusers(fqn: str, module: nn.Module) -> ChangedPart | Skipped | None:
-    """Returns the change that a module needs whose processor calls diffusers' table of backends."""
+    """Return the change that a module needs whose processor calls diffusers' table of backends."""
     processor = getattr(module, "processor", None)
     if not hasattr(processor, "_attention_backend"):
         return None
@@ -272,7 +272,7 @@ def _of_diffusers(fqn: str, module: nn.Module) -> ChangedPart | Skipped | None:
 
 
 def _computes_otherwise(module: nn.Module) -> str | None:
-    """Returns why an attention module does not call torch's function; None for any other module."""
+    """Return why an attention module does not call torch's function; None for any other module."""
     processor = getattr(module, "processor", None)
     if processor is not None and callable(getattr(module, "set_processor", None)):
         kind = type(processor).__name__
@@ -284,7 +284,7 @@ def _computes_otherwise(module: nn.Module) -> str | None:
 
 
 def _head_size(module: nn.Module) -> int | None:
-    """Returns the features of each head, under the names that torch, transformers and diffusers use."""
+    """Return the features of each head, under the names that torch, transformers and diffusers use."""
     for name in ("head_dim", "attention_head_size", "dim_head", "key_value_proj_dim"):
         size = getattr(module, name, None)
         if isinstance(size, int):

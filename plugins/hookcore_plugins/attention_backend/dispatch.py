@@ -40,7 +40,7 @@ class AttentionDispatch:
     counts: AttentionCounts
 
     def attend(self, label: str, /, *args: Any, **kwargs: Any) -> Tensor:
-        """Computes one attention; under autocast in the dtype that torch's function would use.
+        """Compute one attention; under autocast in the dtype that torch's function would use.
 
         Args:
             label: The module, for messages.
@@ -103,7 +103,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def refusal(label: str, objections: Objections) -> str:
-    """Formats why an attention cannot be computed, and the remedy.
+    """Format why an attention cannot be computed, and the remedy.
 
     Args:
         label: The module.

@@ -45,7 +45,7 @@ class _AttentionMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Calls the function that was asked for, unless it computes attention."""
+        """Call the function that was asked for, unless it computes attention."""
         if func is _ATTENTION:
             func = _SCOPE.attend
         elif func is _MULTI_HEAD:
@@ -57,7 +57,7 @@ _MODE = _AttentionMode()
 
 
 def redirected(attend: Attend, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Runs a call in which `attend` replaces torch's attention function.
+    """Run a call in which `attend` replaces torch's attention function.
 
     Args:
         attend: Takes the arguments of torch's function; no mode of this module is on while it runs.
@@ -81,7 +81,7 @@ def redirected(attend: Attend, call: Callable[..., Any], /, *args: Any, **kwargs
 
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
-    """Turns the mode off in this thread within a `with` block, for calls of compiled code."""
+    """Turn the mode off in this thread within a `with` block, for calls of compiled code."""
     outer = _SCOPE.attend
     if outer is _ATTENTION or _get_current_function_mode() is not _MODE:  # type: ignore[no-untyped-call]
         yield

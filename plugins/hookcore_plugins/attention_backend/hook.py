@@ -53,7 +53,7 @@ class AttentionHook(Hook):
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Runs the call with the backend in the place of torch's function.
+        """Run the call with the backend in the place of torch's function.
 
         Raises:
             AttentionError: The module computes otherwise for the library's backend that is set, or has a
@@ -85,15 +85,15 @@ class AttentionHook(Hook):
         return output
 
     def outside(self, module: nn.Module) -> Hook:
-        """Returns the hook for calls of compiled code that this module is part of."""
+        """Return the hook for calls of compiled code that this module is part of."""
         return _CompiledHook(module, self._found, self._dispatch, self._methods, self._changed)
 
     def run_report(self, module: nn.Module) -> AttentionReport | None:
-        """Returns the counts of the model's attentions."""
+        """Return the counts of the model's attentions."""
         return self._dispatch.counts.report() if self._reports else None
 
     def reset(self, module: nn.Module) -> None:
-        """Sets the counts to zero."""
+        """Set the counts to zero."""
         self._dispatch.counts.clear()
 
 
@@ -146,13 +146,13 @@ class _CompiledHook(Hook):
         self._temporary = (method,) if changed is None else (method, changed)
 
     def substitute(self, module: nn.Module, entry: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the traceable method where the module's own entry is compiled."""
+        """Return the traceable method where the module's own entry is compiled."""
         return self._methods.method(module, entry) if module is self._module else entry
 
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Runs the call with the traceable method in place."""
+        """Run the call with the traceable method in place."""
         temporary = self._temporary if module is not self._module else self._temporary[1:]
         token = object()
         with contextlib.ExitStack() as stack:

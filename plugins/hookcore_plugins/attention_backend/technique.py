@@ -86,7 +86,7 @@ class AttentionBackend(Technique):
                 raise ValueError(f"modules has {pattern!r}, no regular expression: {error}") from error
 
     def skip_unless_named(self, component: Component) -> str | None:
-        """Returns why a component of a pipeline is left alone unless it is named: it has no attention."""
+        """Return why a component of a pipeline is left alone unless it is named: it has no attention."""
         found = list(find_attention(component, self.modules))
         if any(isinstance(item, AttentionModule) and item.computes for item in found):
             return None
@@ -94,7 +94,7 @@ class AttentionBackend(Technique):
         return reasons[0] if reasons else "nothing in it calls torch's attention function"
 
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
-        """Yields a hook for each module that computes attention.
+        """Yield a hook for each module that computes attention.
 
         Raises:
             PlanError: No module or backend of that name exists, or the backend cannot be used here or with
@@ -127,7 +127,7 @@ class AttentionBackend(Technique):
         places: list[AttentionModule],
         functions: tuple[AttentionFunction | None, ...],
     ) -> None:
-        """Refuses modules whose weights show that no call of them can be computed."""
+        """Refuse modules whose weights show that no call of them can be computed."""
         for item in places:
             if not item.computes:
                 continue
@@ -163,7 +163,7 @@ def _look_up(name: str, known: Mapping[str, AttentionFunction]) -> AttentionFunc
 
 
 def _unavailable(function: AttentionFunction) -> Objection | None:
-    """Returns why a backend cannot be used in this process; None if it can."""
+    """Return why a backend cannot be used in this process; None if it can."""
     missing = function.unavailable()
     if missing is None and function.devices is not None and not any(map(_is_here, function.devices)):
         return Objection(f"there is no device {' or '.join(map(repr, function.devices))} here")
@@ -180,7 +180,7 @@ def _is_here(device: str) -> bool:
 
 
 def _objection(function: AttentionFunction, module: nn.Module, head_size: int | None) -> Objection | None:
-    """Returns why a backend cannot compute a module's attention, as far as its weights tell."""
+    """Return why a backend cannot compute a module's attention, as far as its weights tell."""
     weights = [weight for weight in module.parameters() if weight.dtype.is_floating_point]
     for kind in {weight.device.type for weight in weights} - {"cpu", "meta"}:  # from there they may be moved
         if objection := function.objection_to_device(kind):

@@ -33,7 +33,7 @@ class ChangedPart:
     value: Any
 
     def make(self, module: nn.Module) -> Any:
-        """Returns the changed copy of the object that a module holds."""
+        """Return the changed copy of the object that a module holds."""
         changed = copy.copy(_holder(module, self.part)[self.part])
         # Not setattr: transformers' setter changes what the config shares with its parts.
         vars(changed)[self.attribute] = self.value
@@ -56,7 +56,7 @@ class TemporaryAttribute:
         self._before: tuple[Any] | None = None  # the value to put back, while it is replaced
 
     def begin(self, module: nn.Module, call: object) -> None:
-        """Replaces the attribute unless it is replaced already.
+        """Replace the attribute unless it is replaced already.
 
         Args:
             module: The module.
@@ -71,7 +71,7 @@ class TemporaryAttribute:
             self._calls.add(call)
 
     def end(self, module: nn.Module, call: object) -> None:
-        """Puts the attribute back when no other call is under way; right also if `begin` was interrupted."""
+        """Put the attribute back when no other call is under way; right also if `begin` was interrupted."""
         with self._lock:
             self._calls.discard(call)
             if self._before is None or self._calls:

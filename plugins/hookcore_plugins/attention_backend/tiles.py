@@ -32,7 +32,7 @@ class Options(NamedTuple):
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """Returns the dtype of scores and sums: at least float32."""
+    """Return the dtype of scores and sums: at least float32."""
     return torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
 
 
@@ -62,12 +62,12 @@ class Rows:
         return self.batch, self.heads, slice(None), self.queries
 
     def by_head(self, tensor: Tensor) -> Tensor:
-        """Views `(B, H, G * L, ...)` as `(B, H, G, L, ...)`."""
+        """View `(B, H, G * L, ...)` as `(B, H, G, L, ...)`."""
         length = self.queries.stop - self.queries.start
         return tensor.view(*tensor.shape[:2], self.group, length, *tensor.shape[3:])
 
     def tiles(self) -> Iterator[Tile]:
-        """Yields the tiles of these rows, from the first key on."""
+        """Yield the tiles of these rows, from the first key on."""
         for start in range(0, self.reach, self.width):
             keys = slice(start, min(start + self.width, self.reach))
             yield Tile(self.batch, self.heads, self.group, self.queries, self.reach, self.width, keys)
@@ -89,14 +89,14 @@ class Tile(Rows):
         return self.batch, self.heads, self.keys
 
     def within(self, mask: Tensor) -> tuple[slice, ...]:
-        """Returns the index of the tile in a mask, of which any dimension may be 1."""
+        """Return the index of the tile in a mask, of which any dimension may be 1."""
         whole = slice(None)
         places = (self.batch, self.heads, whole, self.queries, self.keys)
         return tuple(whole if size == 1 else place for size, place in zip(mask.shape, places, strict=True))
 
 
 def blocks_of_rows(q: Tensor, k: Tensor, options: Options) -> Iterator[Rows]:
-    """Cuts the rows of all scores `(B, H, G, L, S)` so that no tile exceeds `tile_bytes`."""
+    """Cut the rows of all scores `(B, H, G, L, S)` so that no tile exceeds `tile_bytes`."""
     batch, heads, group, length, _ = q.shape
     keys = k.shape[2]
     numbers = max(options.tile_bytes // accumulation_dtype(q).itemsize, 1)
@@ -114,6 +114,6 @@ def blocks_of_rows(q: Tensor, k: Tensor, options: Options) -> Iterator[Rows]:
 
 
 def even_slices(size: int, most: int) -> list[slice]:
-    """Cuts a range into slices of sizes that differ by one at most, of `most` at most."""
+    """Cut a range into slices of sizes that differ by one at most, of `most` at most."""
     count = -(-size // most)
     return [slice(index * size // count, (index + 1) * size // count) for index in range(count)]

@@ -16,5 +16,5 @@ __all__ = ["Compile", "CompileReport"]
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Technique]]:
-    """Brings `Compile`."""
+    """Bring `Compile`."""
     return [Compile]

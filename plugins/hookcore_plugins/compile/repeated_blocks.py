@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def repeated_blocks(component: Component) -> tuple[list[str], list[Skipped]]:
-    """Finds a model's repeated blocks: those that its library declares, else those that its structure shows.
+    """Find a model's repeated blocks: those that its library declares, else those that its structure shows.
 
     Of nested ones the outermost are taken.
 
@@ -41,7 +41,7 @@ def repeated_blocks(component: Component) -> tuple[list[str], list[Skipped]]:
 
 
 def code_key(module: nn.Module) -> Hashable:
-    """What modules have in common that can run the same compiled code.
+    """Return what modules have in common that can run the same compiled code.
 
     torch.compile takes the shapes of weights as given. Blocks of one class in other sizes would count as
     recompiles of one code, of which torch allows a few and then silently compiles no more.
@@ -64,7 +64,7 @@ def _outermost(component: Component, fqns: Iterable[str]) -> list[str]:
 
 
 def _shared_with(component: Component, fqn: str) -> str | None:
-    """Where else a module stands that is in a block, or None if all stand in it alone."""
+    """Return where else a module stands that is in a block, or None if all stand in it alone."""
     block = component.modules[fqn]
     places = tuple(f"{name}." for name in component.fqns[block])
     for module in block.modules():

@@ -71,7 +71,7 @@ class SharedCode:
         return _Counted(self._compile(entry), self.counts)  # what somebody has put on the instance
 
     def forget(self) -> None:
-        """Drops all compiled code."""
+        """Drop all compiled code."""
         self._compiled.clear()
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,7 +128,7 @@ class _Counted:
 
 
 def _first_line(reason: str) -> str:
-    """What torch says, without the stack that follows it."""
+    """Return what torch says, without the stack that follows it."""
     return " ".join(reason.partition("\n")[0].split())
 
 

@@ -34,7 +34,7 @@ def _as_value(options: Mapping[str, Any]) -> tuple[tuple[str, Hashable], ...]:
 
 
 def _nothing() -> None:
-    """What options are tried on."""
+    """Return what options are tried on."""
 
 
 @frozen(init=False)
@@ -75,13 +75,13 @@ class Compile(Technique):
         self.__attrs_init__(regional, options)
 
     def skip_unless_named(self, component: Component) -> str | None:
-        """Why a component of a pipeline is left alone unless it is named: it has no blocks."""
+        """Return why a component of a pipeline is left alone unless it is named: it has no blocks."""
         if not self.regional or repeated_blocks(component)[0]:
             return None
         return "it has no repeated blocks that could be compiled by themselves"
 
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
-        """Lists one hook for each block, or for each entry of the model.
+        """List one hook for each block, or for each entry of the model.
 
         Raises:
             PlanError: torch.compile refuses the options, or the model has no repeated blocks.
@@ -116,7 +116,7 @@ class Compile(Technique):
 
 
 class CompileHook(Hook):
-    """Has compiled code run in the place of a module's own.
+    """Runs compiled code in the place of a module's own.
 
     Args:
         code: The code, which other modules may share.
@@ -129,7 +129,7 @@ class CompileHook(Hook):
         self._marked: set[int] | None = None  # tensors that somebody else's compiling had marked
 
     def attach(self, module: nn.Module) -> None:
-        """Notes, the first time, which tensors are marked already."""
+        """Note, the first time, which tensors are marked already."""
         if self._marked is None:
             self._marked = {id(tensor) for tensor in _tensors(module) if _MARK in vars(tensor)}
 
@@ -138,7 +138,7 @@ class CompileHook(Hook):
         return self._code.of(module, entry)
 
     def after_removal(self, module: nn.Module) -> None:
-        """Drops the compiled code, and the marks that torch has left on the tensors of what it compiled."""
+        """Drop the compiled code, and the marks that torch has left on the tensors of what it compiled."""
         self._code.forget()
         for tensor in _tensors(module):
             if id(tensor) not in (self._marked or ()):
@@ -150,7 +150,7 @@ class CompileHook(Hook):
         return evolve(counts, reasons=dict(counts.reasons)) if self._reports else None
 
     def reset(self, module: nn.Module) -> None:
-        """Begins to count anew; what was compiled stays."""
+        """Begin to count anew; what was compiled stays."""
         counts = self._code.counts
         counts.graphs = counts.recompiles = counts.graph_breaks = 0
         counts.reasons.clear()

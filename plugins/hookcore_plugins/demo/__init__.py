@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def hookcore_register_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Brings `hookcore demo`."""
+    """Bring `hookcore demo`."""
     parser = commands.add_parser(
         "demo",
         help="run a model that is larger than a memory budget, and compare with other ways to run it",

@@ -52,12 +52,12 @@ class Request:
     cold: bool = False
 
     def to_json(self) -> str:
-        """Writes it, for the process to read."""
+        """Write it, for the process to read."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> Request:
-        """Reads what `to_json` wrote."""
+        """Read what `to_json` wrote."""
         values = json.loads(text)
         setting = values.pop("setting")
         return cls(
@@ -110,7 +110,7 @@ class Measurement:
 
 
 def measure(request: Request, tell: Callable[[str, Any], None]) -> tuple[Measurement, bytes]:
-    """Runs one way.
+    """Run one way.
 
     Args:
         request: What to run.
@@ -159,7 +159,7 @@ def measure(request: Request, tell: Callable[[str, Any], None]) -> tuple[Measure
 
 
 def _import_all(setting: Setting) -> Any:
-    """Imports what any way will use, so that this is not measured; returns the scheduler."""
+    """Import what any way will use, so that this is not measured; return the scheduler."""
     import accelerate  # noqa: F401
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -169,7 +169,7 @@ def _import_all(setting: Setting) -> Any:
 
 
 def _warm_up(setting: Setting) -> None:
-    """Calls the smallest model of the family, for all that a call loads and allocates besides weights."""
+    """Call the smallest model of the family, for all that a call loads and allocates besides weights."""
     demo, device = setting.model.smallest, setting.device
     model = demo.model_class(**demo.config).to(device, parse_dtype(demo.dtype))
     _velocity(model, demo, demo.start(device), demo.conditions(device), 1.0)
@@ -180,7 +180,7 @@ def _warm_up(setting: Setting) -> None:
 def _velocity(
     model: Any, demo: DemoModel, latents: torch.Tensor, conditions: dict[str, torch.Tensor], time_step: float
 ) -> torch.Tensor:
-    """Calls the model once."""
+    """Call the model once."""
     dtype = parse_dtype(demo.dtype)
     # Flux takes times from 0 to 1, SD3 from 0 to 1000.
     at = time_step / 1000 if demo.family == "flux" else time_step
@@ -222,7 +222,7 @@ def _denoise(
 
 
 def _finish(device: torch.device) -> None:
-    """Waits for the accelerator."""
+    """Wait for the accelerator."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -234,7 +234,7 @@ def _device_peak(device: torch.device) -> int | None:
 
 
 def read_into_cache(folder: Path) -> None:
-    """Reads all files of a folder once."""
+    """Read all files of a folder once."""
     buffer = bytearray(_CHUNK)
     for path in folder.iterdir():
         with path.open("rb", buffering=0) as file:
@@ -243,7 +243,7 @@ def read_into_cache(folder: Path) -> None:
 
 
 def drop_from_cache(folders: Iterable[Path]) -> None:
-    """Has the system forget the files in folders, so that the next read comes from the disk.
+    """Drop the files in folders from the system's cache, so that the next read comes from the disk.
 
     Pages that a process has mapped and in memory stay: they are in its own memory. Linux only.
     """
@@ -265,7 +265,7 @@ def peak_rss() -> int:
 
 
 def _reset_peak() -> bool:
-    """Has `peak_rss` count from now on, where the system can do that."""
+    """Reset `peak_rss`, where the system can do that."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -50,7 +50,7 @@ def table(measured: Mapping[str, Measurement], differences: Mapping[str, Differe
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lays rows out: the first column starts at the left, the others end at the right."""
+    """Lay rows out: the first column starts at the left, the others end at the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
@@ -58,7 +58,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def bars(measured: Mapping[str, Measurement], budget: int, width: int | None = None) -> str:
-    """Draws memory and time.
+    """Draw memory and time.
 
     Args:
         measured: What was measured.
@@ -93,7 +93,7 @@ def _bars(values: Mapping[str, float], write: Callable[[float], str], width: int
 
 
 def picture(measured: Mapping[str, Measurement], about: Mapping[str, Any], path: Path) -> None:
-    """Saves memory and time as two panels side by side.
+    """Save memory and time as two panels side by side.
 
     Args:
         measured: What was measured.

@@ -118,7 +118,7 @@ class DemoModel:
         return torch.randn(shape, generator=torch.Generator().manual_seed(_SEED)).to(device)
 
     def conditions(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """What the model is given besides the latents and the time: a random text, and positions."""
+        """Return what the model is given besides the latents and the time: a random text, and positions."""
         dtype = parse_dtype(self.dtype)
         generator = torch.Generator().manual_seed(_SEED + 1)
         side = self._side(device)
@@ -163,7 +163,7 @@ def disk_taken(checkpoints: DemoCheckpoints) -> int:
 
 
 def require_free(folder: Path, nbytes: int, what: str) -> None:
-    """Checks the free space on a folder's disk.
+    """Check the free space on a folder's disk.
 
     Raises:
         DemoError: There is less.
@@ -177,7 +177,7 @@ def require_free(folder: Path, nbytes: int, what: str) -> None:
 
 
 def build(model: DemoModel, cache: Path, progress: Callable[[int], object]) -> DemoCheckpoints:
-    """Builds and saves the model unless the cache has it.
+    """Build and saves the model unless the cache has it.
 
     It is made shard by shard, so that it takes the memory of one; and under another name until it is whole,
     so that a run that was aborted leaves nothing that looks finished.
@@ -235,7 +235,7 @@ def _save(model: DemoModel, full: Path, small: Path, progress: Callable[[int], o
 
 
 def _shards(state: Mapping[str, torch.Tensor], itemsize: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Splits a state dict, in its order, into shards of about equal size."""
+    """Split a state dict, in its order, into shards of about equal size."""
     quota = sum(tensor.numel() for tensor in state.values()) * itemsize / _SHARDS
     shard: dict[str, torch.Tensor] = {}
     filled = 0

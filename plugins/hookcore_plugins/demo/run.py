@@ -53,7 +53,7 @@ class Difference:
 
     @classmethod
     def of(cls, output: torch.Tensor, reference: torch.Tensor) -> Difference:
-        """Compares two outputs of float32."""
+        """Compare two outputs of float32."""
         if not torch.isfinite(output).all():
             return cls(equal=False, largest=float("inf"), mean=float("inf"))
         distance, size = (output - reference).abs(), reference.abs()
@@ -68,7 +68,7 @@ class Difference:
 
 
 def require_packages() -> None:
-    """Checks that what the demo uses is installed.
+    """Check that what the demo uses is installed.
 
     Raises:
         DemoError: Something is not.
@@ -92,7 +92,7 @@ def choose_device() -> tuple[torch.device, str]:
 
 
 def run_demo(*, size: str, budget: str, family: str, steps: int, out: Path, cache: Path) -> int:
-    """Runs all of the demo.
+    """Run all of the demo.
 
     Args:
         size: Bytes of weights, as text.
@@ -173,7 +173,7 @@ def _sizes(size: str, budget: str) -> tuple[int, int]:
 
 
 def check_budget(model: DemoModel, checkpoints: DemoCheckpoints, device: torch.device, budget: int) -> None:
-    """Finds out before anything is run whether the budget is enough.
+    """Find out before anything is run whether the budget is enough.
 
     Raises:
         BudgetError: It is not; names the least that is.
@@ -202,7 +202,7 @@ def scratch_folder(cache: Path) -> Iterator[Path]:
 
 
 def run_way(request: Request, tell: Callable[[str, float], object]) -> tuple[Measurement, torch.Tensor]:
-    """Runs one way in a fresh process.
+    """Run one way in a fresh process.
 
     Args:
         request: What to run. Its scratch folder is made here, and deleted at the end.
@@ -242,7 +242,7 @@ def run_way(request: Request, tell: Callable[[str, float], object]) -> tuple[Mea
 
 
 def wrong(differences: Mapping[str, Difference], dtype: str) -> list[str]:
-    """What is wrong with the outputs; empty if nothing is.
+    """Return what is wrong with the outputs; empty if nothing is.
 
     Args:
         differences: To the resident model's output, by way.
@@ -269,7 +269,7 @@ def wrong(differences: Mapping[str, Difference], dtype: str) -> list[str]:
 
 
 def about_machine(device: torch.device) -> dict[str, Any]:
-    """What figures depend on: date, device, versions."""
+    """Return what figures depend on: date, device, versions."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": str(device),

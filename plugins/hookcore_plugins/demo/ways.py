@@ -55,7 +55,7 @@ class Way:
 
 
 def techniques(setting: Setting, *, rounded: bool) -> list[hookcore.Technique]:
-    """What the two ways of hookcore put on the model."""
+    """Return what the two ways of hookcore put on the model."""
     from hookcore_plugins.disk_offload import DiskOffload
     from hookcore_plugins.layerwise_casting import LayerwiseCasting
 

@@ -15,5 +15,5 @@ __all__ = ["LayerwiseCasting"]
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Technique]]:
-    """Brings `LayerwiseCasting`."""
+    """Bring `LayerwiseCasting`."""
     return [LayerwiseCasting]

@@ -102,7 +102,7 @@ class CastWeight:
     # A call
 
     def use(self) -> None:
-        """Makes the parameters compute-dtype copies, unless an outer call already did."""
+        """Make the parameters compute-dtype copies, unless an outer call already did."""
         if self.uses and self.tensors[0].dtype is self.storage_dtype:
             self.uses = 0  # a call was interrupted, and what moves the weights has put them back
         if not self.uses:
@@ -119,7 +119,7 @@ class CastWeight:
         self.uses += 1
 
     def release(self) -> None:
-        """Drops the copies when the outermost call returns."""
+        """Drop the copies when the outermost call returns."""
         self.uses -= 1
         if not self.uses:
             self.thread = None
@@ -133,12 +133,12 @@ class CastWeight:
 
     @torch.no_grad()
     def store_edits(self) -> None:
-        """Stores what a call has made of the copies, rounded."""
+        """Store what a call has made of the copies, rounded."""
         for tensor, stored in zip(self.tensors, self._stored, strict=True):
             stored.copy_(tensor.data)
 
     def rest(self) -> None:
-        """Ends calls that were interrupted before a hook could do so, while none is under way."""
+        """End calls that were interrupted before a hook could do so, while none is under way."""
         if self.uses:
             self._put(self._stored)
             self.thread, self._stored, self.uses = None, [], 0
@@ -175,7 +175,7 @@ class CastWeight:
         return read_as(tensor, self._in_calls(self._at_rest(tensor)))
 
     def saved(self, tensor: Tensor) -> Tensor:
-        """What is stored: the values are true, in fewer bytes."""
+        """Return what is stored: the values are true, in fewer bytes."""
         return self.stored(tensor)
 
     def loaded(self, tensor: Tensor, value: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class CastWeight:
 
     @torch.inference_mode(False)  # what is made here outlives the mode
     def to_store(self) -> list[Tensor] | None:
-        """Converts for `hold`; None if there is nothing to convert."""
+        """Convert for `hold`; None if there is nothing to convert."""
         data = [tensor.data for tensor in self.tensors]
         if self._holders or self._streamed or any(tensor.is_meta for tensor in data):
             return None
@@ -212,7 +212,7 @@ class CastWeight:
         return converted(data, self.storage_dtype)
 
     def hold(self, stored: list[Tensor] | None) -> None:
-        """Stores what `to_store` gave, for one more hook; or nothing, if it is interrupted."""
+        """Store what `to_store` gave, for one more hook; or nothing, if it is interrupted."""
         before = [tensor.data for tensor in self.tensors]
         try:
             if not self._holders:
@@ -243,7 +243,7 @@ class CastWeight:
 
     @torch.inference_mode(False)
     def to_restore(self) -> list[Tensor] | None:
-        """Converts back for `let_go`; None if the parameters are to stay as they are."""
+        """Convert back for `let_go`; None if the parameters are to stay as they are."""
         data = [tensor.data for tensor in self.tensors]
         if self._holders > 1 or self._streamed or not self._rounded(data):
             return None
@@ -253,7 +253,7 @@ class CastWeight:
         return converted(data, self._original_dtype)
 
     def let_go(self, restored: list[Tensor] | None) -> None:
-        """Restores what `to_restore` gave, for one hook less; or nothing, if it is interrupted."""
+        """Restore what `to_restore` gave, for one hook less; or nothing, if it is interrupted."""
         before = [tensor.data for tensor in self.tensors]
         try:
             if restored is not None:
@@ -267,7 +267,7 @@ class CastWeight:
             raise
 
     def forget(self) -> None:
-        """Drops the originals."""
+        """Drop the originals."""
         self._kept = None
 
     # Telling
@@ -292,14 +292,14 @@ class CastWeight:
         return origin_of(self.tensors[0]) is not None
 
     def _stream_in(self, dtype: torch.dtype) -> None:
-        """Asks for a weight that is streamed to come in a dtype."""
+        """Ask for a weight that is streamed to come in a dtype."""
         for tensor in self.tensors:
             origin = origin_of(tensor)
             if origin is not None:
                 origin.dtype = dtype
 
     def _rounded(self, data: Sequence[Tensor]) -> bool:
-        """Whether the weights are in the storage dtype now, and had not been before."""
+        """Return whether the weights are in the storage dtype now, and had not been before."""
         return self._original_dtype is not self.storage_dtype and all(
             tensor.dtype is self.storage_dtype for tensor in data
         )
@@ -312,7 +312,7 @@ def converted(
     device: torch.device | None = None,
     non_blocking: bool = False,
 ) -> list[Tensor]:
-    """Converts tensors together: strides stay, and those that share memory still do.
+    """Convert tensors together: strides stay, and those that share memory still do.
 
     Tensors that already fit are returned as they are.
     """
@@ -352,7 +352,7 @@ def _reach(tensor: Tensor) -> tuple[int, int]:
 
 
 def _same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Whether values of one dtype are the same to the bit, NaNs included."""
+    """Return whether values of one dtype are the same to the bit, NaNs included."""
     return all(
         torch.equal(one.view(_BITS[one.itemsize]).cpu(), other.view(_BITS[other.itemsize]).cpu())
         for one, other in zip(first, second, strict=True)
@@ -360,10 +360,10 @@ def _same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 
 def is_cast(tensor: Tensor) -> bool:
-    """Whether some `CastWeight` holds the tensor."""
+    """Return whether some `CastWeight` holds the tensor."""
     return id(tensor) in _CAST_WEIGHTS
 
 
 def _in_calls(data: Tensor, *, storage_dtype: torch.dtype, compute_dtype: torch.dtype) -> Tensor:
-    """What calls find where a parameter holds some data: rounded, whether these are stored or not."""
+    """Return what calls find where a parameter holds some data: rounded, whether these are stored or not."""
     return converted(converted([data], storage_dtype), compute_dtype)[0]

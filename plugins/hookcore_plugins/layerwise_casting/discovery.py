@@ -76,7 +76,7 @@ def find_units(
     refuses: Callable[[torch.dtype], str | None],
     keeps_adapter: Callable[[nn.Module], bool],
 ) -> Units:
-    """Finds all units of a component.
+    """Find all units of a component.
 
     Args:
         component: The component.
@@ -140,7 +140,7 @@ class _Walk:
         cast: bool = False,
         adapter: bool = False,
     ) -> None:
-        """Goes through a module and all below it.
+        """Go through a module and all below it.
 
         Args:
             module: The module.
@@ -178,13 +178,13 @@ class _Walk:
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    """Whether PEFT has put adapters on a layer."""
+    """Return whether PEFT has put adapters on a layer."""
     tuners_utils = sys.modules.get("peft.tuners.tuners_utils")
     return tuners_utils is not None and isinstance(module, tuners_utils.BaseTunerLayer)
 
 
 def _tie_outside(slot: TensorSlot, walk: _Walk, component: Component) -> str | None:
-    """Why a weight cannot be cast that is also used outside of all units, or None."""
+    """Return why a weight cannot be cast that is also used outside of all units, or None."""
     for owner, name in slot.owners:
         if owner not in walk.units_of:
             return (
@@ -216,7 +216,7 @@ def _quantized(slots: Iterable[TensorSlot]) -> dict[nn.Module, str]:
 
 
 def _refusal(slot: TensorSlot, refuses: Callable[[torch.dtype], str | None]) -> str | None:
-    """Why a weight cannot be cast, or None."""
+    """Return why a weight cannot be cast, or None."""
     for tensor in slot.tensors:
         if not isinstance(tensor, nn.Parameter):
             return "shares memory with a buffer"

@@ -135,7 +135,7 @@ class LayerwiseCasting(Technique):
                 raise TypeError(f"skip_modules_classes takes module classes or their names, not {item!r}")
 
     def skip_unless_named(self, component: Component) -> str | None:
-        """Leaves alone all but the denoisers of a pipeline, as far as these are known.
+        """Leave alone all but the denoisers of a pipeline, as far as these are known.
 
         Text encoders and autoencoders run once and are easily hurt by rounding.
         """
@@ -145,7 +145,7 @@ class LayerwiseCasting(Technique):
         return f"casting is for {' and '.join(map(repr, denoisers))} unless others are named"
 
     def bind(self, component: Component) -> Iterator[Binding | Skipped]:
-        """Lists one hook for each unit, after one for each model in the tree that tells its dtype.
+        """List one hook for each unit, after one for each model in the tree that tells its dtype.
 
         Raises:
             PlanError: There is nothing to cast, or no module is of a class named in
@@ -189,7 +189,7 @@ class LayerwiseCasting(Technique):
         )
 
     def _usual_dtype(self, component: Component) -> torch.dtype | None:
-        """What most of the component's parameters are in that are not in the storage dtype already."""
+        """Return what most of the component's parameters are in that are not in the storage dtype already."""
         elements: Counter[torch.dtype] = Counter()
         for parameter in component.module.parameters():
             dtype = wanted_dtype(parameter)
@@ -198,11 +198,11 @@ class LayerwiseCasting(Technique):
         return max(elements, key=elements.__getitem__, default=None)
 
     def _computed_in(self, dtype: torch.dtype, usual: torch.dtype | None) -> torch.dtype:
-        """What to compute in with a weight of a dtype."""
+        """Return what to compute in with a weight of a dtype."""
         return self.compute_dtype or (usual if dtype is self.storage_dtype and usual else dtype)
 
     def _keeps_adapter(self, layer: nn.Module) -> bool:
-        """Whether a layer of an adapter keeps its dtype."""
+        """Return whether a layer of an adapter keeps its dtype."""
         if self.skip_modules_pattern is not None:
             return False
         rounded = any(parameter.dtype is self.storage_dtype for parameter in layer.parameters(recurse=False))
@@ -216,7 +216,7 @@ class LayerwiseCasting(Technique):
         return not rounded
 
     def _refusal(self, usual: torch.dtype | None, dtype: torch.dtype) -> str | None:
-        """Why weights of a dtype are not cast, or None."""
+        """Return why weights of a dtype are not cast, or None."""
         if not dtype.is_floating_point:
             return f"is in {dtype}, not in floating point"
         if dtype is self.storage_dtype:
@@ -262,7 +262,7 @@ class _Keeps:
 
 
 class _ComputingHook(Hook):
-    """Has weights be in the compute dtype for a call."""
+    """Puts weights into the compute dtype for a call."""
 
     swaps_weights: ClassVar[bool] = True
 
@@ -270,7 +270,7 @@ class _ComputingHook(Hook):
         self._weights = tuple(weights)
 
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Casts up."""
+        """Cast up."""
         cast = 0
         try:
             for weight in self._weights:
@@ -281,15 +281,15 @@ class _ComputingHook(Hook):
             raise
 
     def post_forward(self, module: nn.Module, output: Any) -> None:
-        """Drops the copies."""
+        """Drop the copies."""
         self._release()
 
     def on_error(self, module: nn.Module, error: BaseException) -> None:
-        """Drops the copies."""
+        """Drop the copies."""
         self._release()
 
     def _release(self) -> None:
-        """Ends the use of all weights, also if an interrupt comes."""
+        """End the use of all weights, also if an interrupt comes."""
         released = 0
         releasing: tuple[CastWeight, int] | None = None
         try:
@@ -307,7 +307,7 @@ class EditHook(_ComputingHook):
     """Stands at a method that changes weights: it sees what calls compute with, and its edits are stored."""
 
     def post_forward(self, module: nn.Module, output: Any) -> None:
-        """Stores the edits, rounded."""
+        """Store the edits, rounded."""
         try:
             for weight in self._weights:
                 weight.store_edits()
@@ -315,7 +315,7 @@ class EditHook(_ComputingHook):
             super().post_forward(module, output)
 
     def outside(self, module: nn.Module) -> Hook:
-        """Returns a hook that does nothing: a call that runs the module as one with it edits nothing."""
+        """Return a hook that does nothing: a call that runs the module as one with it edits nothing."""
         return Hook()
 
 
@@ -334,7 +334,7 @@ class CastHook(_ComputingHook):
         self._reported = tuple(reported)
 
     def attach(self, module: nn.Module) -> None:
-        """Rounds the weights to the storage dtype, all or none."""
+        """Round the weights to the storage dtype, all or none."""
         before = [[tensor.data for tensor in weight.tensors] for weight in self._weights]
         stored = [weight.to_store() for weight in self._weights]
         held = 0
@@ -347,7 +347,7 @@ class CastHook(_ComputingHook):
             raise
 
     def detach(self, module: nn.Module) -> None:
-        """Gives the weights their own dtype back, all or none."""
+        """Give the weights their own dtype back, all or none."""
         for weight in self._weights:
             weight.rest()
         before = [[tensor.data for tensor in weight.tensors] for weight in self._weights]
@@ -362,12 +362,12 @@ class CastHook(_ComputingHook):
             raise
 
     def after_removal(self, module: nn.Module) -> None:
-        """Drops the originals, which an interrupted `detach` would have needed."""
+        """Drop the originals, which an interrupted `detach` would have needed."""
         for weight in self._weights:
             weight.forget()
 
     def loss_on_detach(self, module: nn.Module) -> str | None:
-        """Says so if the weights were rounded and the originals are gone."""
+        """State so if the weights were rounded and the originals are gone."""
         for weight in self._weights:
             if weight.loses:
                 dtype = str(weight.storage_dtype).removeprefix("torch.")
@@ -385,7 +385,7 @@ class CastHook(_ComputingHook):
 
 
 def _check_holds_weights(option: str, dtype: torch.dtype) -> None:
-    """Refuses dtypes that torch cannot convert plain numbers to and back."""
+    """Refuse dtypes that torch cannot convert plain numbers to and back."""
     numbers = torch.tensor([-1.0, 0.0, 1.0])
     try:
         fits = dtype.is_floating_point and torch.equal(numbers.to(dtype).to(numbers.dtype), numbers)

@@ -16,5 +16,5 @@ __all__ = ["ModelOffload", "OffloadReport", "offload"]
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Technique]]:
-    """Brings `ModelOffload`."""
+    """Bring `ModelOffload`."""
     return [ModelOffload]

@@ -70,7 +70,7 @@ class Coordinator:
         self._lock = threading.RLock()
 
     def plan(self, weights: ComponentWeights) -> None:
-        """Is told that a component is to be attached, perhaps.
+        """Plan for a component that may be attached.
 
         Raises:
             UnsupportedModelError: It shares weights with another one in a way that cannot be kept.
@@ -79,7 +79,7 @@ class Coordinator:
         divide(list(self._planned.values()), self._device, self.link)
 
     def needs(self, weights: ComponentWeights) -> dict[str, int]:
-        """What a component's buffers take on the device; the first one says, too, what they share.
+        """Return what a component's buffers take on the device; the first one says, too, what they share.
 
         This is the largest component, or a budget. Without one, the next component takes what is free.
 
@@ -100,7 +100,7 @@ class Coordinator:
         return {str(self._device): nbytes}
 
     def attach(self, weights: ComponentWeights) -> None:
-        """Takes a component in."""
+        """Take a component in."""
         with self._lock:
             weights.attach(self._calls, partial(self._before_read, weights))
             self._attached[weights.name] = weights
@@ -108,7 +108,7 @@ class Coordinator:
                 self._stop_asking = self._at_run_end(self._end_run)
 
     def detach(self, weights: ComponentWeights) -> None:
-        """Lets a component go, with its weights where they came from."""
+        """Let a component go, with its weights where they came from."""
         with self._lock:
             weights.detach()
             del self._attached[weights.name]
@@ -117,13 +117,13 @@ class Coordinator:
                 self._stop_asking = None
 
     def reset(self, weights: ComponentWeights) -> None:
-        """Forgets in which order components ran, and what a component counted."""
+        """Forget in which order components ran, and what a component counted."""
         with self._lock:
             self._order.forget()
             weights.reset()
 
     def offload(self, weights: ComponentWeights) -> None:
-        """Has a component go off.
+        """Offload a component.
 
         Raises:
             ConcurrentCallError: It is being called.
@@ -137,7 +137,7 @@ class Coordinator:
             weights.turn_off()
 
     def enter(self, weights: ComponentWeights, parts: Sequence[Part]) -> None:
-        """Begins a call of a component.
+        """Begin a call of a component.
 
         Args:
             weights: The component's.
@@ -161,7 +161,7 @@ class Coordinator:
             self._calls.append(weights)
 
     def leave(self, weights: ComponentWeights) -> None:
-        """Ends a call, whichever way it ended."""
+        """End a call, whichever way it ended."""
         with self._lock:
             weights.calls -= 1
             self._calls.remove(weights)
@@ -176,7 +176,7 @@ class Coordinator:
     # How it is done
 
     def _end_run(self) -> None:
-        """Has all components go off, unless this run was only a part of a call."""
+        """Offload all components, unless this run was only a part of a call."""
         with self._lock:
             if not self._calls:
                 self._order.note(_RUN_END)
@@ -184,7 +184,7 @@ class Coordinator:
                     weights.turn_off()
 
     def _bring_alone(self, weights: ComponentWeights) -> bool:
-        """Has a component be there, and no others but the one that comes next, if there is room.
+        """Bring a component, and offload all others but the one that comes next, if there is room for it.
 
         Returns:
             Whether any of it had to be copied.
@@ -211,7 +211,7 @@ class Coordinator:
         return copied
 
     def _bring_ahead(self, weights: ComponentWeights, following: ComponentWeights) -> None:
-        """Begins to copy the next component if there is room; drops it if there no longer is."""
+        """Begin to copy the next component if there is room; drop it if there no longer is."""
         if not self._fits(weights, following):
             following.turn_off()
         elif not following.is_loaded and following.is_locked:
@@ -230,7 +230,7 @@ class Coordinator:
         return (other for other in list(self._attached.values()) if other is not weights)
 
     def _fits(self, weights: ComponentWeights, following: ComponentWeights) -> bool:
-        """Whether there is room for a component besides the one that runs."""
+        """Return whether there is room for a component besides the one that runs."""
         parts = _parts_of((weights, following))
         if self._budget is not None:
             return sum(part.nbytes for part in parts) + self._staying() <= self._budget
@@ -251,7 +251,7 @@ class Coordinator:
         return sum(part.staying for part in _parts_of(self._attached.values()))
 
     def _before_read(self, weights: ComponentWeights, group: Group) -> None:
-        """Has a tensor be right for whoever reads it outside of its component's calls."""
+        """Make a tensor right for whoever reads it outside of its component's calls."""
         if weights.calls:
             return
         with self._lock:

@@ -40,7 +40,7 @@ class Transfer:
     used_on: Any = None
 
     def __del__(self) -> None:
-        """Has memory be used again only after its copy and its use."""
+        """Order the next use of the memory after its copy and its use."""
         if self.made_on is None or sys.is_finalizing():
             return
         self.made_on.wait_event(self.ready)
@@ -80,7 +80,7 @@ class Link:
 
     @torch.inference_mode(False)  # what is made here outlives the mode
     def copy(self, flat: FlatGroup) -> Transfer:
-        """Begins a copy.
+        """Begin a copy.
 
         Raises:
             torch.OutOfMemoryError: The device has no room for it.
@@ -104,7 +104,7 @@ class Link:
         return transfer
 
     def use(self, transfer: Transfer) -> None:
-        """Has what is computed from now on come after the copy and after what used it before."""
+        """Order what is computed from now on after the copy and after what used it before."""
         if not self.copies_ahead:
             return
         stream = self._module.current_stream(self._device)
@@ -126,7 +126,7 @@ class Link:
         return None if self.recorder is None else self.recorder.mark(stream)
 
     def add(self, kind: Literal["copy", "compute", "stall"], name: str, begun: Any, stream: Any) -> None:
-        """Records, where times are recorded, what took from an event until now on a stream."""
+        """Record, where times are recorded, what took from an event until now on a stream."""
         if self.recorder is not None and begun is not None:
             self.recorder.add(kind, name, begun, self.recorder.mark(stream))
 

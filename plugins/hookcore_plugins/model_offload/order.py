@@ -27,11 +27,11 @@ class ComponentOrder:
         self.forget()
 
     def forget(self) -> None:
-        """Goes back to what it was told."""
+        """Go back to what it was told."""
         self._past = [*self._sequence, *self._sequence]
 
     def note(self, name: str) -> None:
-        """Takes down what runs now."""
+        """Take down what runs now."""
         if not self._past or self._past[-1] != name:
             self._past = [*self._past[1 - _REMEMBERED :], name]
 

@@ -108,7 +108,7 @@ class Part:
         return self._packed.is_locked
 
     def attach(self) -> None:
-        """Moves parameters to locked host memory and buffers to the device, unless that has been done."""
+        """Move parameters to locked host memory and buffers to the device, unless that has been done."""
         if not self._attached:
             came_from = [(tensor, tensor.device) for tensor in self._tensors]
             self._mover.attach(self._buffers, resident=True)
@@ -127,7 +127,7 @@ class Part:
         self._attached += 1
 
     def detach(self) -> None:
-        """Moves all to where it came from, into memory of its own, unless another component needs it."""
+        """Move all to where it came from, into memory of its own, unless another component needs it."""
         if self._attached == 1:
             self.turn_off()
             try:
@@ -143,7 +143,7 @@ class Part:
         self._attached -= 1
 
     def begin_copy(self) -> None:
-        """Begins to copy it to the device; until it is turned on, its tensors show host memory.
+        """Begin to copy it to the device; until it is turned on, its tensors show host memory.
 
         Raises:
             torch.OutOfMemoryError: The device has no room for it.
@@ -156,7 +156,7 @@ class Part:
         self._note()
 
     def turn_on(self) -> bool:
-        """Has its tensors show the device's memory, for what is computed from now on.
+        """Show the device's memory in its tensors, for what is computed from now on.
 
         Returns:
             Whether it had to be copied.
@@ -189,7 +189,7 @@ class Part:
         return copies
 
     def turn_off(self) -> None:
-        """Has its tensors show host memory again, with all changes, and frees the device's."""
+        """Show host memory in its tensors again, with all changes, and free the device's."""
         if not self.is_loaded:
             return
         if self.is_on:
@@ -207,7 +207,7 @@ class Part:
         self._drop()
 
     def invalidate(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Is told that somebody gets at tensors between calls, and may change them."""
+        """Invalidate copies of tensors that somebody reads, and may change, between calls."""
         self._stale.update(at for it in tensors if (at := self._position.get(id(it))) is not None)
         if not self.is_on:
             self._wait()
@@ -239,7 +239,7 @@ class Part:
         self._position = {id(tensor): at for at, tensor in enumerate(self._packed.tensors)}
 
     def _release(self) -> None:
-        """Unlocks host memory that no tensor shows, when no copy reads it any more."""
+        """Unlock host memory that no tensor shows, when no copy reads it any more."""
         self._wait()
         self._link.host.release(self._packed.let_go())
 

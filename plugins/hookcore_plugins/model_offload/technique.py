@@ -106,7 +106,7 @@ class ModelOffload(JointTechnique):
 
     @classmethod
     def bind_jointly(cls, places: Sequence[tuple[Self, Component]]) -> Iterable[Iterable[Binding | Skipped]]:
-        """Lists the hooks at the components' entries, and at the calls of their parts.
+        """List the hooks at the components' entries, and at the calls of their parts.
 
         Raises:
             PlanError: A tensor has no data, or the sequence names a component that the target lacks.
@@ -147,7 +147,7 @@ class ModelOffload(JointTechnique):
 
 
 class _EntryHook(Hook):
-    """Has the component be on the device for a call."""
+    """Brings the component to the device for a call."""
 
     swaps_weights: ClassVar[bool] = True
     only_brings_weights: ClassVar[bool] = True
@@ -168,7 +168,7 @@ class _EntryHook(Hook):
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Brings the component and the inputs."""
+        """Bring the component and the inputs."""
         if self._parts is None:
             self._parts = self._weights.parts_of(self._slots)
         self._coordinator.enter(self._weights, self._parts)
@@ -179,16 +179,16 @@ class _EntryHook(Hook):
             raise
 
     def post_forward(self, module: nn.Module, output: Any) -> None:
-        """Ends the call; the component stays."""
+        """End the call; the component stays."""
         self._coordinator.leave(self._weights)
 
     def on_error(self, module: nn.Module, error: BaseException) -> None:
-        """Ends the call; the component stays."""
+        """End the call; the component stays."""
         self._coordinator.leave(self._weights)
 
 
 class _PartHook(_EntryHook):
-    """Has the component be on the device for a call of a part of it by itself."""
+    """Brings the component to the device for a call of a part of it by itself."""
 
     outermost_only: ClassVar[bool] = True
 
@@ -208,7 +208,7 @@ class _PartHook(_EntryHook):
     def pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Brings the component and the inputs, unless one of its calls is under way."""
+        """Bring the component and the inputs, unless one of its calls is under way."""
         if self._weights.calls:
             self._entered.append(False)
             return None
@@ -219,12 +219,12 @@ class _PartHook(_EntryHook):
         return inputs
 
     def post_forward(self, module: nn.Module, output: Any) -> None:
-        """Ends the call; the component stays."""
+        """End the call; the component stays."""
         if self._entered.pop():
             super().post_forward(module, output)
 
     def on_error(self, module: nn.Module, error: BaseException) -> None:
-        """Ends the call; the component stays."""
+        """End the call; the component stays."""
         self.post_forward(module, None)
 
 
@@ -243,7 +243,7 @@ class _ComponentHook(_EntryHook):
         self._told = told
 
     def attach(self, module: nn.Module) -> None:
-        """Puts the component into host memory."""
+        """Put the component into host memory."""
         try:
             self._told.attach()
             self._coordinator.attach(self._weights)
@@ -252,37 +252,37 @@ class _ComponentHook(_EntryHook):
             raise
 
     def detach(self, module: nn.Module) -> None:
-        """Puts it back where it was."""
+        """Put it back where it was."""
         self._coordinator.detach(self._weights)
         self._told.detach()
 
     def reset(self, module: nn.Module) -> None:
-        """Forgets the order of components, and what this one counted."""
+        """Forget the order of components, and what this one counted."""
         self._coordinator.reset(self._weights)
 
     def offload(self) -> None:
-        """Has the component go off."""
+        """Offload the component."""
         self._coordinator.offload(self._weights)
 
     def needs(self, module: nn.Module) -> Mapping[str, int]:
-        """What the component takes; what the components share is the first one's."""
+        """Return what the component takes; what the components share is the first one's."""
         return self._coordinator.needs(self._weights)
 
     def report(self, module: nn.Module) -> Mapping[str, int]:
-        """Where the component's bytes lie now."""
+        """Return where the component's bytes lie now."""
         return self._weights.report()
 
     def run_report(self, module: nn.Module) -> OffloadReport:
-        """What was copied for the component."""
+        """Return what was copied for the component."""
         return self._weights.run_report()
 
     def recording(self, timeline: Timeline) -> AbstractContextManager[None]:
-        """Times what is copied, and calls, until the end of the block."""
+        """Time what is copied, and call, until the end of the block."""
         return self._weights.recording(timeline)
 
 
 def offload(target: Any) -> None:
-    """Has all components of a target go off that `ModelOffload` has brought; they come when called again.
+    """Offload all components of a target that `ModelOffload` has brought; they come when called again.
 
     Does what diffusers' pipelines do with `maybe_free_model_hooks` at the end of a run. Whatever is not
     under `ModelOffload` is left alone.

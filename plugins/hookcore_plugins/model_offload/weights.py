@@ -134,7 +134,7 @@ class ComponentWeights:
         return any(self.name in part.wanted_by and part.is_loaded for part in self.all_parts)
 
     def attach(self, calls: Sized, before_read: Callable[[Group], None]) -> None:
-        """Moves parameters to locked host memory and buffers to the device, and watches reads."""
+        """Move parameters to locked host memory and buffers to the device, and watches reads."""
         done: list[Part] = []
         try:
             for part in self.all_parts:
@@ -147,7 +147,7 @@ class ComponentWeights:
         watch(list(self._groups), calls, before_read)
 
     def detach(self) -> None:
-        """Moves all to where it came from, but what another component needs to host memory."""
+        """Move all to where it came from, but what another component needs to host memory."""
         for part in self.all_parts:
             part.wanted_by.discard(self.name)
             part.turn_off()
@@ -164,17 +164,17 @@ class ComponentWeights:
         self._gradients.stop()
 
     def _train(self) -> None:
-        """Takes the component off between calls from now on, so that optimizers find it on the host."""
+        """Take the component off between calls from now on, so that optimizers find it on the host."""
         self.is_trained = True
         if not self.calls:
             self.turn_off()
 
     def watch_gradients(self) -> None:
-        """Has gradients from now on lie where the parameters are."""
+        """Keep gradients, from now on, where the parameters are."""
         self._gradients.watch()
 
     def begin_copy(self) -> None:
-        """Begins to copy what isn't there to the device.
+        """Begin to copy what isn't there to the device.
 
         Raises:
             torch.OutOfMemoryError: The device has no room for it.
@@ -186,7 +186,7 @@ class ComponentWeights:
                 self._count_copy(part)
 
     def turn_on(self, parts: Iterable[Part] | None = None) -> bool:
-        """Has its tensors show the device's memory, for what is computed from now on.
+        """Show the device's memory in its tensors, for what is computed from now on.
 
         Args:
             parts: Only these; None for all.
@@ -206,33 +206,33 @@ class ComponentWeights:
         return copied
 
     def count_call(self, *, copied: bool) -> None:
-        """Counts a call, for which weights had to be copied or not."""
+        """Count a call, for which weights had to be copied or not."""
         self._counts.calls += 1
         self._counts.on_demand += copied
         self._counts.hits += not copied
 
     def want(self) -> None:
-        """Has what is there stay when other components go off."""
+        """Mark what is there to stay when other components are offloaded."""
         for part in self.all_parts:
             part.wanted_by.add(self.name)
 
     def turn_off(self) -> None:
-        """Has it go off, but for what another component wants."""
+        """Offload it, but for what another component wants."""
         for part in self.all_parts:
             part.wanted_by.discard(self.name)
             if not part.wanted_by:
                 part.turn_off()
 
     def invalidate(self, group: Group) -> None:
-        """Is told that somebody gets at a tensor between calls, and may change it."""
+        """Invalidate copies of a tensor that somebody reads, and may change, between calls."""
         self.part_of(group).invalidate(current_tensors(group.slots[0]))
 
     def part_of(self, group: Group) -> Part:
-        """Where a tensor is."""
+        """Return where a tensor is."""
         return self.parts[self._groups[group]]
 
     def parts_of(self, slots: Sequence[TensorSlot]) -> list[Part]:
-        """Where tensors are."""
+        """Return where tensors are."""
         return list(dict.fromkeys(self.parts[slot] for slot in slots))
 
     def report(self) -> dict[str, int]:
@@ -246,7 +246,7 @@ class ComponentWeights:
         return found
 
     def run_report(self) -> OffloadReport:
-        """What was counted since the last reset, with the bytes that are taken now."""
+        """Return what was counted since the last reset, with the bytes that are taken now."""
         there = [part.nbytes for part in self.homes if part.is_loaded]
         return evolve(
             self._counts,
@@ -255,12 +255,12 @@ class ComponentWeights:
         )
 
     def begin_timing(self) -> None:
-        """Takes down the beginning of an outermost call, if it is timed."""
+        """Take down the beginning of an outermost call, if it is timed."""
         if self.recorder is not None:
             self._began = self._link.mark(self._link.stream)
 
     def end_timing(self) -> None:
-        """Takes down its end."""
+        """Take down its end."""
         if self._began is not None:
             self._link.add("compute", self.name, self._began, self._link.stream)
             self._counts.timed_calls += 1
@@ -268,7 +268,7 @@ class ComponentWeights:
 
     @contextlib.contextmanager
     def recording(self, timeline: Timeline) -> Iterator[None]:
-        """Times copies, calls and stalls until the end of the block, where copies run beside computing."""
+        """Time copies, calls and stalls until the end of the block, where copies run beside computing."""
         if not self._link.copies_ahead:
             yield
             return
@@ -282,7 +282,7 @@ class ComponentWeights:
             self._counts.stalled_seconds = (self._counts.stalled_seconds or 0.0) + recorder.stalled
 
     def reset(self) -> None:
-        """Begins to count anew."""
+        """Begin to count anew."""
         self._counts = OffloadReport()
 
     def _count_copy(self, part: Part) -> None:
@@ -291,7 +291,7 @@ class ComponentWeights:
 
 
 def divide(components: Sequence[ComponentWeights], device: torch.device, link: Link) -> None:
-    """Gives components their parts: one for the weights of each set of components that share them.
+    """Give components their parts: one for the weights of each set of components that share them.
 
     Args:
         components: Those that run on one device, before any of them is attached.

@@ -10,5 +10,5 @@ __all__ = ["Slicing", "hookcore_register_techniques"]
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Slicing]]:
-    """Brings `Slicing`."""
+    """Bring `Slicing`."""
     return [Slicing]

@@ -68,7 +68,7 @@ def _visit(
 
 
 def _members(value: Any) -> Iterator[tuple[Any, Any, Callable[[Any, Any, Any], None]]]:
-    """What a value is made of: name, content, and how a new one is written into a copy."""
+    """Return what a value is made of: name, content, and how a new one is written into a copy."""
     if isinstance(value, Mapping):
         # diffusers' and transformers' outputs are mappings that write their attributes along with the items.
         yield from ((key, item, _set_item) for key, item in list(value.items()))

@@ -50,15 +50,15 @@ class RowArguments:
         )
 
     def takes(self, name: str) -> bool:
-        """Whether the method takes an argument of a name."""
+        """Return whether the method takes an argument of a name."""
         return self.takes_any or name in (*self.positional, *self.keyword_only)
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What a call is given, by name."""
+        """Return what a call is given, by name."""
         return {**dict(zip(self.positional, args, strict=False)), **kwargs}
 
     def together(self, rows: int, dims: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """How many neighbouring rows a call takes for one item, as a video; 1 if it does not say.
+        """Return how many neighbouring rows a call takes for one item, as a video; 1 if it does not say.
 
         Args:
             rows: How many there are.
@@ -104,5 +104,5 @@ def _divides(value: Any, rows: int) -> TypeGuard[int]:
 
 
 def _is_of_images(value: Any, rows: int) -> bool:
-    """Whether it is the shape of so many images; one of fewer dimensions may begin with a height."""
+    """Return whether it is the shape of so many images; one of fewer dimensions may begin with a height."""
     return isinstance(value, list | tuple) and len(value) >= _IMAGES and value[0] == rows

@@ -49,7 +49,7 @@ class Rows:
 
 
 def form_of(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Hashable:
-    """What calls have in common whose rows are the same arguments: all but sizes and numbers."""
+    """Return what calls have in common whose rows are the same arguments: all but sizes and numbers."""
     tensors = tuple((it.ndim, _is_as_long(it, rows)) for it in tensors_in((args, kwargs)))
     plain = (type(it) if type(it) in (int, float) else it for it in plain_values_in((args, kwargs)))
     return tensors, tuple(kwargs), tuple(plain)
@@ -83,7 +83,7 @@ class Call:
         return tensors_in((self.args, self.kwargs))
 
     def find_rows(self, named: Iterable[str] | None) -> Rows:
-        """Finds what is rows.
+        """Find what is rows.
 
         Args:
             named: Arguments in which all that is as long as the batch is rows; None: that is to be found.
@@ -157,7 +157,7 @@ class Call:
         return True
 
     def _follow(self, chosen: frozenset[int], size: int) -> _Pass:
-        """Follows the call with another length of these tensors."""
+        """Follow the call with another length of these tensors."""
         resized = {
             id(it): _resized(it, size if number in chosen else None) for number, it in enumerate(self.tensors)
         }
@@ -203,7 +203,7 @@ class Call:
         return tuple(number in chosen for number in range(len(self.tensors)))
 
     def _name(self, number: int) -> str:
-        """What a tensor is called, by the argument that it is in."""
+        """Return what a tensor is called, by the argument that it is in."""
         wanted = self.tensors[number]
         for name, value in self.stated.given(self.args, self.kwargs).items():
             if any(it is wanted for it in tensors_in(value)):
@@ -233,7 +233,7 @@ class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs the operation on one device, whatever each tensor is on.
+        """Run the operation on one device, whatever each tensor is on.
 
         Raises:
             NotRowsError: It draws random numbers.

@@ -70,13 +70,13 @@ class Slicing(Technique):
             raise ValueError(f"batch_size is {value!r}, expected an int of 1 or more rows")
 
     def skip_unless_named(self, component: Component) -> str | None:
-        """Why a component of a pipeline is left alone unless it is named; None for an autoencoder."""
+        """Return why a component of a pipeline is left alone unless it is named; None for an autoencoder."""
         if _coding_entries(component):
             return None
         return "it is no autoencoder; name it to have its batches split"
 
     def bind(self, component: Component) -> Iterator[Binding]:
-        """Lists a hook for each entry.
+        """List a hook for each entry.
 
         Raises:
             PlanError: The module has no such method, splits batches itself, or computes rows together.
@@ -135,13 +135,13 @@ class _SlicingHook(Hook):
         self._known: dict[Hashable, Rows] = {}
 
     def reset(self, module: nn.Module) -> None:
-        """Forgets what is rows in which calls."""
+        """Forget what is rows in which calls."""
         self._known.clear()
 
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Splits, calls, and joins; a batch that is small enough is passed on as it is.
+        """Split, call, and join; a batch that is small enough is passed on as it is.
 
         Raises:
             HookcoreError: The call is given a cache to write into, it is not known what its rows are, or what
@@ -196,7 +196,7 @@ class _SlicingHook(Hook):
 
 
 def _check_no_cache(module: nn.Module, values: Iterable[object]) -> None:
-    """Refuses a cache among the arguments: slices would write into it one after the other, each as if alone.
+    """Refuse a cache among the arguments: slices would write into it one after the other, each as if alone.
 
     Raises:
         HookcoreError: There is one.
@@ -267,7 +267,7 @@ class _Joined:
         self.value = with_tensors(output, lambda tensor: place[id(tensor)])
 
     def add(self, output: Any, start: int, stop: int) -> None:
-        """Puts the output of a slice in its place.
+        """Put the output of a slice in its place.
 
         Raises:
             HookcoreError: It cannot be joined with those before.

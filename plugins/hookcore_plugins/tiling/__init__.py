@@ -21,5 +21,5 @@ __all__ = ["Tiling", "hookcore_register_techniques"]
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Tiling]]:
-    """Brings `Tiling`."""
+    """Bring `Tiling`."""
     return [Tiling]

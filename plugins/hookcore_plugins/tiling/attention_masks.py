@@ -44,7 +44,7 @@ class Deferring(TorchFunctionMode):
 
 
 def _is_repeated(value: Any) -> bool:
-    """Whether it is one row or column, shown as a matrix."""
+    """Return whether it is one row or column, shown as a matrix."""
     return isinstance(value, Tensor) and value.ndim == 2 and 0 in value.stride()
 
 
@@ -70,7 +70,7 @@ class Mask(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Computes with the rows, later or now."""
+        """Compute with the rows, later or now."""
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "__get__":  # its shape, device and so on
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
@@ -83,12 +83,12 @@ class Mask(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch's own stub has it as a method
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Where it is handed to a kernel, all rows are made."""
+        """Return where it is handed to a kernel, all rows are made."""
         return func(*_made(args), **_made(kwargs or {}))
 
 
 def _later(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Mask | None:
-    """What comes out, to be computed row by row; None if that cannot be."""
+    """Return what comes out, to be computed row by row; None if that cannot be."""
     mask, rest = args[0], args[1:]
     if not isinstance(mask, Mask) or any(isinstance(it, Tensor) for it in (*rest, *kwargs.values())):
         return None
@@ -112,7 +112,7 @@ def _later(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Mask 
 
 
 def _repeats(func: Callable[..., Any], mask: Mask, kwargs: dict[str, Any]) -> bool:
-    """Whether it is the mask of each row of a batch that is repeated, for heads."""
+    """Return whether it is the mask of each row of a batch that is repeated, for heads."""
     return func is Tensor.repeat_interleave and mask.ndim > 2 and kwargs.get("dim") == 0
 
 

@@ -75,7 +75,7 @@ class Mosaic:
         self.whole: Tensor | None = None
 
     def add(self, tile: Tile, pixels: Tensor) -> None:
-        """Puts in the core of what came out for a tile, `(..., height, width)`."""
+        """Put in the core of what came out for a tile, `(..., height, width)`."""
         if self.whole is None:
             self.whole = _empty_whole(pixels, tile, self._scale, self._device)
         core = self._grid.core(tile)
@@ -106,7 +106,7 @@ class Canvas:
         self.whole: Tensor | None = None
 
     def add(self, tile: Tile, pixels: Tensor) -> None:
-        """Adds a tile.
+        """Add a tile.
 
         Args:
             tile: Where it lies.

@@ -35,7 +35,7 @@ def size_of(image: Tensor) -> Size:
 def with_images(
     args: tuple[Any, ...], kwargs: dict[str, Any], changed: Callable[[Tensor, Fraction], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replaces every argument that has the image's proportions.
+    """Replace every argument that has the image's proportions.
 
     That is the image, the same once more in another resolution, or a mask as large as the output.
 
@@ -100,16 +100,16 @@ class ImageCall:
         return Grid(rows, columns, self.size, self.scale.denominator)
 
     def whole(self) -> Any:
-        """Calls with the whole image."""
+        """Call with the whole image."""
         return self.call(*self.args, **self.kwargs)
 
     def tile(self, grid: Grid, tile: Tile) -> Any:
-        """Calls with one tile."""
+        """Call with one tile."""
         args, kwargs = with_images(self.args, self.kwargs, lambda tensor, _: grid.crop(tensor, tile))
         return self.call(*args, **kwargs)
 
     def sample(self, sample: Sample) -> Any:
-        """Calls with a sample of the image."""
+        """Call with a sample of the image."""
         args, kwargs = with_images(self.args, self.kwargs, lambda tensor, _: sample.of(tensor))
         return self.call(*args, **kwargs)
 

@@ -73,7 +73,7 @@ class Traced(Tensor):
         sources: frozenset[int] = frozenset(),
         viewed: tuple[Traced, Callable[[Tensor], Tensor]] | None = None,
     ) -> Traced:
-        """Wraps a tensor."""
+        """Wrap a tensor."""
         made = Tensor._make_wrapper_subclass(
             Traced, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=torch.device("meta")
         )
@@ -98,7 +98,7 @@ class Traced(Tensor):
         return self if self.viewed is None else self.viewed[0].root
 
     def write(self, extent: Extent | None, sources: frozenset[int]) -> None:
-        """Records what is written into the memory of this tensor, and so of all that are views of it."""
+        """Record what is written into the memory of this tensor, and so of all that are views of it."""
         self.sources |= sources
         if self.viewed is None:
             self._extent = extent
@@ -118,7 +118,7 @@ class Traced(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Takes attention as one operation, whatever kernel a device has for it."""
+        """Take attention as one operation, whatever kernel a device has for it."""
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
@@ -127,7 +127,7 @@ class Traced(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch's own stub has it as a method
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Refuses what is done with it outside of `Tracing`."""
+        """Refuse what is done with it outside of `Tracing`."""
         raise RuntimeError(f"{func} was called with a tensor without data after its pass had ended")
 
 
@@ -171,7 +171,7 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tree_map_only(Tensor, lambda it: Traced.of(it, _fitting(extent, it), sources), output)
 
     def _views(self, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        """Wraps what is taken from a tensor, and how: what is written into one is in the other."""
+        """Wrap what is taken from a tensor, and how: what is written into one is in the other."""
 
         def taken(number: int, shape: torch.Size, bound: Tensor) -> Tensor:
             if "view" in func.overloadpacket.__name__ and bound.numel() == math.prod(shape):
@@ -446,7 +446,7 @@ def _looking(bound: Tensor, windows: Sequence[Tensor]) -> Tensor:
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
 ) -> Traced:
-    """What is computed for a query depends on it and on all keys."""
+    """Return what is computed for a query depends on it and on all keys."""
     given = [it for it in (query, key, value, attn_mask) if isinstance(it, Traced)]
     sources = frozenset().union(*(it.sources for it in given))
     with _disable_current_modes():
@@ -468,7 +468,7 @@ def _attention(
 
 
 def _adds_positions(tracked: Sequence[Traced], leaves: Sequence[Any]) -> bool:
-    """Whether a constant that is not the same in all rows is combined with what depends on rows."""
+    """Return whether a constant that is not the same in all rows is combined with what depends on rows."""
     for it in leaves:
         if not isinstance(it, Tensor) or (isinstance(it, Traced) and it.extent is not None) or it.ndim == 0:
             continue

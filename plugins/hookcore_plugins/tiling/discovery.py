@@ -41,7 +41,7 @@ class Parts:
 
 
 def why_not(component: Component) -> str | None:
-    """Why a component cannot be tiled at all, as a phrase for people; None if it can."""
+    """Return why a component cannot be tiled at all, as a phrase for people; None if it can."""
     module = component.module
     if not all(callable(getattr(module, method, None)) for method in CODING):
         return "it is no autoencoder: it has no encode() and decode()"
@@ -58,7 +58,7 @@ def why_not(component: Component) -> str | None:
 
 
 def find_parts(component: Component) -> list[Parts]:
-    """Finds what there is to hook.
+    """Find what there is to hook.
 
     Raises:
         PlanError: The component cannot be tiled, or tiles its images itself.
@@ -71,7 +71,7 @@ def find_parts(component: Component) -> list[Parts]:
 
 
 def check_not_tiling(module: nn.Module, label: str) -> None:
-    """Refuses an autoencoder whose own tiling is on.
+    """Refuse an autoencoder whose own tiling is on.
 
     Raises:
         PlanError: It is.

@@ -29,7 +29,7 @@ _STEPS = ("temb", "timestep")
 
 
 def example_calls(module: nn.Module, parts: Parts) -> Iterator[Callable[[nn.Module, Size], Any]]:
-    """Calls of a method, the likeliest to succeed first.
+    """Call of a method, the likeliest to succeed first.
 
     Args:
         module: The autoencoder.
@@ -56,7 +56,7 @@ def example_calls(module: nn.Module, parts: Parts) -> Iterator[Callable[[nn.Modu
 
 
 def _channels(module: nn.Module, first: int, method: str) -> list[int]:
-    """How many channels images may have, the likeliest first.
+    """Return how many channels images may have, the likeliest first.
 
     Args:
         module: The autoencoder.

@@ -33,7 +33,7 @@ class Span:
 
 
 def cut(cells: int, tile: int, overlap: int) -> tuple[Span, ...]:
-    """Covers an axis with the fewest tiles of one length.
+    """Cover an axis with the fewest tiles of one length.
 
     Args:
         cells: Length of the axis.
@@ -95,7 +95,7 @@ class Grid:
         return Tile(_core(tile.rows, self.rows), _core(tile.columns, self.columns))
 
     def crop(self, tensor: Tensor, part: Tile, *, of: Tile | None = None) -> Tensor:
-        """Returns the view of a tensor on a part of the image.
+        """Return the view of a tensor on a part of the image.
 
         Args:
             tensor: `(..., height, width)`, of the whole image in any resolution. A tensor without height and

@@ -55,7 +55,7 @@ def compute_by_tiles(
     device: torch.device | None,
     forget: Callable[[], object] | None,
 ) -> tuple[Tensor, ...]:
-    """Computes something for the whole image, tile by tile, to the same result as at once.
+    """Compute something for the whole image, tile by tile, to the same result as at once.
 
     Args:
         whole: The call.

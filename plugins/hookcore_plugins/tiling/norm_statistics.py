@@ -47,7 +47,7 @@ class Recorded(TorchFunctionMode):
 
 
 class Replayed(TorchFunctionMode):
-    """Has group norms use given statistics, in the order of the calls, instead of their own.
+    """Use given statistics in group norms, in the order of the calls, instead of their own.
 
     Args:
         moments: As `Recorded` has them, of a pass that computes the same norms.

@@ -79,7 +79,7 @@ class PartialForward(threading.local):
         trace: StageTrace,
         size: Size,
     ) -> Iterator[list[Tensor]]:
-        """Lets the pass in this block begin after some stages, end after another, or both.
+        """Let the pass in this block begin after some stages, end after another, or both.
 
         Args:
             skipped: Stages to leave out, in order.
@@ -107,7 +107,7 @@ class SpineHook(Hook):
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Returns a stand-in where the pass is ended."""
+        """Return a stand-in where the pass is ended."""
         run = self._partial.run
         if run is None:
             return call(*args, **kwargs)
@@ -134,7 +134,7 @@ class StageHook(Hook):
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Calls the stage, unless the pass leaves it out or has ended."""
+        """Call the stage, unless the pass leaves it out or has ended."""
         run = self._partial.run
         if run is None:
             return call(*args, **kwargs)

@@ -18,7 +18,7 @@ def image_of(output: Any) -> Tensor | None:
 
 
 def with_image(output: Any, image: Tensor) -> Any:
-    """What a stage puts out, with another image in it."""
+    """Return what a stage puts out, with another image in it."""
     return (image, output[1]) if isinstance(output, tuple) else image
 
 
@@ -58,13 +58,13 @@ class PassRecord:
     _kept: dict[int, Any] = field(factory=dict)
 
     def enter(self, given: Any) -> None:
-        """Records that a stage is called with a tensor."""
+        """Record that a stage is called with a tensor."""
         if self._under_way:
             self._under_way[-1].hand_on(given)
         self._under_way.append(_StageCall(given, given, _version(given)))
 
     def leave(self, stage: int, output: Any) -> None:
-        """Records what the stage entered last returns."""
+        """Record what the stage entered last returns."""
         inner, image = self._under_way.pop(), image_of(output)
         fits = image is not None and isinstance(inner.given, Tensor) and image.ndim == inner.given.ndim
         if not fits:
@@ -82,7 +82,7 @@ class PassRecord:
         self.outputs.setdefault(stage, []).append(() if image is None else tuple(image.shape))
 
     def leave_spine(self, output: Any) -> None:
-        """Records what the spine returns."""
+        """Record what the spine returns."""
         image = image_of(output)
         self.results.append(() if image is None else tuple(image.shape))
         self.calls += 1
@@ -140,15 +140,15 @@ class _StageCall:
     is_chain: bool = True
 
     def hand_on(self, tensor: Any) -> None:
-        """Records that a stage is given a tensor, or that this one returns it."""
+        """Record that a stage is given a tensor, or that this one returns it."""
         self.is_chain = self.is_chain and tensor is self.at and _version(tensor) == self.version
 
     def put_out(self, stage: int, output: Any) -> None:
-        """Records what a stage returns."""
+        """Record what a stage returns."""
         self.at, self.version = output, _version(output)
         self.stages.append(stage)
 
 
 def _version(value: Any) -> int:
-    """How often a tensor was changed in place."""
+    """Return how often a tensor was changed in place."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0

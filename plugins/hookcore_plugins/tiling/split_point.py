@@ -52,7 +52,7 @@ def stages_in_tiles(trace: StageTrace, *, from_the_end: bool) -> list[int]:
 
 
 def choose_split_point(trace: StageTrace, grid: Grid, tile: Size, *, from_the_end: bool) -> SplitPoint | None:
-    """Lets as many stages as possible see the whole image, in no more memory than a tile takes.
+    """Let as many stages as possible see the whole image, in no more memory than a tile takes.
 
     What is at the lowest resolution always sees it: attention stands there.
 

@@ -90,7 +90,7 @@ class StageTrace:
         return chain
 
     def can_be_cut(self, stage: int) -> bool:
-        """Whether a pass can go on from what a stage of the chain puts out.
+        """Return whether a pass can go on from what a stage of the chain puts out.
 
         Height and width are its last dimensions, and later stages use nothing that earlier ones put out.
         """
@@ -100,7 +100,7 @@ class StageTrace:
         return self.axis(stage) == -2 and not any(before & self.used.get(it, frozenset()) for it in later)
 
     def stage_scale(self, stage: int) -> Fraction:
-        """How many times as large as the image a stage's output is."""
+        """Return how many times as large as the image a stage's output is."""
         return Fraction(self.tall.outputs[stage][0][self.axis(stage) or -2], self.size[0])
 
     def shape(self, stage: int, call: int, size: Size) -> Shape:
@@ -112,7 +112,7 @@ class StageTrace:
         return self._resized(self.tall.results[call], -2, size)
 
     def returned(self, image: Tensor, kept: dict[int, Any]) -> Any:
-        """What the spine returns with an image, if stages keep this of these frames."""
+        """Return what the spine returns with an image, if stages keep this of these frames."""
 
         def filled(value: Any) -> Any:
             if isinstance(value, dict):
@@ -122,7 +122,7 @@ class StageTrace:
         return image if self.tall.memory is None else (image, filled(self.tall.memory))
 
     def axis(self, stage: int) -> int | None:
-        """Where height stands in what a stage puts out, with width after it; None: nowhere."""
+        """Return where height stands in what a stage puts out, with width after it; None: nowhere."""
         tall, wide = self.tall.outputs[stage][0], self.wide.outputs.get(stage, [()])[0]
         shapes = {self.size: tall, self.wide_size: wide}
         return next((it for it in (-2, -3) if _proportional(shapes, it)), None)
@@ -135,7 +135,7 @@ class StageTrace:
 
 
 def _proportional(shapes: dict[Size, Shape], axis: int) -> bool:
-    """Whether two dimensions are height and width: they change with the image's, and no other does.
+    """Return whether two dimensions are height and width: they change with the image's, and no other does.
 
     Args:
         shapes: Sizes of images, with the shapes of what was made of them.
@@ -158,7 +158,7 @@ def shapes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Shape, ...
 
 
 def trace_stages(module: nn.Module, parts: Parts, call: PointCall) -> StageTrace:
-    """Follows passes on a tall and on a wide image.
+    """Follow passes on a tall and on a wide image.
 
     Args:
         module: The autoencoder. It is copied without data; nothing is computed.
@@ -189,7 +189,7 @@ def trace_stages(module: nn.Module, parts: Parts, call: PointCall) -> StageTrace
 
 
 def _within(chain: list[int], used: dict[int, frozenset[int]]) -> dict[int, frozenset[int]]:
-    """What stages of a chain compute with, where `used` knows of more stages, which are not in it."""
+    """Return what stages of a chain compute with, where `used` knows of more stages, which are not in it."""
 
     def sources(stage: int) -> frozenset[int]:
         found = (frozenset({it}) if it in chain else sources(it) for it in used[stage])
@@ -201,7 +201,7 @@ def _within(chain: list[int], used: dict[int, frozenset[int]]) -> dict[int, froz
 def with_reach(
     trace: StageTrace, module: nn.Module, parts: Parts, call: PointCall, stages: Iterable[int]
 ) -> StageTrace:
-    """Finds how far stages look, from passes on images that are long along one axis.
+    """Find how far stages look, from passes on images that are long along one axis.
 
     Args:
         trace: What the stages do.
@@ -314,7 +314,7 @@ class _Pass:
         return output
 
     def _look(self, stage: int, image: Any) -> tuple[int | None, Fraction]:
-        """Notes what a stage's output depends on.
+        """Note what a stage's output depends on.
 
         Returns:
             The dimension of its rows, and how many pixels of the image each is made of.

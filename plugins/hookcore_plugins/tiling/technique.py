@@ -36,7 +36,7 @@ def _device(value: torch.device | str | int | None) -> torch.device | None:
 
 @frozen
 class Tiling(Technique):
-    """Has an autoencoder encode and decode images tile by tile: activations of one tile are in memory.
+    """Encodes and decodes images tile by tile: activations of one tile are in memory.
 
     Tiles overlap, are of equal size, and are blended where they meet. An image of one tile is passed on as it
     is. Videos are cut across height and width; each tile has all frames.
@@ -87,11 +87,11 @@ class Tiling(Technique):
             raise ValueError(f"context is {value!r}; choose {known}")
 
     def skip_unless_named(self, component: Component) -> str | None:
-        """Why a component of a pipeline is left alone unless it is named; None for an autoencoder."""
+        """Return why a component of a pipeline is left alone unless it is named; None for an autoencoder."""
         return why_not(component)
 
     def bind(self, component: Component) -> Iterator[Binding]:
-        """Lists the hooks at what is called for each tile, at encoder and decoder, and at their stages.
+        """List the hooks at what is called for each tile, at encoder and decoder, and at their stages.
 
         Raises:
             PlanError: The component cannot be tiled.
@@ -126,5 +126,5 @@ class _TilingHook(Hook):
     def around_forward(
         self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Returns the output for the whole image."""
+        """Return the output for the whole image."""
         return self._tiler.run(call, args, kwargs)

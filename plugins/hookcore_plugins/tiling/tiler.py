@@ -91,7 +91,7 @@ class Tiler:
         self._traces: dict[tuple[Shape, ...], StageTrace] = {trace.arguments: trace}
 
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls with one tile after the other.
+        """Call with one tile after the other.
 
         Raises:
             PlanError: With these arguments the method cannot be tiled, or the model has begun to tile by
@@ -114,7 +114,7 @@ class Tiler:
     # Passes
 
     def _decode(self, whole: ImageCall, trace: StageTrace) -> Any:
-        """Begins with the whole image, and goes on tile by tile where that would take more memory."""
+        """Begin with the whole image, and goes on tile by tile where that would take more memory."""
         grid, point = self._split(whole, trace)
         features = Features() if point is None else self._begin_whole(whole, trace, point)
         if self._options.context == "exact":
@@ -123,7 +123,7 @@ class Tiler:
         return self._end_by_tiles(whole, trace, grid, features)
 
     def _encode(self, whole: ImageCall, trace: StageTrace) -> Any:
-        """Begins tile by tile, and goes on with the whole image where that takes little memory."""
+        """Begin tile by tile, and goes on with the whole image where that takes little memory."""
         grid, point = self._split(whole, trace)
         if self._options.context == "exact":
             stages = trace.chain()[:-1] if point is None else point.stages
@@ -142,7 +142,7 @@ class Tiler:
             return whole.whole()
 
     def _begin_whole(self, whole: ImageCall, trace: StageTrace, point: SplitPoint) -> Features:
-        """What the stages before a point put out for the whole image.
+        """Return what the stages before a point put out for the whole image.
 
         Each is a pass of its own: blocks hold on to what they were given as long as they compute.
         """
@@ -158,7 +158,7 @@ class Tiler:
         return Features(point.stages, tuple(it.to(self._aside) for it in given))
 
     def _begin_by_tiles(self, whole: ImageCall, trace: StageTrace, grid: Grid, point: SplitPoint) -> Features:
-        """What the stages before a point put out, tile by tile."""
+        """Return what the stages before a point put out, tile by tile."""
         last = point.stages[-1]
 
         def on_sample(sample: Sample) -> None:
@@ -178,7 +178,7 @@ class Tiler:
         return Features(point.stages, tuple(it.whole for it in canvases if it.whole is not None))
 
     def _end_by_tiles(self, whole: ImageCall, trace: StageTrace, grid: Grid, features: Features) -> Any:
-        """What a pass puts out that begins with these features, tile by tile."""
+        """Return what a pass puts out that begins with these features, tile by tile."""
 
         def on_sample(sample: Sample) -> None:
             parts = [sample.of(it).to(whole.device) for it in features.tensors]
@@ -196,7 +196,7 @@ class Tiler:
     def _layer_by_layer(
         self, whole: ImageCall, trace: StageTrace, features: Features, stages: Sequence[int]
     ) -> Features:
-        """What the last of these stages puts out, if they are computed one after the other."""
+        """Return what the last of these stages puts out, if they are computed one after the other."""
         pending: tuple[int, ...] = ()
         for stage in stages[len(features.stages) :]:
             pending = (*pending, stage)
@@ -224,7 +224,7 @@ class Tiler:
         return features
 
     def _end_exactly(self, whole: ImageCall, trace: StageTrace, features: Features) -> Any:
-        """What a pass puts out that begins with these features, as if it was computed at once."""
+        """Return what a pass puts out that begins with these features, as if it was computed at once."""
         output = None
 
         def on_tile(grid: Grid, tile: Tile) -> Sequence[Tensor]:
@@ -244,7 +244,7 @@ class Tiler:
         return with_tensor(output, tensor)
 
     def _end_of(self, whole: ImageCall, trace: StageTrace, features: Features, grid: Grid, tile: Tile) -> Any:
-        """What a pass with a tile puts out that begins with its part of these features."""
+        """Return what a pass with a tile puts out that begins with its part of these features."""
         parts = features.crop(grid, tile, whole.device)
         with self._between(trace, grid.size_of(tile), features, parts, None):
             return whole.tile(grid, tile)
@@ -291,7 +291,7 @@ class Tiler:
     # What is known of the model
 
     def _example(self) -> StageTrace:
-        """Follows the method with an image of which nothing is known but what the model's layers take."""
+        """Follow the method with an image of which nothing is known but what the model's layers take."""
         first: NotTileableError | None = None
         try:
             for call in example_calls(self._module, self._parts):
@@ -306,7 +306,7 @@ class Tiler:
         raise self._refusal(str(first)) from first
 
     def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StageTrace:
-        """What passes do with arguments like these."""
+        """Return what passes do with arguments like these."""
         key = shapes_of(args, kwargs)
         if key not in self._traces:
 
@@ -330,7 +330,7 @@ class Tiler:
         return self._traces[key]
 
     def _with_reach(self, trace: StageTrace, call: PointCall) -> StageTrace:
-        """Adds how far stages look, where tiles have to have all of that.
+        """Add how far stages look, where tiles have to have all of that.
 
         Raises:
             NotTileableError: A stage of which tiles are computed looks at the whole image.
@@ -422,7 +422,7 @@ def _trained_size(module: nn.Module) -> Size:
 
 
 def _uncompiled() -> AbstractContextManager[object]:
-    """Has compiled code leave the work to what it was compiled from.
+    """Run what code was compiled from, instead of the compiled code.
 
     For statistics from outside torch would compile it anew at every call, up to its limit.
     """

@@ -18,13 +18,13 @@ __all__ = ["Trace", "TraceReport"]
 
 @hookimpl
 def hookcore_register_techniques() -> list[type[Technique]]:
-    """Registers `Trace`."""
+    """Register `Trace`."""
     return [Trace]
 
 
 @hookimpl
 def hookcore_review_plan(plan: Plan) -> Iterator[str]:
-    """Notes that torch has deprecated tracing."""
+    """Note that torch has deprecated tracing."""
     if any(isinstance(step.technique, Trace) for step in plan.steps):
         yield (
             "torch.jit.trace is deprecated; torch recommends torch.compile (the technique `compile`) or "

@@ -64,7 +64,7 @@ class TraceHook(Hook):
         self._untraced: Counter[str] = Counter()  # by the reason
 
     def attach(self, module: nn.Module) -> None:
-        """Traces at once if the model is where the example is, and nothing is on it that may move it."""
+        """Trace at once if the model is where the example is, and nothing is on it that may move it."""
         devices = _devices(self._example)
         tensors = (*module.parameters(), *module.buffers())
         if not status(module).attachments and all(it.device == devices[0] for it in tensors):
@@ -72,11 +72,11 @@ class TraceHook(Hook):
                 self._recording(module, bare_entry(module, self._entry), devices)
 
     def detach(self, module: nn.Module) -> None:
-        """Drops all traces."""
+        """Drop all traces."""
         self._recordings.clear()
 
     def substitute(self, module: nn.Module, entry: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the traced entry."""
+        """Return the traced entry."""
         return partial(self._call, module, entry)
 
     def _call(self, module: nn.Module, entry: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -117,12 +117,12 @@ class TraceHook(Hook):
         self._untraced[reason] += 1
 
     def reset(self, module: nn.Module) -> None:
-        """Sets the counts to zero."""
+        """Set the counts to zero."""
         self._traced = 0
         self._untraced.clear()
 
     def run_report(self, module: nn.Module) -> TraceReport:
-        """Returns the numbers of traces, and of calls by whether they ran as a trace."""
+        """Return the numbers of traces, and of calls by whether they ran as a trace."""
         return TraceReport(
             len(self._recordings), self._traced, self._untraced.total(), reasons=dict(self._untraced)
         )

@@ -37,7 +37,7 @@ class Inputs:
 
     @classmethod
     def of(cls, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        """Assigns arguments to parameters.
+        """Assign arguments to parameters.
 
         Raises:
             TypeError: They do not fit the signature.
@@ -56,7 +56,7 @@ class Inputs:
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor))
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns positional and named arguments with other tensors.
+        """Return positional and named arguments with other tensors.
 
         Arguments are named where they can be and left out where they are defaults: code around a method often
         looks for some by name.
@@ -83,20 +83,20 @@ class Inputs:
         return tuple(args), kwargs
 
     def difference(self, other: Inputs) -> str | None:
-        """Returns the first way in which another call's arguments don't fit a trace of this call, or None."""
+        """Return the first way in which another call's arguments don't fit a trace of this call, or None."""
         if self.spec == other.spec and all(map(_fit, self.leaves, other.leaves)):
             return None
         found = (_mismatches(value, other.arguments[name], name) for name, value in self.arguments.items())
         return next(itertools.chain.from_iterable(found), "its arguments are nested differently")
 
     def describe(self) -> list[str]:
-        """Returns all that a trace relies on as text; the same for each form of a call."""
+        """Return all that a trace relies on as text; the same for each form of a call."""
         leaves, spec = tree_flatten(self.with_tensors(self.tensors))
         return [str(spec), *map(_text, leaves)]
 
 
 def _fit(expected: Any, found: Any) -> bool:
-    """Whether a trace made with one leaf can be used for another."""
+    """Return whether a trace made with one leaf can be used for another."""
     if isinstance(expected, torch.Tensor):
         return isinstance(found, torch.Tensor) and (expected.shape, expected.dtype) == (
             found.shape,
@@ -108,7 +108,7 @@ def _fit(expected: Any, found: Any) -> bool:
 
 
 def _mismatches(expected: Any, found: Any, place: str) -> Iterator[str]:
-    """Yields how two values differ, in order, each with its place as Python would write it."""
+    """Yield how two values differ, in order, each with its place as Python would write it."""
     parts, found_parts = _parts(expected), _parts(found)
     if parts is None or found_parts is None or type(expected) is not type(found):
         if not _fit(expected, found):
@@ -128,7 +128,7 @@ def _mismatches(expected: Any, found: Any, place: str) -> Iterator[str]:
 
 
 def _parts(value: Any) -> list[Any] | None:
-    """Returns the values directly inside a container; None for a leaf."""
+    """Return the values directly inside a container; None for a leaf."""
     parts, spec = tree_flatten(value, is_leaf=lambda it: it is not value)
     return None if spec.is_leaf() else parts
 

@@ -19,7 +19,7 @@ _CONSTANTS = (bool, int, float, str, type(None))
 
 
 def take_apart(value: Any, tensors: list[torch.Tensor]) -> Structure:
-    """Returns the structure of an output, and appends its tensors to a list, in order.
+    """Return the structure of an output, and appends its tensors to a list, in order.
 
     Raises:
         UnsupportedModelError: The output holds an object that could not be put together again.
@@ -42,7 +42,7 @@ def take_apart(value: Any, tensors: list[torch.Tensor]) -> Structure:
 
 
 def put_together(structure: Structure, tensors: Sequence[torch.Tensor]) -> Any:
-    """Returns an output of a structure, with these tensors."""
+    """Return an output of a structure, with these tensors."""
     rest = iter(tensors)
 
     def build(part: Structure) -> Any:

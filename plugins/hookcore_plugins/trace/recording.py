@@ -36,7 +36,7 @@ class Recording:
     output: Structure
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Runs the trace with tensors like the example's."""
+        """Run the trace with tensors like the example's."""
         return put_together(self.output, self.script(*tensors))
 
 
@@ -62,13 +62,13 @@ class Call:
         return f"{type(self.model).__name__}.{self.entry}()"
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        """Returns copies of the example's tensors, on their devices."""
+        """Return copies of the example's tensors, on their devices."""
         pairs = zip(self.example.tensors, self.devices, strict=True)
         return tuple(tensor.detach().to(device, copy=True) for tensor, device in pairs)
 
     @contextlib.contextmanager
     def without_effect(self) -> Iterator[None]:
-        """Undoes at the end of a `with` block what calls changed in buffers and the random state.
+        """Undo at the end of a `with` block what calls changed in buffers and the random state.
 
         Raises:
             UnsupportedModelError: A call put another tensor in the place of a buffer or parameter.
@@ -100,7 +100,7 @@ class TensorCall(nn.Module):
         return structure
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Calls the method, and keeps the structure of its output."""
+        """Call the method, and keep the structure of its output."""
         call: Call = self._hidden[0]
         args, kwargs = call.example.with_tensors(tensors)
         found: list[torch.Tensor] = []
@@ -109,7 +109,7 @@ class TensorCall(nn.Module):
 
 
 def record(call: Call) -> Recording:
-    """Traces a call, and leaves the model as it was.
+    """Trace a call, and leave the model as it was.
 
     Raises:
         UnsupportedModelError: It cannot be traced, or the trace does not compute the same.
@@ -131,14 +131,14 @@ def record(call: Call) -> Recording:
 
 
 def shortened(error: BaseException) -> str:
-    """Returns an error's message in one line of bounded length."""
+    """Return an error's message in one line of bounded length."""
     text = " ".join(str(error).split())
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences torch's note that torch.jit is deprecated: the plan has it once."""
+    """Silence torch's note that torch.jit is deprecated: the plan has it once."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
         yield
@@ -146,7 +146,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tensors_unchanged(model: nn.Module) -> Iterator[None]:
-    """Restores the values of buffers; refuses a call that puts other tensors in their place."""
+    """Restore the values of buffers; refuse a call that puts other tensors in their place."""
     places: list[tuple[nn.Module, Any, str]] = [
         (module, registered, name)
         for module in model.modules()

@@ -28,7 +28,7 @@ Examples = tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
 
 def _examples(value: object) -> Examples:
-    """Returns positional and named arguments."""
+    """Return positional and named arguments."""
     if isinstance(value, torch.Tensor):
         return (value,), ()
     if isinstance(value, tuple):
@@ -42,7 +42,7 @@ def _examples(value: object) -> Examples:
 
 
 def _as_value(examples: Examples) -> Hashable:
-    """Returns examples in a form that can be compared and hashed."""
+    """Return examples in a form that can be compared and hashed."""
     return tuple(map(_leaf_value, torch.utils._pytree.tree_leaves(list(examples))))
 
 
@@ -94,7 +94,7 @@ class Trace(Technique):
             raise ValueError(f"entry is {value!r}; give the name of a method, such as 'decode'")
 
     def bind(self, component: Component) -> Iterator[Binding]:
-        """Yields one hook, at the entry.
+        """Yield one hook, at the entry.
 
         Raises:
             PlanError: The entry does not exist, the example does not fit it, or the file's folder is missing.

@@ -30,7 +30,7 @@ _MODEL = "model."  # the prefix of a model's FQNs in a trace
 
 
 def save(recording: Recording, path: Path, call: Call) -> None:
-    """Writes a trace, with the facts of the call that it fits.
+    """Write a trace, with the facts of the call that it fits.
 
     Raises:
         PlanError: The file cannot be written.
@@ -46,7 +46,7 @@ def save(recording: Recording, path: Path, call: Call) -> None:
 
 
 def load(path: Path, call: Call) -> Recording | None:
-    """Reads a trace and gives it the model's tensors; None if there is no file.
+    """Read a trace and give it the model's tensors; None if there is no file.
 
     Nothing that the file names is looked up or made: the output's structure is that of the call itself, which
     is run once and compared with the trace. The trace is TorchScript, which torch runs.
@@ -79,7 +79,7 @@ def load(path: Path, call: Call) -> Recording | None:
 
 
 def _script(data: bytes, path: Path, call: Call) -> torch.jit.ScriptModule:
-    """Loads the TorchScript of a trace, with the model's tensors in it."""
+    """Load the TorchScript of a trace, with the model's tensors in it."""
     tensors = dict(_tensors(call.model))
     read: Any = torch.jit.load
     try:
@@ -92,7 +92,7 @@ def _script(data: bytes, path: Path, call: Call) -> torch.jit.ScriptModule:
 
 
 def _check(script: Any, results: tuple[torch.Tensor, ...], path: Path, call: Call) -> None:
-    """Compares a trace with the call itself, as torch.jit.trace does."""
+    """Compare a trace with the call itself, as torch.jit.trace does."""
     try:
         outputs = script(*call.inputs())
         if not isinstance(outputs, tuple):
@@ -124,7 +124,7 @@ def _compare(path: Path, what: str, found: Any, expected: Any) -> None:
 
 
 def _facts(call: Call) -> dict[str, Any]:
-    """Returns all that has to be the same for a trace to fit, as JSON has it."""
+    """Return all that has to be the same for a trace to fit, as JSON has it."""
     return {
         "model": _name_of(type(call.model)),
         "entry": call.entry,
@@ -137,7 +137,7 @@ def _facts(call: Call) -> dict[str, Any]:
 
 
 def _described(structure: Structure) -> list[Any]:
-    """Returns a structure as text, to be compared and never to be looked up."""
+    """Return a structure as text, to be compared and never to be looked up."""
     how, what, children = structure
     shown = _name_of(what) if isinstance(what, type) else repr(what)
     return [how, shown, [[repr(key), _described(child)] for key, child in children]]
@@ -161,7 +161,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _places(script: torch.jit.ScriptModule) -> Iterator[tuple[Any, str, str]]:
-    """Yields the module and attribute of each tensor in a trace, with its FQN in the model."""
+    """Yield the module and attribute of each tensor in a trace, with its FQN in the model."""
     for fqn, _ in list(_tensors(script)):
         *holders, name = fqn.split(".")
         yield functools.reduce(getattr, holders, script), name, fqn.removeprefix(_MODEL)
@@ -169,7 +169,7 @@ def _places(script: torch.jit.ScriptModule) -> Iterator[tuple[Any, str, str]]:
 
 @contextlib.contextmanager
 def _without_weights(script: torch.jit.ScriptModule) -> Iterator[None]:
-    """Takes the tensors out of a trace within a `with` block."""
+    """Take the tensors out of a trace within a `with` block."""
     places = list(_places(script))
     tensors = [getattr(holder, name) for holder, name, _ in places]
     try:
@@ -185,7 +185,7 @@ def _without_weights(script: torch.jit.ScriptModule) -> Iterator[None]:
 
 
 def _read(path: Path) -> bytes | None:
-    """Returns the content of a regular file; None if there is no file.
+    """Return the content of a regular file; None if there is no file.
 
     Raises:
         PlanError: It is not a regular file, or cannot be read.
@@ -203,7 +203,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, and replaces a link instead of following it."""
+    """Write a file whole or not at all, and replaces a link instead of following it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     with open(temporary, "xb", opener=lambda name, _: os.open(name, flags, 0o666)) as file:

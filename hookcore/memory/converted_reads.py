@@ -84,16 +84,16 @@ class ConvertedTensors(PlacedTensors):
 
     def __getitem__(self, name: str) -> torch.Tensor | None:
         tensor = dict.__getitem__(self, name)
-        # What a compiled call needs is converted for the whole of it, and must not be traced here.
-        if is_dynamo_compiling():
-            return tensor
-        conversion = self.conversions.get(name)
-        if conversion is not None and conversion.thread == get_ident():
-            return tensor
+        conversion = None if is_dynamo_compiling() else self.conversions.get(name)
+        if conversion is None or conversion.thread == get_ident():
+            return tensor if self._inner is None else self._inner.seen(name, tensor)
         return self.seen(name, tensor)
 
     def seen(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """Return what a reader of this name is given."""
+        # What a compiled call needs is converted for the whole of it, and must not be traced here.
+        if is_dynamo_compiling():
+            return tensor
         conversion = self.conversions.get(name)
         if conversion is not None and tensor is not None and conversion.thread != get_ident():
             frame = _deciding_frame(sys._getframe(1), self._entries)

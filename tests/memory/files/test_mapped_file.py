@@ -311,12 +311,12 @@ def test_a_file_cut_while_being_populated_is_an_error_not_a_crash(mapped, monkey
     checked = []
 
     def cut_after_the_first_check():
-        MappedFile._check_size(mapped)
+        MappedFile.check_size(mapped)
         if not checked:
             os.truncate(mapped.path, left)
         checked.append(True)
 
-    monkeypatch.setattr(mapped, "_check_size", cut_after_the_first_check)
+    monkeypatch.setattr(mapped, "check_size", cut_after_the_first_check)
     with pytest.raises(CheckpointError, match=f"The file has {left} bytes|was cut to {left} bytes"):
         mapped.populate(0, len(mapped))
 

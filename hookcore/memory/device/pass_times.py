@@ -62,10 +62,11 @@ class PassTimes:
 
     def uses(self, groups: Container[FlatGroup]) -> list[Use[FlatGroup]]:
         """Return what was measured of the uses of some groups, one after another; seconds."""
+        waited_for = {group for group, *_ in self._uses}  # other copies need not be done
         copies = {
             group: begun.elapsed_time(ended) * _MILLI
             for group, (begun, ended) in self._copies.items()
-            if group in groups and ended.query()  # what was copied and not used need not be done
+            if group in groups and group in waited_for
         }
         used = [use for use in self._uses if use[0] in copies]
         afters = [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_TENSORS = ("_parameters", "_buffers")
 
 
 def skeleton_of(module: nn.Module) -> nn.Module:
@@ -49,8 +50,12 @@ class _Copier:
         make, arguments, state, *_ = reduced
         made = make(*arguments)
         self._copies[id(module)] = made  # before its attributes, which may refer to it
-        made.__dict__.update((name, self.of(item)) for name, item in state.items() if name not in _HOOKS)
+        others = ((name, item) for name, item in state.items() if name not in (*_HOOKS, *_TENSORS))
+        made.__dict__.update((name, self.of(item)) for name, item in others)
         made.__dict__.update((name, OrderedDict()) for name in _HOOKS)
+        for name in _TENSORS:  # what stands in for the dict converts what is read through it
+            tensors = dict.items(state[name])
+            made.__dict__[name] = {key: self.of(tensor) for key, tensor in tensors}
         return made  # type: ignore[no-any-return]
 
 

@@ -9,9 +9,9 @@ from attrs import evolve
 
 from hookcore.applied import Applied, Status, take_off
 from hookcore.conflicts import check_conflicts, check_hooks_are_new
-from hookcore.device_memory import check_free_memory
 from hookcore.enclosed import wholes_of
 from hookcore.errors import ConflictError, PlanError
+from hookcore.memory.device_memory import check_free_memory
 from hookcore.plan import Plan, PlanStep, left_alone, make_steps, ordered, with_storage
 from hookcore.plugins import plugins
 from hookcore.registry import CHANGING, HookRegistry, attached_anywhere, without_collecting

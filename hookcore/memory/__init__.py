@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hookcore.device_memory import free_device_bytes
 from hookcore.memory.converted_reads import (
     Conversion,
     ConvertedTensors,
@@ -18,6 +17,7 @@ from hookcore.memory.device.stream_mover import StreamMover, has_streams
 from hookcore.memory.device.stream_report import StreamReport
 from hookcore.memory.device.synchronous_mover import SynchronousMover
 from hookcore.memory.device.timeline import Recorder, Span, Timeline, record_timeline
+from hookcore.memory.device_memory import free_device_bytes
 from hookcore.memory.files.checkpoint import Checkpoint
 from hookcore.memory.files.file_mover import FileMover
 from hookcore.memory.files.file_range import cost

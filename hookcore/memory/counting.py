@@ -32,7 +32,7 @@ class Uncounted:
 
     @classmethod
     def begin(cls, tensor: torch.Tensor) -> Self:
-        """Have changes of a parameter be counted.
+        """Start counting changes of a parameter.
 
         Raises:
             UnsupportedModelError: Gradients are recorded of it.
@@ -49,7 +49,7 @@ class Uncounted:
         return cls(tensor, counted, is_inference)
 
     def end(self) -> None:
-        """Have the parameter be what it was, with the data that it has now; a second time does nothing."""
+        """Restore the parameter, with the data that it has now; a second time does nothing."""
         if not is_counted(self.tensor) or _has_gradients(self.tensor):
             return  # of the latter, autograd knows what is behind it by now
         self._inside.data = _alias(self.tensor.data, inference=self._is_inference)
@@ -59,7 +59,7 @@ class Uncounted:
 
 
 def count_changes(tensors: Iterable[torch.Tensor]) -> list[Uncounted]:
-    """Have torch count changes of all of these; returns those that have to `end` it.
+    """Start counting changes of all of these; return those that have to `end` it.
 
     Raises:
         UnsupportedModelError: Gradients are recorded of one; nothing was changed.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class TrueValue:
-    """Ask a hook for the values of a slot's tensors in reads within calls, state dicts and copies.
+    """Asks a hook for the values of a slot's tensors in reads within calls, state dicts and copies.
 
     Args:
         hook: The hook; it overrides `true_value`.

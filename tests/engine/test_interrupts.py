@@ -5,13 +5,12 @@ The techniques are toys whose hooks are not interrupted; `make stress` interrupt
 
 from __future__ import annotations
 
-import gc
 from functools import partial
 
 import pytest
 import torch
 from stress.scenes import in_another_thread
-from stress.tracing import Tracer
+from stress.tracing import interrupted
 from techniques import toy
 from torch import nn
 
@@ -103,36 +102,20 @@ class Subject:
 VERBS = ["apply", "call", "reset", "remove"]
 
 
-def interrupted(verb, at):
+def interrupted_at(verb, at):
     """Interrupts a verb; returns what it was done with, the tracer, and the interrupt if it came out."""
-    subject, tracer = Subject(), Tracer(at)
-    for earlier in VERBS[: VERBS.index(verb)]:
-        getattr(subject, earlier)()
-    try:
-        with tracer:
-            getattr(subject, verb)()
-    except KeyboardInterrupt as error:
-        return subject, tracer, error
-    return subject, tracer, None
-
-
-@pytest.fixture
-def few_objects_to_collect():
-    """Has the tracer collect garbage without looking through all that other tests have imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    subject = Subject()
+    return subject, *interrupted(subject, VERBS, verb, at)
 
 
 @pytest.mark.usefixtures("few_objects_to_collect")
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_interrupt_at_any_line_leaves_a_model_that_works(verb):
-    interrupted(verb, None)  # once for what is done only once in a process
-    _, tracer, _ = interrupted(verb, None)
+    interrupted_at(verb, None)  # once for what is done only once in a process
+    _, tracer, _ = interrupted_at(verb, None)
     for number in tracer.first_and_last():
         # With all its frames, as an interactive session keeps it.
-        subject, tracer, error = interrupted(verb, number)
+        subject, tracer, error = interrupted_at(verb, number)
         assert error is not None, f"{tracer.where} was not reached"
         try:
             check(subject)

@@ -469,10 +469,10 @@ def test_a_stack_of_another_module_is_not_taken_for_its_own():
 
 
 def test_hooks_and_what_they_need_live_as_long_as_the_stack_and_no_longer():
-    class ComponentGroups:
+    class Needed:
         pass
 
-    module, needed, hook = Named(World(Scenario([]))), ComponentGroups(), Silent()
+    module, needed, hook = Named(World(Scenario([]))), Needed(), Silent()
     gone = weakref.ref(needed), weakref.ref(hook)
     HookStack.set(module, "forward", [hook], owners=[needed])
     del needed, hook

@@ -21,13 +21,13 @@ import hookcore
 import hookcore_plugins
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from types import FrameType
 
 _SOURCES = tuple(str(Path(package.__file__).parent) for package in (hookcore, hookcore_plugins))
 _NOT_ITS_OWN = str(Path(hookcore.__file__).parent / "testing")  # the simulator stands for torch
 
-DeviceRange = tuple[str, int]  # file and line
+Place = tuple[str, int]  # file and line
 
 Block = tuple[int, int]  # the line where a statement begins, and which of its parts
 
@@ -97,7 +97,7 @@ class Tracer(contextlib.AbstractContextManager["Tracer"]):
     """
 
     def __init__(self, at: int | None = None) -> None:
-        self._places: list[DeviceRange] = []
+        self._places: list[Place] = []
         self._at = at
 
     def __enter__(self) -> Self:
@@ -127,7 +127,7 @@ class Tracer(contextlib.AbstractContextManager["Tracer"]):
 
         return line
 
-    def _reach(self, place: DeviceRange) -> None:
+    def _reach(self, place: Place) -> None:
         self._places.append(place)
         if len(self._places) - 1 == self._at:
             raise KeyboardInterrupt
@@ -143,3 +143,28 @@ class Tracer(contextlib.AbstractContextManager["Tracer"]):
         first = {place: number for number, place in reversed(list(enumerate(self._places)))}
         last = {place: number for number, place in enumerate(self._places)}
         return sorted({*first.values(), *last.values()})
+
+
+def interrupted(
+    subject: object, verbs: Sequence[str], verb: str, at: int | None
+) -> tuple[Tracer, KeyboardInterrupt | None]:
+    """Does all that comes before a verb, and interrupts the verb itself.
+
+    Args:
+        subject: What has the verbs as methods.
+        verbs: All of them, in order.
+        verb: The one to interrupt.
+        at: As `Tracer` takes it.
+
+    Returns:
+        The tracer, and the interrupt if it came out.
+    """
+    for earlier in verbs[: verbs.index(verb)]:
+        getattr(subject, earlier)()
+    tracer = Tracer(at)
+    try:
+        with tracer:
+            getattr(subject, verb)()
+    except KeyboardInterrupt as error:
+        return tracer, error
+    return tracer, None

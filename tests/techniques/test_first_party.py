@@ -198,7 +198,7 @@ class TestModelOffload(OnBoth):
 
 
 @frozen
-class FileGroup(Technique):
+class Streamed(Technique):
     """Has `load` leave weights in their files."""
 
     name: ClassVar[str] = "streamed"
@@ -227,7 +227,7 @@ class FromCheckpoints:
             save_file(stored, self.folders[case] / "model.safetensors")
         self.folder = self.folders[case]
         init = {"__init__": lambda self: vars(self).update(vars(case.build()))}
-        model = hookcore.load(type("Drawn", (type(bare),), init), self.folder, [FileGroup()])
+        model = hookcore.load(type("Drawn", (type(bare),), init), self.folder, [Streamed()])
         hookcore.remove(model)
         model.__class__ = type(bare)
         return model.train(bare.training)

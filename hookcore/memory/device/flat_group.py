@@ -142,7 +142,7 @@ class FlatGroup:
 
     @torch.inference_mode(False)  # what is made here outlives the mode
     def take(self, host: torch.Tensor) -> None:
-        """Copy the tensors to this memory, from wherever they are, and has them show it."""
+        """Copy the tensors to this memory, from wherever they are, and rebind them to it."""
         filled: set[int] = set()
         for part in self._parts:
             if part.start not in filled:

@@ -54,7 +54,7 @@ class PinnedMemory:
         self._unlock: dict[int, weakref.finalize[Any, Any]] = {}
 
     def pack(self, flat: FlatGroup) -> None:
-        """Copy a group's tensors to memory of this kind, and has them show it; all of it or nothing."""
+        """Copy a group's tensors to memory of this kind, and rebind them to it; all of it or nothing."""
         before = [(tensor, tensor.data) for tensor in flat.tensors]
         memory = self.make(flat.nbytes)
         try:

@@ -137,7 +137,7 @@ class Promises(Twins):
         return self.build(case).to(self.home), self.build(case).to(self.device)
 
     def draw_pair(self, data: st.DataObject) -> tuple[ModelCase, nn.Module, nn.Module]:
-        """Draw a case and builds both of it."""
+        """Draw a case and build both of it."""
         case = self.draw(data)
         return case, *self.pair(case)
 

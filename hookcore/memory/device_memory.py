@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookcore.errors import BudgetError
+from hookcore.memory.tensor_memory import is_on
 from hookcore.units import format_bytes
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def check_free_memory(needs: Mapping[str, int], components: Iterable[Component])
         free = free_device_bytes(device)
         if free is None or needed <= free:
             continue
-        there = sum(slot.nbytes for slot in slots if _is_on(slot.tensors[0], device))
+        there = sum(slot.nbytes for slot in slots if is_on(slot.tensors[0], device))
         if needed > free + there:
             here = f" and {format_bytes(there)} of these weights" if there else ""
             raise BudgetError(
@@ -55,7 +56,3 @@ def check_free_memory(needs: Mapping[str, int], components: Iterable[Component])
                 f"{format_bytes(free)} free{here} ({free + there} B). Nothing was changed. Free memory "
                 "there, leave fewer modules there, or give a smaller memory_budget"
             )
-
-
-def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
-    return tensor.device.type == device.type and device.index in (None, tensor.device.index)

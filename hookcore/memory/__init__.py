@@ -55,7 +55,13 @@ from hookcore.memory.placement import Placement
 from hookcore.memory.planning.residency import choose_residents
 from hookcore.memory.shared_weights import SharedWeights
 from hookcore.memory.store import PinnedStore, Store
-from hookcore.memory.tensor_memory import check_movable, current_tensors, move_apart
+from hookcore.memory.tensor_memory import (
+    check_movable,
+    current_tensors,
+    go_back,
+    memory_seen_elsewhere,
+    move_apart,
+)
 from hookcore.memory.watched_reads import stop_watching, watch
 from hookcore.storage import planned_nbytes
 
@@ -103,11 +109,13 @@ __all__ = [
     "find_mapping",
     "flat_nbytes",
     "free_device_bytes",
+    "go_back",
     "has_streams",
     "known_origins",
     "leaf_units",
     "make_claimed",
     "make_groups",
+    "memory_seen_elsewhere",
     "merge_neighbours",
     "models_with_dtype",
     "move_apart",

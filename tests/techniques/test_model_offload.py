@@ -857,3 +857,15 @@ def test_what_a_call_puts_in_the_place_of_a_buffer_goes_off(sim):
             offload(there)
             assert there["a"].count.device.type == "cpu"
             assert (there["a"].count == calls).all()
+
+
+def test_removal_ties_weights_again_that_modules_outside_see(sim):
+    inside, outside = nn.Linear(4, 4), nn.Linear(4, 4)
+    outside.weight = nn.Parameter(inside.weight.detach().t())  # another object on the same memory
+    applied = hookcore.apply(inside, [ModelOffload("sim")])
+    with torch.no_grad():
+        inside(torch.ones(1, 4))
+        inside.weight.mul_(2)
+    applied.remove()
+    assert inside.weight.data_ptr() == outside.weight.data_ptr()
+    assert torch.equal(inside.weight, outside.weight.t())

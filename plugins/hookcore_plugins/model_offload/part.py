@@ -14,6 +14,8 @@ from hookcore.memory import (
     copy_to,
     current_tensors,
     flat_nbytes,
+    go_back,
+    memory_seen_elsewhere,
     move_apart,
     move_gradient,
     planned_nbytes,
@@ -62,6 +64,7 @@ class Part:
         self._attached = 0  # by how many components
         self._mover = SynchronousMover(device, _CPU)
         self._homes: dict[TensorSlot, torch.device] = {}
+        self._left: list[tuple[torch.Tensor, torch.Tensor]] = []  # memory that others see, too
         self._uncounted: list[TensorSlot] = []  # made in inference mode; always copied back
         self._packed = FlatGroup(())
         self._load: Transfer | None = None
@@ -115,6 +118,7 @@ class Part:
             now = {slot: tensors for slot in self._slots if (tensors := current_tensors(slot))}
             self._homes = {slot: tensors[0].device for slot, tensors in now.items()}
             self._uncounted = [slot for slot in now if any(it.is_inference() for it in now[slot])]
+            self._left = memory_seen_elsewhere(slot for slot in now if slot not in self._uncounted)
             try:
                 move_apart(dict.fromkeys(self._uncounted, _CPU))
                 self._pack()
@@ -134,6 +138,8 @@ class Part:
                 self._wait()
                 self._mover.detach(self._buffers)
                 move_apart(self._homes)
+                go_back(self._left)
+                self._left = []
                 self._release()
             except BaseException:
                 self._mover.attach(self._buffers, resident=True)
